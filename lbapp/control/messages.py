@@ -1,0 +1,204 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""The messages between data flow segment (DFS) and control segment (CS), as values.
+
+The names and meanings are those of 003 (FIGURES 4 to 8, "SSMB Wire Protocol"). What carries a
+message (OpenFlow, a message bus) is not visible here. Messages from the DFS are past events;
+messages from the CS are what the DFS has to do next. Named tuples, because one is made for
+every connection.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+
+class Error(enum.IntEnum):
+    """Error codes of a reply (003, FIGURE 8); OK is the absence of one."""
+
+    OK = 0
+    UNKNOWN = 1
+    NOTAVAIL = 2
+    CONNLIMIT = 3
+    CONNALIVE = 4
+
+
+class FlowSignature(NamedTuple):
+    """The sextuple that makes a flow (003, "flow signature"). Addresses are packed bytes (4 or 16)."""
+
+    source: bytes
+    source_port: int
+    destination: bytes
+    destination_port: int
+    protocol: int
+    tos: int = 0
+
+
+class Host(NamedTuple):
+    """Where a neighbour is, seen from one switch."""
+
+    mac: bytes
+    port: int
+
+
+class Reason(enum.Enum):
+    """Why a connection was closed (003, FIGURE 18)."""
+
+    SHUTDOWN = "shutdown"
+    IDLE = "idle"
+    HARD = "hard"
+    OVERFLOW = "overflow"
+    DELETED = "deleted"
+
+
+# ------------------------------------------------------------------ DFS -> CS
+
+
+class Query(NamedTuple):
+    """A flow that no rule covers (QUERY). ``virtual_server`` is a number, 0 where none matches.
+
+    ``serial`` is chosen by the originator and stays for the life of the flow; ``tcp_flags`` is 0
+    for UDP.
+    """
+
+    serial: int
+    switch: int
+    in_port: int
+    client_mac: bytes
+    signature: FlowSignature
+    virtual_server: int
+    tcp_flags: int
+
+
+class Closed(NamedTuple):
+    """One closed connection or, with ``state: rules``, one closed direction of it.
+
+    Counters are what the DFS counted; ``duration`` is in seconds; ``outbound`` is the
+    OUTBOUND flag of 003 FIGURE 7 (server to client). ``counted`` is false where the DFS has no
+    counters for the connection (conntrack).
+    """
+
+    serial: int
+    virtual_server: int
+    member: int
+    reason: Reason
+    outbound: bool = False
+    counted: bool = True
+    packets: int = 0
+    bytes: int = 0
+    duration: float = 0.0
+
+
+class Delete(NamedTuple):
+    """Closed connections, many in one message (DELETE; 000 claim 6)."""
+
+    switch: int
+    closed: tuple[Closed, ...]
+
+
+class Stats(NamedTuple):
+    """A live connection, in answer to REAP (STATS with CONNALIVE), or counters alone."""
+
+    switch: int
+    serial: int
+    error: Error
+    packets: int = 0
+    bytes: int = 0
+
+
+class Refused(NamedTuple):
+    """The DFS could not hold the flow of a REPLY: a rule table or conntrack is full."""
+
+    switch: int
+    serial: int
+    virtual_server: int
+
+
+class SwitchUp(NamedTuple):
+    """A switch is connected; ``hosts`` is what its own rules say about neighbours (address -> Host)."""
+
+    switch: int
+    hosts: dict[str, Host]
+
+
+class SwitchDown(NamedTuple):
+    """A switch is no longer connected. It goes on forwarding."""
+
+    switch: int
+
+
+class NeighbourSeen(NamedTuple):
+    """An ARP or neighbour advertisement told where ``address`` is."""
+
+    switch: int
+    address: str
+    host: Host
+
+
+class PortDown(NamedTuple):
+    """A port of a switch lost its link or was removed."""
+
+    switch: int
+    port: int
+
+
+class Live(NamedTuple):
+    """The connections that a switch's conntrack really holds, as (serial, virtual server, member)."""
+
+    switch: int
+    connections: tuple[tuple[int, int, int], ...]
+
+
+# ------------------------------------------------------------------ CS -> DFS
+
+
+class Translation(NamedTuple):
+    """What to rewrite for a flow (REPLY, NEWFLOW). ``address`` None: leave the address; ``port`` 0: the port."""
+
+    address: bytes | None
+    port: int
+    host: Host
+
+
+class Reply(NamedTuple):
+    """What to do with a queried flow (REPLY). Self-contained: holds all of its query.
+
+    ``error`` is not OK: refuse at once. ``install`` is false where the flow is installed already
+    and only this packet has to be translated (a later packet overtook the rules).
+    """
+
+    query: Query
+    error: Error
+    member: int = 0
+    translation: Translation | None = None
+    install: bool = True
+    tracked: bool = False
+
+
+class Reap(NamedTuple):
+    """Delete this flow unless it is alive (REAP, 003 FIGURE 19)."""
+
+    switch: int
+    serial: int
+    virtual_server: int
+    member: int
+
+
+class Probe(NamedTuple):
+    """Ask on the wire where ``address`` is."""
+
+    switch: int
+    address: str
+
+
+class HostChanged(NamedTuple):
+    """What rules depend on changed: ``address`` is now at ``host``, or nowhere known (None)."""
+
+    switch: int
+    address: str
+    host: Host | None
+
+
+FromSwitch = Query | Delete | Stats | Refused | SwitchUp | SwitchDown | NeighbourSeen | PortDown | Live
+ToSwitch = Reply | Reap | Probe | HostChanged
