@@ -1,0 +1,422 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""The control segment (CS): messages from the data flow segment in, messages to it out.
+
+Owns all state of the control segment, by way of its parts: the compiled configuration
+(:mod:`services`), where next hops are (:mod:`neighbours`), the connections it must know
+(:mod:`connections`), the counters (:mod:`statistics`), and for each switch and virtual server
+the members that can be reached and the state of selection among them. Never does I/O and never
+reads a clock: each method that needs the time is given it, in seconds that only grow.
+
+What is answered to a QUERY (003 FIGURES 8, 22), in this order:
+
+    virtual server 0 (a port nobody serves)           NOTAVAIL
+    a virtual server that is not configured           UNKNOWN
+    a connection that is known                        its member, again
+    TCP, and not the beginning of a connection        UNKNOWN
+    disabled, in maintenance, or without a pool       NOTAVAIL
+    as many connections as its limit allows           CONNLIMIT
+    no member that takes connections can be reached   NOTAVAIL
+    otherwise                                         the member that the pool's algorithm selects
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from lbapp.config.model import Algorithm, Configuration, Member, Pool, VirtualServer
+from lbapp.control.connections import Connection, Connections
+from lbapp.control.limits import DEFAULTS, Limits
+from lbapp.control.messages import (
+    Delete,
+    Error,
+    FromSwitch,
+    Host,
+    HostChanged,
+    Live,
+    NeighbourSeen,
+    PortDown,
+    Probe,
+    Query,
+    Reap,
+    Refused,
+    Reply,
+    Stats,
+    SwitchDown,
+    SwitchUp,
+    ToSwitch,
+    Translation,
+)
+from lbapp.control.neighbours import Neighbours
+from lbapp.control.selection import ALGORITHMS, Candidate, Selector
+from lbapp.control.services import Service, Services, Way, reaches
+from lbapp.control.statistics import REFUSALS, Counters, Counts, Ledger, Refusal, Statistics
+
+__all__ = ["ControlSegment", "Limits"]
+
+EMPTY = Configuration()
+
+_HANDSHAKE = 0x17
+"""FIN, SYN, RST and ACK: what decides whether a segment opens a connection. ECN's bits may be there as well."""
+
+_SYN = 0x02
+
+Choice = tuple[int, Translation, Way, tuple[Counts, Counts, Counts]]
+
+
+class _Group:
+    """The members one virtual server can reach from one switch, and the selection among them.
+
+    ``stale``: something changed; to be filled again when the next connection needs it.
+    """
+
+    __slots__ = ("algorithm", "choices", "selector", "stale")
+
+    def __init__(self) -> None:
+        self.stale = True
+        self.choices: list[Choice] = []
+        self.algorithm: Algorithm | None = None
+        self.selector: Selector | None = None
+
+
+class _Switch:
+    """What the engine keeps for a switch."""
+
+    __slots__ = ("counts", "groups")
+
+    def __init__(self, counts: Counts) -> None:
+        self.counts = counts
+        self.groups: dict[int, _Group] = {}
+
+
+class ControlSegment:
+    """The control segment of any number of switches.
+
+    Args:
+        configuration: what to begin with; :meth:`configure` replaces it.
+        limits: bounds of tables and of the work of one tick.
+    """
+
+    def __init__(self, configuration: Configuration = EMPTY, limits: Limits = DEFAULTS) -> None:
+        self._limits = limits
+        self._services = Services()
+        self._neighbours = Neighbours(limits)
+        self._connections = Connections(limits)
+        self._ledger = Ledger()
+        self._switches: dict[int, _Switch] = {}
+        self._up: set[int] = set()
+        # Queries are answered one reply each; what else they cause leaves with the next message.
+        self._outbox: deque[ToSwitch] = deque(maxlen=65_536)
+        self._handlers: dict[type, Callable[[Any, float], Iterable[ToSwitch]]] = {
+            Query: self._on_query,
+            Delete: self._on_delete,
+            Stats: self._on_stats,
+            Refused: self._on_refused,
+            Live: self._on_live,
+            SwitchUp: self._on_switch_up,
+            SwitchDown: self._on_switch_down,
+            NeighbourSeen: self._on_neighbour_seen,
+            PortDown: self._on_port_down,
+        }
+        self.configure(configuration, 0.0)
+
+    # -------------------------------------------------------------- in
+
+    def handle(self, message: FromSwitch, now: float) -> list[ToSwitch]:
+        """Take one message from the data flow segment (003 FIGURE 22); return what it has to do.
+
+        Raises:
+            TypeError: this is no message of the data flow segment (FIGURE 22, block 2260).
+        """
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            raise TypeError(f"expected a message from the data flow segment, got {type(message).__name__}")
+        return self._out(handler(message, now))
+
+    def tick(self, now: float) -> list[ToSwitch]:
+        """Do what it is time for; to be called ten times a second."""
+        commands: list[ToSwitch] = []
+        commands += self._located(self._neighbours.tick(now))
+        commands += self._connections.tick(now, self._up)
+        return self._out(commands)
+
+    def _out(self, commands: Iterable[ToSwitch]) -> list[ToSwitch]:
+        if not self._outbox:
+            return list(commands)
+        result = [*self._outbox, *commands]
+        self._outbox.clear()
+        return result
+
+    # -------------------------------------------------------------- queries
+
+    def query(self, query: Query, now: float) -> Reply:
+        """Answer for a flow that no rule covers (QUERY). The order of the checks: see the module's text."""
+        number = query.virtual_server
+        service = self._services.by_number.get(number)
+        if service is None:
+            # 003 FIGURE 8: "the port requested was denied" is NOTAVAIL.
+            return self._refuse(query, 0, Error.UNKNOWN if number else Error.NOTAVAIL)
+        if service.follows:
+            known = self._known(service, query, now)
+            if known is not None:
+                return known
+        if service.tcp and query.tcp_flags & _HANDSHAKE != _SYN:
+            return self._refuse(query, number, Error.UNKNOWN)
+        switch = self._switches.get(query.switch)
+        if switch is None or not service.accepts:
+            return self._refuse(query, number, Error.NOTAVAIL)
+        if 0 <= service.limit <= self._ledger.virtual_server(number).active:
+            return self._refuse(query, number, Error.CONNLIMIT)
+        group = switch.groups.get(number)
+        if group is None or group.stale:
+            group = self._fill(switch, query.switch, service)
+        if not group.choices:
+            return self._refuse(query, number, Error.NOTAVAIL)
+        assert group.selector is not None
+        member, translation, way, counts = group.choices[group.selector.pick(query.signature, query.serial)]
+        if service.follows:
+            self._connections.open(query, member, service.rules, way, counts, service.idle, now)
+        else:
+            for count in counts:
+                count.opened += 1
+        return Reply(query, Error.OK, member, translation, True, service.counts)
+
+    def _known(self, service: Service, query: Query, now: float) -> Reply | None:
+        """The answer for a packet of a connection that exists; None where it opens another one."""
+        entry = self._connections.find(query.switch, query.signature)
+        if entry is None or entry.virtual_server != service.number:
+            return None
+        opening = not service.tcp or query.tcp_flags & _HANDSHAKE == _SYN
+        if service.tcp and opening and entry.new_session(query.serial, now):
+            self._replace(entry)
+            return None
+        way = entry.way
+        assert isinstance(way, Way)  # it has a signature, so it was opened here
+        host = self._neighbours.host(query.switch, way.next_hop)
+        if host is None:
+            if opening:
+                self._replace(entry)
+                return None
+            return self._refuse(query, service.number, Error.NOTAVAIL)
+        install = self._connections.reinstall(entry, now)
+        # The serial of a flow stays the same for its life, whichever query asks about it.
+        return Reply(query._replace(serial=entry.serial), Error.OK, entry.member, way.translation(host), install,
+                     service.counts)
+
+    def _replace(self, entry: Any) -> None:
+        """Another session takes the 4-tuple: what the old one left in the switch is to go."""
+        if entry.rules:
+            self._outbox.append(entry.reap())
+        self._connections.remove(entry)
+
+    def _refuse(self, query: Query, number: int, error: Error) -> Reply:
+        self._ledger.refuse(number, REFUSALS[error])
+        return Reply(query, error)
+
+    def _fill(self, switch: _Switch, switch_id: int, service: Service) -> _Group:
+        """Find out again which members can be reached, and tell the selection."""
+        group = switch.groups.get(service.number)
+        if group is None:
+            group = switch.groups[service.number] = _Group()
+        group.stale = False
+        pool = service.pool
+        hosts = self._neighbours.hosts(switch_id)
+        here = self._ledger.virtual_server(service.number)
+        group.choices = []
+        candidates = []
+        for way in service.ways:
+            member = way.member
+            host = hosts.get(way.next_hop)
+            if host is None or not member.takes_new:
+                continue
+            load = self._ledger.member(member.number)
+            candidates.append(Candidate(member.number, member.weight, load))
+            group.choices.append((member.number, way.translation(host), way, (here, load, switch.counts)))
+        if pool is not None and (group.selector is None or group.algorithm is not pool.lb_algorithm):
+            group.algorithm = pool.lb_algorithm
+            group.selector = ALGORITHMS[pool.lb_algorithm]()
+        if group.selector is not None and candidates:
+            # Nobody to be reached is no reason to forget whose turn it is.
+            group.selector.update(candidates)
+        return group
+
+    # -------------------------------------------------------------- other messages
+
+    def _on_query(self, query: Query, now: float) -> Iterable[ToSwitch]:
+        return (self.query(query, now),)
+
+    def _on_delete(self, delete: Delete, now: float) -> Iterable[ToSwitch]:
+        for closed in delete.closed:
+            entry = self._connections.get(delete.switch, closed.serial)
+            if entry is not None:
+                self._connections.closed(entry, closed, now)
+                continue
+            service = self._services.by_number.get(closed.virtual_server)
+            switch = self._switches.get(delete.switch)
+            counts = []
+            if service is not None:
+                counts.append(self._ledger.virtual_server(service.number))
+            if closed.member in self._services.members:
+                counts.append(self._ledger.member(closed.member))
+            if switch is not None:
+                counts.append(switch.counts)
+            for count in counts:
+                count.packets += closed.packets
+                count.bytes += closed.bytes
+                # One that is followed was counted as closed when it left the table.
+                count.closed += service is not None and not service.follows
+        return ()
+
+    def _on_stats(self, stats: Stats, now: float) -> Iterable[ToSwitch]:
+        entry = self._connections.get(stats.switch, stats.serial)
+        if entry is not None:
+            self._connections.stats(entry, stats, stats.error is Error.CONNALIVE, now)
+        return ()
+
+    def _on_refused(self, refused: Refused, now: float) -> Iterable[ToSwitch]:
+        entry = self._connections.get(refused.switch, refused.serial)
+        if entry is not None:
+            self._connections.remove(entry)
+        number = refused.virtual_server if refused.virtual_server in self._services.by_number else 0
+        self._ledger.refuse(number, Refusal.OVERFLOW)
+        return ()
+
+    def _on_live(self, live: Live, now: float) -> Iterable[ToSwitch]:
+        switch = self._switches.get(live.switch)
+        if switch is None:
+            return ()
+        for serial, number, member in self._connections.live(live, now):
+            service = self._services.by_number.get(number)
+            if service is None or not service.counts or member not in self._services.members:
+                continue
+            counts = (self._ledger.virtual_server(number), self._ledger.member(member), switch.counts)
+            self._connections.adopt(live.switch, serial, number, member, service.rules, counts, service.idle, now)
+        return ()
+
+    def _on_switch_up(self, message: SwitchUp, now: float) -> Iterable[ToSwitch]:
+        switch = message.switch
+        if switch not in self._switches:
+            self._make_room()
+            self._switches[switch] = _Switch(self._ledger.switch(switch))
+        self._up.add(switch)
+        for group in self._switches[switch].groups.values():
+            group.stale = True
+        return self._located(self._neighbours.switch_up(switch, message.hosts, now))
+
+    def _make_room(self) -> None:
+        """Bound the switches remembered: the first one that is not connected is forgotten."""
+        while len(self._switches) >= self._limits.switches:
+            away = next((switch for switch in self._switches if switch not in self._up), None)
+            if away is None:
+                return  # all of them are connected: what carries messages bounds those
+            self._connections.forget_switch(away)
+            self._neighbours.forget_switch(away)
+            self._ledger.forget(switches=(away,))
+            del self._switches[away]
+
+    def _on_switch_down(self, message: SwitchDown, now: float) -> Iterable[ToSwitch]:
+        self._up.discard(message.switch)
+        self._neighbours.switch_down(message.switch)
+        return ()
+
+    def _on_neighbour_seen(self, message: NeighbourSeen, now: float) -> Iterable[ToSwitch]:
+        return self._located(self._neighbours.seen(message.switch, message.address, message.host, now))
+
+    def _on_port_down(self, message: PortDown, now: float) -> Iterable[ToSwitch]:
+        return self._located(self._neighbours.port_down(message.switch, message.port, now))
+
+    def _located(self, commands: list[Probe | HostChanged]) -> list[Probe | HostChanged]:
+        """Note which groups a change of a next hop touches."""
+        for command in commands:
+            if type(command) is HostChanged:
+                groups = self._switches[command.switch].groups
+                for number in self._services.users(command.address):
+                    group = groups.get(number)
+                    if group is not None:
+                        group.stale = True
+        return commands
+
+    # -------------------------------------------------------------- configuration
+
+    def configure(self, configuration: Configuration, now: float) -> list[ToSwitch]:
+        """Replace the configuration. What did not change keeps its state, counters and connections.
+
+        Connections survive every change, but for those of a virtual server or member that is
+        removed: their rules are to go (Reap).
+
+        Raises:
+            ValueError: a virtual server or member has no number, or one twice; nothing changed.
+        """
+        change = self._services.update(configuration)
+        commands: list[ToSwitch] = []
+        removed = set(change.removed)
+        if (removed or change.gone_members or change.uncounted) and len(self._connections):
+            commands += self._cut(removed, change.gone_members, change.uncounted)
+        self._ledger.forget(removed, change.gone_members)
+        for switch in self._switches.values():
+            for number in removed:
+                switch.groups.pop(number, None)
+            for number in change.changed:
+                group = switch.groups.get(number)
+                if group is not None:
+                    group.stale = True
+        commands += self._located(self._neighbours.configure(change.wanted, change.unwanted, now))
+        return self._out(commands)
+
+    def _cut(self, virtual_servers: set[int], members: set[int], uncounted: set[int]) -> list[Reap]:
+        gone = self._connections.take(
+            lambda entry: entry.virtual_server in virtual_servers or entry.member in members
+            or (not entry.rules and entry.virtual_server in uncounted))
+        return [entry.reap() for entry in gone if entry.rules]
+
+    # -------------------------------------------------------------- views
+
+    def want(self, switch: int, address: str, now: float) -> list[ToSwitch]:
+        """Look up a host of our networks that is no member, so as to route to it."""
+        return self._out(self._located(self._neighbours.want(switch, address, now)))
+
+    def host(self, switch: int, address: str) -> Host | None:
+        """Where an address is, seen from a switch; None where that is not known."""
+        return self._neighbours.host(switch, address)
+
+    def hosts(self, switch: int) -> Mapping[str, Host]:
+        """A read-only, live view of the neighbours a switch sees."""
+        return self._neighbours.hosts(switch)
+
+    def eligible(self, switch: int, virtual_server: VirtualServer, pool: Pool | None) -> tuple[Member, ...]:
+        """The members, in the pool's order, that take new connections and can be reached from a switch.
+
+        The virtual server's own state (disabled, maintenance) is not considered.
+        """
+        if pool is None or not pool.admin_state_up:
+            return ()
+        hosts = self._neighbours.hosts(switch)
+        service = self._services.by_number.get(virtual_server.number)
+        if service is not None and service.virtual_server is virtual_server and service.pool is pool:
+            return tuple(way.member for way in service.ways if way.member.takes_new and way.next_hop in hosts)
+        next_hop = self._services.routes.next_hop
+        return tuple(member for member in pool.members if member.takes_new and reaches(virtual_server, member)
+                     and next_hop(virtual_server, member) in hosts)
+
+    def connections(self) -> Iterator[Connection]:
+        """Copies of the connections that are known, by switch, oldest first."""
+        return iter(self._connections)
+
+    def active(self, member: int) -> int:
+        """The connections of a member, among those that are known."""
+        counts = self._ledger.members.get(member)
+        return counts.active if counts is not None else 0
+
+    def virtual_server_counters(self, number: int) -> Counters:
+        """The counters of one virtual server."""
+        return (self._ledger.virtual_servers.get(number) or Counts()).copy()
+
+    def member_counters(self, number: int) -> Counters:
+        """The counters of one member."""
+        return (self._ledger.members.get(number) or Counts()).copy()
+
+    def statistics(self) -> Statistics:
+        """All counters as they are now."""
+        return self._ledger.copy(len(self._connections), self._connections.overflowed, self._connections.unanswered)

@@ -1,0 +1,34 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""How much the control segment may hold and how much it may send at once.
+
+Owns the bounds only; what happens at a bound is written where the bound is kept.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Limits(NamedTuple):
+    """Bounds of the control segment's tables and of one tick's work.
+
+    Attributes:
+        connections: connections known by serial, over all switches; the oldest makes room.
+        switches: switches remembered, connected or not.
+        asked_hosts: per switch, hosts looked up on demand; the oldest makes room.
+        probes_per_tick: neighbours looked after in one tick.
+        reaps_per_tick: connections whose idle timer is looked after in one tick.
+        live_interval: seconds between two :class:`~lbapp.control.messages.Live` snapshots of a
+            switch. A younger connection may be missing from one without being dead.
+    """
+
+    connections: int = 262_144
+    switches: int = 256
+    asked_hosts: int = 1024
+    probes_per_tick: int = 500
+    reaps_per_tick: int = 1000
+    live_interval: float = 10.0
+
+
+DEFAULTS = Limits()
