@@ -1,0 +1,205 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""Ethernet frames as the controller meets and makes them: parse, complete, refuse, probe.
+
+Lengths are checked before anything is read. Pure: bytes in, bytes or values out.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from lbapp.control.messages import FlowSignature, Host
+
+FIN, SYN, RST, ACK = 1, 2, 4, 16
+_TCP, _UDP, _ICMP, _ICMP6 = 6, 17, 1, 58
+_ALL_ONES = b"\xff" * 6
+
+
+class Packet(NamedTuple):
+    """An IPv4 or IPv6 packet that carries TCP or UDP.
+
+    ``offset`` is where the transport header starts, ``end`` where the IP packet ends in the frame.
+    """
+
+    signature: FlowSignature
+    source_mac: bytes
+    tcp_flags: int
+    offset: int
+    end: int
+
+
+class MalformedError(ValueError):
+    """A frame that is not what its own headers say."""
+
+
+def parse(frame: bytes) -> Packet:
+    """Read an untagged TCP or UDP frame.
+
+    Raises:
+        MalformedError: too short, another protocol, a later fragment, or lengths that do not agree.
+    """
+    size = len(frame)
+    if size < 34:
+        raise MalformedError("frame too short")
+    ether = frame[12] << 8 | frame[13]
+    if ether == 0x0800:
+        first = frame[14]
+        offset = 14 + (first & 15) * 4
+        end = 14 + (frame[16] << 8 | frame[17])
+        if first >> 4 != 4 or offset < 34 or end > size or offset > end:
+            raise MalformedError("IPv4 header length")
+        if (frame[20] & 0x1F) << 8 | frame[21]:
+            raise MalformedError("later fragment")
+        protocol, tos, source, destination = frame[23], frame[15], frame[26:30], frame[30:34]
+    elif ether == 0x86DD and size >= 54:
+        offset = 54
+        end = 54 + (frame[18] << 8 | frame[19])
+        if frame[14] >> 4 != 6 or end > size:
+            raise MalformedError("IPv6 header length")
+        protocol, tos = frame[20], (frame[14] & 15) << 4 | frame[15] >> 4
+        source, destination = frame[22:38], frame[38:54]
+    else:
+        raise MalformedError("not IP")
+    if protocol == _TCP:
+        if end - offset < 20 or not 20 <= (frame[offset + 12] >> 4) * 4 <= end - offset:
+            raise MalformedError("TCP header length")
+        flags = frame[offset + 13]
+    elif protocol == _UDP:
+        if end - offset < 8 or not 8 <= (frame[offset + 4] << 8 | frame[offset + 5]) <= end - offset:
+            raise MalformedError("UDP length")
+        flags = 0
+    else:
+        raise MalformedError("neither TCP nor UDP")
+    signature = FlowSignature(source, frame[offset] << 8 | frame[offset + 1], destination,
+                              frame[offset + 2] << 8 | frame[offset + 3], protocol, tos)
+    return Packet(signature, frame[6:12], flags, offset, end)
+
+
+def ones_sum(data: bytes) -> int:
+    """The 16-bit one's complement sum of some bytes (not inverted), padded with a zero byte."""
+    if len(data) & 1:
+        data += b"\0"
+    # Big integers of bytes are a sum in base 65536: its residue modulo 65535 is the folded sum.
+    total = int.from_bytes(data, "big")
+    return total % 0xFFFF or (0xFFFF if total else 0)
+
+
+def pseudo_header(source: bytes, destination: bytes, protocol: int, length: int) -> bytes:
+    """What TCP, UDP and ICMPv6 checksums cover besides their own bytes."""
+    return source + destination + struct.pack("!II" if len(source) == 16 else "!HH", length, protocol)
+
+
+def with_checksum(frame: bytes, packet: Packet) -> bytes:
+    """The frame with the whole transport checksum.
+
+    With userspace TSO a host leaves only the pseudo-header's sum in the field; a checksum that is
+    neither that nor right is an error of the wire and must not be made right.
+
+    Raises:
+        MalformedError: the checksum is wrong.
+    """
+    signature, offset, end = packet.signature, packet.offset, packet.end
+    at = offset + (16 if signature.protocol == _TCP else 6)
+    field = frame[at] << 8 | frame[at + 1]
+    if signature.protocol == _UDP and not field and len(signature.source) == 4:
+        return frame  # a UDP sender over IPv4 may leave it out
+    pseudo = ones_sum(pseudo_header(signature.source, signature.destination, signature.protocol, end - offset))
+    total = ones_sum(frame[offset:end])
+    whole = (pseudo + total) % 0xFFFF
+    if whole == 0:
+        return frame
+    if field != pseudo:
+        raise MalformedError("transport checksum")
+    checksum = (0xFFFF - (whole - field) % 0xFFFF) & 0xFFFF or 0xFFFF
+    return frame[:at] + checksum.to_bytes(2, "big") + frame[at + 2:]
+
+
+def _ip_header(source: bytes, destination: bytes, protocol: int, payload: int) -> bytes:
+    if len(source) == 16:
+        return struct.pack("!IHBB", 6 << 28, payload, protocol, 64) + source + destination
+    header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + payload, 0, 0x4000, 64, protocol, 0) + source + destination
+    checksum = 0xFFFF - ones_sum(header)
+    return header[:10] + checksum.to_bytes(2, "big") + header[12:]
+
+
+def _transport(source: bytes, destination: bytes, protocol: int, segment: bytes, at: int) -> bytes:
+    total = ones_sum(pseudo_header(source, destination, protocol, len(segment)) + segment)
+    checksum = 0xFFFF - total
+    return segment[:at] + checksum.to_bytes(2, "big") + segment[at + 2:]
+
+
+def refusal(frame: bytes, packet: Packet, mac: bytes) -> bytes | None:
+    """What tells a client at once that it is refused: TCP RST, or ICMP port unreachable for UDP.
+
+    Args:
+        frame: the client's own frame.
+        packet: the same, parsed.
+        mac: the MAC that answers.
+
+    Returns:
+        A whole frame to the client; None where no answer is allowed (a RST is never answered).
+    """
+    signature, offset = packet.signature, packet.offset
+    ethernet = frame[6:12] + mac + frame[12:14]
+    source, destination = signature.destination, signature.source
+    if signature.protocol == _TCP:
+        flags = packet.tcp_flags
+        if flags & RST:
+            return None
+        sequence, acknowledged = struct.unpack_from("!II", frame, offset + 4)
+        length = packet.end - offset - (frame[offset + 12] >> 4) * 4
+        if flags & ACK:
+            numbers = (acknowledged, 0, RST)
+        else:
+            numbers = (0, (sequence + length + bool(flags & SYN) + bool(flags & FIN)) & 0xFFFFFFFF, RST | ACK)
+        segment = struct.pack("!HHIIBBHHH", signature.destination_port, signature.source_port, numbers[0], numbers[1],
+                              5 << 4, numbers[2], 0, 0, 0)
+        protocol, segment = _TCP, _transport(source, destination, _TCP, segment, 16)
+    elif len(source) == 4:
+        body = struct.pack("!BBHI", 3, 3, 0, 0) + frame[14:min(packet.end, offset + 8)]
+        protocol, segment = _ICMP, body[:2] + (0xFFFF - ones_sum(body)).to_bytes(2, "big") + body[4:]
+    else:
+        body = struct.pack("!BBHI", 1, 4, 0, 0) + frame[14:min(packet.end, 14 + 1232)]
+        protocol, segment = _ICMP6, _transport(source, destination, _ICMP6, body, 2)
+    return ethernet + _ip_header(source, destination, protocol, len(segment)) + segment
+
+
+def probe(address: bytes, mac: bytes, sender: bytes | None = None) -> bytes:
+    """A frame that asks who has an address: ARP request, or neighbour solicitation.
+
+    Args:
+        address: 4 or 16 bytes.
+        mac: the asking MAC.
+        sender: the asking IPv4 address; without one the request is an ARP probe (RFC 5227).
+    """
+    if len(address) == 4:
+        return (_ALL_ONES + mac + struct.pack("!HHHBBH", 0x0806, 1, 0x0800, 6, 4, 1) + mac + (sender or bytes(4))
+                + bytes(6) + address)
+    source = b"\xfe\x80" + bytes(6) + bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]
+    group = b"\xff\x02" + bytes(9) + b"\x01\xff" + address[13:]
+    body = struct.pack("!BBHI", 135, 0, 0, 0) + address + b"\x01\x01" + mac
+    segment = _transport(source, group, _ICMP6, body, 2)
+    header = struct.pack("!IHBB", 6 << 28, len(segment), _ICMP6, 255) + source + group
+    return b"\x33\x33\xff" + address[13:] + mac + b"\x86\xdd" + header + segment
+
+
+def neighbour(frame: bytes, port: int) -> tuple[bytes, Host] | None:
+    """Who an ARP packet or a neighbour advertisement says is where; None where it says nothing of use."""
+    if len(frame) >= 42 and frame[12:14] == b"\x08\x06":
+        if frame[14:20] != b"\x00\x01\x08\x00\x06\x04" or frame[22] & 1 or frame[28:32] == bytes(4):
+            return None
+        return frame[28:32], Host(frame[22:28], port)
+    if len(frame) >= 78 and frame[12:14] == b"\x86\xdd" and frame[20] == _ICMP6 and frame[54] == 136:
+        if frame[21] != 255:  # came through a router (RFC 4861, 7.1.2)
+            return None
+        length = frame[18] << 8 | frame[19]
+        if length < 24 or 54 + length > len(frame):
+            return None
+        total = ones_sum(pseudo_header(frame[22:38], frame[38:54], _ICMP6, length) + frame[54:54 + length])
+        if total != 0xFFFF:
+            return None
+        mac = frame[80:86] if length >= 32 and frame[78:80] == b"\x02\x01" else frame[6:12]
+        return (frame[62:78], Host(mac, port)) if not mac[0] & 1 else None
+    return None

@@ -1,0 +1,271 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""What one switch should hold, and what to change when the configuration or a neighbour changes.
+
+Owns the counts of facts that virtual servers share, and which members each switch-decided group
+has. Keeps no rules: a rule that must go is computed again from what it was made of. Pure: the
+caller sends the changes, as one bundle each.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from lbapp.config.model import Configuration, Member, Pool, VirtualServer
+from lbapp.config.routing import Routes
+from lbapp.control.messages import Host
+from lbapp.dataflow.flows import (
+    Fact,
+    Forward,
+    Gateway,
+    base_flows,
+    facts_of,
+    flows_of,
+    host_route,
+    network_facts,
+    virtual_server_flows,
+)
+from lbapp.dataflow.openflow import GROUP_ADD, GROUP_MODIFY, Flow, SelectGroup
+from lbapp.dataflow.pipeline import probe_mac, zones
+
+_NOWHERE = Host(bytes(6), 0)
+"""Stands in for a neighbour where only a rule's match matters (to delete it)."""
+
+
+@dataclass(slots=True)
+class Change:
+    """What to do to a switch, to be applied as one: groups, rules deleted, rules added, groups deleted."""
+
+    add: list[Flow] = field(default_factory=list)
+    delete: list[Flow] = field(default_factory=list)
+    groups: list[tuple[int, SelectGroup]] = field(default_factory=list)
+    delete_groups: list[SelectGroup] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.add or self.delete or self.groups or self.delete_groups)
+
+    def __len__(self) -> int:
+        return len(self.add) + len(self.delete) + len(self.groups) + len(self.delete_groups)
+
+
+@dataclass(slots=True, frozen=True)
+class _Installed:
+    """What a virtual server's own rules were made of."""
+
+    virtual_server: VirtualServer
+    pool: Pool | None
+    eligible: tuple[Member, ...]
+
+
+class SwitchProgram:
+    """The wanted content of one switch.
+
+    Args:
+        switch: its datapath id.
+        hosts: a live view of the neighbours known on this switch (address -> Host).
+    """
+
+    def __init__(self, switch: int, hosts: Mapping[str, Host]) -> None:
+        self.switch = switch
+        self.zones = zones(switch)
+        self._hosts = hosts
+        self._configuration = Configuration()
+        self._routes = Routes()
+        self._wildcards: frozenset[int] = frozenset()
+        self._facts: dict[Fact, int] = {}
+        self._by_hop: dict[str, set[Fact]] = defaultdict(set)
+        self._installed: dict[str, _Installed] = {}
+        self._decided_by_hop: dict[str, set[str]] = defaultdict(set)
+        self._routed_hosts: dict[str, Host] = {}
+
+    # -------------------------------------------------------------- changes
+
+    def configure(self, configuration: Configuration) -> Iterator[Change]:
+        """Take over a configuration; yields a change for each virtual server that it touches."""
+        old = self._configuration
+        routes = self._routes
+        if old.networks is not configuration.networks and dict(old.networks) != dict(configuration.networks):
+            routes = Routes(configuration.networks.values())
+        wildcards = frozenset(server.version for server in configuration.virtual_servers.values()
+                              if server.wildcard_address and server.admin_state_up)
+        rebuild = routes is not self._routes or wildcards != self._wildcards
+        self._configuration = configuration
+        changed = [
+            identifier for identifier in {**self._installed, **configuration.virtual_servers}
+            if rebuild or self._differs(identifier)
+        ]
+        if rebuild:
+            change = Change()
+            was, now = old.networks.values(), configuration.networks.values()
+            self._replace_facts([f for n in was for f in network_facts(n)],
+                                [f for n in now for f in network_facts(n)], change)
+            if change:
+                yield change
+        previous = (self._routes, self._wildcards)
+        for identifier in changed:
+            change = Change()
+            self._change_virtual_server(identifier, previous, (routes, wildcards), change)
+            if change:
+                yield change
+        self._routes, self._wildcards = routes, wildcards
+        if rebuild:
+            for address in list(self._hosts):
+                change = self._route_to(address)
+                if change:
+                    yield change
+
+    def host_changed(self, address: str) -> Change:
+        """A neighbour is somewhere else now, or nowhere: the rules that lead to it."""
+        change = Change()
+        host = self._hosts.get(address)
+        for fact in self._by_hop.get(address, ()):
+            change.add += flows_of(fact, self.zones, host)
+            if host is None:
+                change.delete += flows_of(fact, self.zones, _NOWHERE)
+        for identifier in sorted(self._decided_by_hop.get(address, ())):
+            self._change_own(identifier, change)
+        routed = self._route_to(address)
+        change.add += routed.add
+        change.delete += routed.delete
+        return change
+
+    def _route_to(self, address: str) -> Change:
+        """The change of the rule by which a host of one of our networks is routed to."""
+        host, known = self._hosts.get(address), self._routed_hosts.pop(address, None)
+        if host is not None and self._configuration.networks and self._routes.network_of(address) is not None:
+            self._routed_hosts[address] = host
+            return Change(add=[host_route(address, host)])
+        return Change(delete=[host_route(address, known)] if known is not None else [])
+
+    # -------------------------------------------------------------- the whole
+
+    def flows(self) -> Iterator[Flow]:
+        """Every rule that the switch should hold now."""
+        yield from base_flows(self.zones, probe_mac(self.switch))
+        for fact in self._facts:
+            yield from flows_of(fact, self.zones, self._host_of(fact))
+        for installed in self._installed.values():
+            yield from self._own(installed)[0]
+        for address, host in self._routed_hosts.items():
+            yield host_route(address, host)
+
+    def groups(self) -> Iterator[SelectGroup]:
+        """Every group that the switch should hold now."""
+        for installed in self._installed.values():
+            group = self._own(installed)[1]
+            if group is not None:
+                yield group
+
+    # -------------------------------------------------------------- inside
+
+    def _differs(self, identifier: str) -> bool:
+        installed = self._installed.get(identifier)
+        server = self._configuration.virtual_servers.get(identifier)
+        if installed is None or server is None:
+            return installed is not server
+        return installed.virtual_server is not server or installed.pool is not self._configuration.pool_of(server)
+
+    def _host_of(self, fact: Fact) -> Host | None:
+        if isinstance(fact, Forward):
+            return self._hosts.get(fact.next_hop)
+        return self._hosts.get(fact.address) if isinstance(fact, Gateway) else None
+
+    def _eligible(self, server: VirtualServer, pool: Pool | None, routes: Routes) -> tuple[Member, ...]:
+        if pool is None or not pool.admin_state_up or not server.switch_decides(pool):
+            return ()
+        return tuple(member for member in pool.members
+                     if member.takes_new and routes.next_hop(server, member) in self._hosts)
+
+    def _own(self, installed: _Installed, routes: Routes | None = None) -> tuple[list[Flow], SelectGroup | None]:
+        return virtual_server_flows(installed.virtual_server, installed.pool, installed.eligible,
+                                    routes or self._routes, self.zones)
+
+    def _change_virtual_server(self, identifier: str, previous: tuple[Routes, frozenset[int]],
+                               current: tuple[Routes, frozenset[int]], change: Change) -> None:
+        old = self._installed.pop(identifier, None)
+        server = self._configuration.virtual_servers.get(identifier)
+        new = None
+        if server is not None:
+            pool = self._configuration.pool_of(server)
+            new = _Installed(server, pool, self._eligible(server, pool, current[0]))
+            self._installed[identifier] = new
+        self._replace_facts(
+            facts_of(old.virtual_server, old.pool, *previous) if old is not None else [],
+            facts_of(new.virtual_server, new.pool, *current) if new is not None else [], change)
+        if old is not None:
+            self._index(identifier, old, previous[0], present=False)
+        if new is not None:
+            self._index(identifier, new, current[0], present=True)
+        _difference(self._own(old, previous[0]) if old is not None else ([], None),
+                    self._own(new, current[0]) if new is not None else ([], None), change)
+
+    def _change_own(self, identifier: str, change: Change) -> None:
+        old = self._installed[identifier]
+        new = _Installed(old.virtual_server, old.pool, self._eligible(old.virtual_server, old.pool, self._routes))
+        if new.eligible != old.eligible:
+            self._installed[identifier] = new
+            _difference(self._own(old), self._own(new), change)
+
+    def _index(self, identifier: str, installed: _Installed, routes: Routes, *, present: bool) -> None:
+        server, pool = installed.virtual_server, installed.pool
+        if pool is None or not server.switch_decides(pool):
+            return
+        for member in pool.members:
+            hop = routes.next_hop(server, member)
+            if present:
+                self._decided_by_hop[hop].add(identifier)
+            else:
+                self._decided_by_hop[hop].discard(identifier)
+                if not self._decided_by_hop[hop]:
+                    del self._decided_by_hop[hop]
+
+    def _replace_facts(self, old: Iterable[Fact], new: Iterable[Fact], change: Change) -> None:
+        fresh: set[Fact] = set()
+        for fact in new:
+            count = self._facts.get(fact, 0)
+            self._facts[fact] = count + 1
+            if not count:
+                fresh.add(fact)
+        for fact in old:
+            count = self._facts[fact] - 1
+            if count:
+                self._facts[fact] = count
+                continue
+            del self._facts[fact]
+            change.delete += flows_of(fact, self.zones, _NOWHERE)
+            self._index_fact(fact, present=False)
+        for fact in fresh:
+            change.add += flows_of(fact, self.zones, self._host_of(fact))
+            self._index_fact(fact, present=True)
+
+    def _index_fact(self, fact: Fact, *, present: bool) -> None:
+        if not isinstance(fact, Forward | Gateway):
+            return
+        hop = fact.next_hop if isinstance(fact, Forward) else fact.address
+        if present:
+            self._by_hop[hop].add(fact)
+        else:
+            self._by_hop[hop].discard(fact)
+            if not self._by_hop[hop]:
+                del self._by_hop[hop]
+
+
+def _place(flow: Flow) -> tuple[int, int, tuple[object, ...]]:
+    return flow.table, flow.priority, flow.match
+
+
+def _difference(old: tuple[list[Flow], SelectGroup | None], new: tuple[list[Flow], SelectGroup | None],
+                change: Change) -> None:
+    was = {_place(flow): flow for flow in old[0]}
+    for flow in new[0]:
+        known = was.pop(_place(flow), None)
+        if known is None or known.cookie != flow.cookie:
+            change.add.append(flow)
+    change.delete += was.values()
+    if new[1] is not None and new[1] != old[1]:
+        change.groups.append((GROUP_ADD if old[1] is None else GROUP_MODIFY, new[1]))
+    if old[1] is not None and new[1] is None:
+        change.delete_groups.append(old[1])
+

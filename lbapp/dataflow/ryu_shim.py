@@ -1,0 +1,204 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""Ryu's connection to a switch, with a short path for the messages that come once a connection.
+
+Ryu makes some 80 Python calls of a packet-in before an application sees it. Here the receive loop
+reads large chunks and hands the bytes of our own packet-ins, flow-removeds and multipart replies
+straight to one :class:`Receiver`; everything else goes Ryu's ordinary way, so that other Ryu
+applications work beside this one. Lengths inside a message are checked before Ryu parses it:
+some of Ryu's parsers never end on a length of zero.
+
+Owns the socket loops; decides nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import struct
+from socket import timeout as socket_timeout
+from typing import Any, Protocol
+
+from ryu.controller import controller, ofp_event
+from ryu.controller.handler import DEAD_DISPATCHER
+from ryu.lib import hub
+from ryu.ofproto import ofproto_parser
+
+LOG = logging.getLogger("lbapp.openflow")
+
+CHUNK = 262144
+HELLO, ERROR, EXPERIMENTER, PACKET_IN, FLOW_REMOVED, PORT_STATUS, MULTIPART_REPLY = 0, 1, 4, 10, 11, 12, 19
+OURS_FIRST = frozenset({ERROR, EXPERIMENTER, PACKET_IN, FLOW_REMOVED, MULTIPART_REPLY})
+HANDSHAKE_SECONDS = 5.0
+YIELD_EVERY = 2048
+
+
+class Receiver(Protocol):
+    """Gets the bytes of messages before Ryu does."""
+
+    def receive(self, datapath: Any, kind: int, data: bytes) -> bytes | None:
+        """Handle a message; returns what to send at once (or empty bytes), None to leave it to Ryu.
+
+        Raises:
+            ValueError: the message cannot be; the connection is closed.
+        """
+
+
+class MalformedMessageError(ValueError):
+    """A message whose own lengths contradict each other."""
+
+
+def check_lengths(kind: int, data: bytes) -> None:
+    """Refuse what would make Ryu's parsers read beyond the message or loop for ever.
+
+    Raises:
+        MalformedMessageError: naming the message and the length.
+    """
+    if kind == HELLO:
+        _check_list(data, 8, "hello element", pad=True)
+    elif kind == PACKET_IN:
+        _check_match(data, 24, "packet-in")
+    elif kind == FLOW_REMOVED:
+        _check_match(data, 48, "flow-removed")
+    elif kind == MULTIPART_REPLY:
+        if len(data) < 16:
+            raise MalformedMessageError(f"multipart reply of {len(data)} bytes")
+    elif len(data) < {6: 32, PORT_STATUS: 80, ERROR: 12, EXPERIMENTER: 16}.get(kind, 8):
+        raise MalformedMessageError(f"message type {kind} of {len(data)} bytes")
+
+
+def _check_list(data: bytes, offset: int, what: str, *, pad: bool) -> None:
+    while offset < len(data):
+        if offset + 4 > len(data):
+            raise MalformedMessageError(f"{what} cut short")
+        length = data[offset + 2] << 8 | data[offset + 3]
+        if length < 4 or offset + length > len(data):
+            raise MalformedMessageError(f"{what} of {length} bytes")
+        offset += length + 7 & ~7 if pad else length
+
+
+def _check_match(data: bytes, offset: int, what: str) -> None:
+    if len(data) < offset + 8:
+        raise MalformedMessageError(f"{what} of {len(data)} bytes")
+    length = data[offset + 2] << 8 | data[offset + 3]
+    if length < 4 or offset + length > len(data):
+        raise MalformedMessageError(f"{what} with a match of {length} bytes")
+    at, end = offset + 4, offset + length
+    while at < end:
+        if at + 4 > end or at + 4 + data[at + 3] > end or not data[at + 3]:
+            raise MalformedMessageError(f"{what} with a field cut short")
+        at += 4 + data[at + 3]
+
+
+def datapath_class(receiver: Receiver) -> type[controller.Datapath]:
+    """A Datapath for Ryu that hands messages to ``receiver`` first."""
+
+    class FastDatapath(controller.Datapath):  # type: ignore[misc]
+        """See the module's docstring."""
+
+        def serve(self) -> None:
+            guard = hub.spawn_after(HANDSHAKE_SECONDS, self._close_unless_greeted)
+            try:
+                super().serve()
+            finally:
+                hub.kill(guard)
+
+        def _close_unless_greeted(self) -> None:
+            if self.id is None:
+                LOG.warning("%s: no OpenFlow handshake within %.0f s, closed", self.address, HANDSHAKE_SECONDS)
+                self.state = DEAD_DISPATCHER
+                self._close_write()
+                self.socket.close()
+
+        def _recv_loop(self) -> None:
+            try:
+                self._receive()
+            except ValueError as error:
+                LOG.warning("%s: %s; connection closed", self.address, error)
+            except Exception:
+                LOG.exception("%s: message could not be handled; connection closed", self.address)
+            finally:
+                try:
+                    self.socket.close()
+                except OSError:
+                    pass
+
+        def _receive(self) -> None:
+            pending, handled = b"", 0
+            while self.state != DEAD_DISPATCHER:
+                try:
+                    chunk = self.socket.recv(CHUNK)
+                except (socket_timeout, ssl.SSLError):
+                    continue
+                except (EOFError, OSError):
+                    return
+                if not chunk:
+                    return
+                pending = pending + chunk if pending else chunk
+                offset, size, answers = 0, len(pending), []
+                while size - offset >= 8:
+                    version, kind = pending[offset], pending[offset + 1]
+                    length = pending[offset + 2] << 8 | pending[offset + 3]
+                    if length < 8:
+                        raise MalformedMessageError(f"OpenFlow message of {length} bytes")
+                    if kind > 35 or not 1 <= version <= 6:
+                        raise MalformedMessageError(f"not OpenFlow (version {version}, type {kind})")
+                    if size - offset < length:
+                        break
+                    data = pending[offset:offset + length]
+                    offset += length
+                    handled += 1
+                    answer = receiver.receive(self, kind, data) if kind in OURS_FIRST and self.id is not None else None
+                    if answer is None:
+                        self._ordinary(version, kind, data)
+                    elif answer:
+                        answers.append(answer)
+                pending = pending[offset:]
+                if answers:
+                    self.send(b"".join(answers))
+                if handled > YIELD_EVERY:
+                    handled = 0
+                    hub.sleep(0)
+
+        def _ordinary(self, version: int, kind: int, data: bytes) -> None:
+            """Ryu's own way: parse, then events and handlers."""
+            check_lengths(kind, data)
+            message = ofproto_parser.msg(self, version, kind, len(data), struct.unpack_from("!I", data, 4)[0], data)
+            if not message:
+                return
+            event = ofp_event.ofp_msg_to_ev(message)
+            self.ofp_brick.send_event_to_observers(event, self.state)
+            for handler in self.ofp_brick.get_handlers(event):
+                if self.state in handler.callers[event.__class__].dispatchers:
+                    handler(event)
+
+        def _send_loop(self) -> None:
+            """Join what is queued: one system call for many messages."""
+            queue = self.send_q
+            try:
+                while self.state != DEAD_DISPATCHER:
+                    data, close = queue.get()
+                    self._send_q_sem.release()
+                    parts = [bytes(data)]
+                    while not close and queue.qsize():
+                        data, close = queue.get()
+                        self._send_q_sem.release()
+                        parts.append(bytes(data))
+                    self.socket.sendall(b"".join(parts))
+                    if close:
+                        break
+            except OSError as error:
+                LOG.debug("%s: sending failed: %s", self.address, error)
+            finally:
+                self.send_q = None
+                while queue.qsize():
+                    queue.get()
+                    self._send_q_sem.release()
+                self._close_write()
+
+    return FastDatapath
+
+
+def install(receiver: Receiver) -> None:
+    """Make Ryu use the fast Datapath for every switch that connects from now on."""
+    controller.Datapath = datapath_class(receiver)

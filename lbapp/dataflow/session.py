@@ -1,0 +1,283 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""One connected switch: read what it holds, make that what it should hold, keep it so.
+
+A switch that reconnects is reconciled, not wiped: rules that are right stay where they are,
+with their counters; connections go on. Every change is one bundle, so that no packet ever meets
+half of it. Owns the switch's :class:`SwitchProgram` and the transactions under way; never
+touches a socket (``send`` is given) and never sleeps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Callable, Iterator, Mapping
+
+from lbapp.config.model import Configuration
+from lbapp.config.routing import Routes
+from lbapp.control.messages import Host
+from lbapp.dataflow.openflow import (
+    ANY,
+    BUNDLE_COMMIT,
+    BUNDLE_OPEN,
+    GROUP_DELETE,
+    ONF,
+    SelectGroup,
+    add_flow,
+    bundle_add,
+    bundle_control,
+    delete_flow,
+    encode_match,
+    group_mod,
+    message,
+)
+from lbapp.dataflow.pipeline import COOKIE_MAGIC, COOKIE_MASK, Kind, kind_of
+from lbapp.dataflow.program import Change, SwitchProgram
+
+OFPT_MULTIPART_REQUEST = 18
+OFPMP_FLOW, OFPMP_GROUP_DESC = 1, 7
+OFPMPF_MORE = 1
+GROUP_ADD_OR_MODIFY = 0x8000
+"""Open vSwitch's own group command, for switches whose groups may or may not be there."""
+BUNDLE_SIZE = 1000
+"""Changes in one bundle where more are due (a fresh switch): bounds what the switch has to hold."""
+FIRST_XID = 0x1B000000
+LAST_XID = 0x1BFFFFFF
+_CONNECTIONS = frozenset({Kind.CONNECTION_IN, Kind.CONNECTION_OUT})
+
+
+class ProtocolError(ValueError):
+    """A switch sent something that cannot be."""
+
+
+class SwitchSession:
+    """The state of one connected switch.
+
+    Args:
+        switch: its datapath id.
+        hosts: a live view of the neighbours that the control segment knows on this switch.
+        send: takes bytes for the switch; may block.
+    """
+
+    def __init__(self, switch: int, hosts: Mapping[str, Host], send: Callable[[bytes], object]) -> None:
+        self.switch = switch
+        self.program = SwitchProgram(switch, hosts)
+        self.ready = False
+        self.flow_mods = 0
+        self.failed_bundles = 0
+        self.flow_count = 0
+        self.group_count = 0
+        self.synchronised: Configuration | None = None
+        self._send = send
+        self._xids = itertools.cycle(range(FIRST_XID, LAST_XID + 1))
+        self._bundles = itertools.cycle(range(1, 2**31))
+        self._open: dict[int, int] = {}
+        self._waiting: set[int] = set()
+        self._held: dict[tuple[int, int, bytes], tuple[int, bytes]] = {}
+        self._held_groups: set[int] = set()
+        self._adopted: dict[int, Host] = {}
+        self._wanted: Configuration | None = None
+        self._error = False
+
+    # -------------------------------------------------------------- reading
+
+    def read(self) -> None:
+        """Ask the switch for all rules and groups of ours."""
+        for kind, body in (
+            (OFPMP_GROUP_DESC, b""),
+            (OFPMP_FLOW, struct.pack("!B3xII4xQQ", 0xFF, ANY, ANY, COOKIE_MAGIC << 56, COOKIE_MASK) + encode_match(())),
+        ):
+            xid = next(self._xids)
+            self._waiting.add(xid)
+            self._send(message(OFPT_MULTIPART_REQUEST, struct.pack("!HH4x", kind, 0) + body, xid))
+
+    def on_multipart(self, data: bytes) -> bool:
+        """Take a multipart reply; true where it was asked for here.
+
+        Raises:
+            ProtocolError: lengths that cannot be.
+        """
+        xid = int.from_bytes(data[4:8], "big")
+        if xid not in self._waiting:
+            return False
+        if len(data) < 16:
+            raise ProtocolError("multipart reply too short")
+        kind, flags = struct.unpack_from("!HH", data, 8)
+        offset = 16
+        while offset < len(data):
+            if offset + 8 > len(data):
+                raise ProtocolError("multipart entry too short")
+            length = data[offset] << 8 | data[offset + 1]
+            if length < 8 or offset + length > len(data):
+                raise ProtocolError(f"multipart entry of {length} bytes")
+            if kind == OFPMP_FLOW:
+                self._read_flow(data[offset:offset + length])
+            elif kind == OFPMP_GROUP_DESC:
+                self._held_groups.add(int.from_bytes(data[offset + 4:offset + 8], "big"))
+            offset += length
+        if not flags & OFPMPF_MORE:
+            self._waiting.discard(xid)
+        return True
+
+    @property
+    def was_read(self) -> bool:
+        """Whether everything asked for by :meth:`read` has arrived."""
+        return not self._waiting
+
+    def adopted_hosts(self, configuration: Configuration) -> dict[str, Host]:
+        """Where the switch's own rules say that members are (address -> Host)."""
+        hosts = {}
+        routes = Routes(configuration.networks.values())
+        for pool in configuration.pools.values():
+            for member in pool.members:
+                host = self._adopted.get(member.number)
+                if host is not None:
+                    hosts[routes.towards(member.address)] = host
+        return hosts
+
+    def _read_flow(self, entry: bytes) -> None:
+        if len(entry) < 56:
+            raise ProtocolError("flow entry too short")
+        table = entry[2]
+        priority = entry[12] << 8 | entry[13]
+        cookie = int.from_bytes(entry[24:32], "big")
+        match_length = entry[50] << 8 | entry[51]
+        end = 48 + (match_length + 7 & ~7)
+        if match_length < 4 or end > len(entry):
+            raise ProtocolError("flow match length")
+        kind = kind_of(cookie)
+        if kind in _CONNECTIONS:
+            return
+        match = entry[48:end]
+        self._held[table, priority, canonical_match(match)] = cookie, match
+        if kind is Kind.FORWARD:
+            host = _host_of(entry[end:])
+            if host is not None:
+                self._adopted[cookie >> 24 & 0xFFFFFF] = host
+
+    # -------------------------------------------------------------- writing
+
+    def reconcile(self, configuration: Configuration) -> Iterator[int]:
+        """Make the switch hold what it should, and no more of ours. Yields after each bundle (the number sent)."""
+        for _ in self.program.configure(configuration):
+            pass  # the whole is compared below
+        change = Change()
+        groups = {group.group for group in self.program.groups()}
+        change.groups = [(GROUP_ADD_OR_MODIFY, group) for group in self.program.groups()]
+        held = self._held
+        fresh = not held
+        for flow in self.program.flows():
+            key = (flow.table, flow.priority, canonical_match(encode_match(flow.match)))
+            if held.pop(key, (None,))[0] != flow.cookie:
+                change.add.append(flow)
+            if len(change) >= BUNDLE_SIZE and fresh:
+                yield self._apply(change)
+                change = Change()
+        change.delete_groups = [SelectGroup(group, ()) for group in self._held_groups - groups]
+        stale = [delete_flow(table, priority, match) for (table, priority, _), (_, match) in held.items()]
+        self._held, self._held_groups, self._adopted = {}, set(), {}
+        yield self._apply(change, stale)
+        self._wanted = configuration
+        self.ready = True
+
+    def configure(self, configuration: Configuration) -> Iterator[int]:
+        """Take over a configuration, one bundle a virtual server (small ones together)."""
+        gathered = Change()
+        for change in self.program.configure(configuration):
+            gathered.add += change.add
+            gathered.delete += change.delete
+            gathered.groups += [(GROUP_ADD_OR_MODIFY, group) for _, group in change.groups]
+            gathered.delete_groups += change.delete_groups
+            if len(gathered) >= BUNDLE_SIZE:
+                yield self._apply(gathered)
+                gathered = Change()
+        if gathered:
+            yield self._apply(gathered)
+        self._wanted = configuration
+        self._settle()
+
+    def host_changed(self, address: str) -> None:
+        """A neighbour is somewhere else: change the rules that lead to it."""
+        change = self.program.host_changed(address)
+        if change:
+            change.groups = [(GROUP_ADD_OR_MODIFY, group) for _, group in change.groups]
+            self._apply(change)
+
+    def on_bundle_reply(self, data: bytes) -> bool:
+        """Take an experimenter message; true where it is an answer to a bundle of ours."""
+        if len(data) < 24 or struct.unpack_from("!II", data, 8) != (ONF, 2300):
+            return False
+        self._open.pop(int.from_bytes(data[16:20], "big"), None)
+        self._settle()
+        return True
+
+    def on_error(self, data: bytes) -> bool:
+        """Take an error; true where it answers a bundle of ours. The switch is then read again by the caller."""
+        xid = int.from_bytes(data[4:8], "big")
+        bundle = next((bundle for bundle, known in self._open.items() if known == xid), None)
+        if bundle is None:
+            return False
+        del self._open[bundle]
+        self.failed_bundles += 1
+        self._error = True
+        return True
+
+    @property
+    def needs_repair(self) -> bool:
+        """Whether a bundle failed, so that the switch has to be read and reconciled again."""
+        return self._error
+
+    def _settle(self) -> None:
+        if self.ready and not self._open and not self._error:
+            self.synchronised = self._wanted
+
+    def _apply(self, change: Change, encoded: list[bytes] | None = None) -> int:
+        """Send a change as one bundle: groups before the rules that name them, deletes before adds."""
+        messages = [group_mod(command, group) for command, group in change.groups]
+        messages += encoded or []
+        messages += [delete_flow(flow.table, flow.priority, encode_match(flow.match)) for flow in change.delete]
+        messages += [add_flow(flow) for flow in change.add]
+        messages += [group_mod(GROUP_DELETE, group) for group in change.delete_groups]
+        if messages:
+            bundle, xid = next(self._bundles), next(self._xids)
+            self._open[bundle] = xid
+            self.flow_mods += len(messages)
+            self._send(b"".join([bundle_control(bundle, BUNDLE_OPEN, xid),
+                                 *[bundle_add(bundle, inner, xid) for inner in messages],
+                                 bundle_control(bundle, BUNDLE_COMMIT, xid)]))
+        return len(messages)
+
+
+def canonical_match(match: bytes) -> bytes:
+    """A match with its fields in one order, as two that mean the same may differ in it."""
+    length = match[2] << 8 | match[3]
+    offset, fields = 4, []
+    while offset + 4 <= length:
+        size = 4 + match[offset + 3]
+        fields.append(match[offset:offset + size])
+        offset += size
+    body = b"".join(sorted(fields))
+    return match[:4] + body + bytes(-length % 8)
+
+
+def _host_of(instructions: bytes) -> Host | None:
+    """MAC and port out of a FORWARD rule's actions: its set-field of eth_dst and its output."""
+    mac = port = None
+    offset = 0
+    while offset + 8 <= len(instructions):
+        kind, length = struct.unpack_from("!HH", instructions, offset)
+        if length < 8 or offset + length > len(instructions):
+            return None
+        at, end = offset + 8, offset + length
+        while kind == 4 and at + 8 <= end:
+            action, size = struct.unpack_from("!HH", instructions, at)
+            if size < 8 or at + size > end:
+                return None
+            if action == 25 and instructions[at + 4:at + 8] == b"\x80\x00\x06\x06":
+                mac = instructions[at + 8:at + 14]
+            elif action == 0:
+                port = int.from_bytes(instructions[at + 4:at + 8], "big")
+            at += size
+        offset += length
+    return Host(mac, port) if mac is not None and port is not None else None
