@@ -1,0 +1,68 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the figures have to reach, and whether they do: pure, computed from ``latest.json`` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+REFERENCE = "haproxy-tcp"
+
+RATIOS: tuple[tuple[str, str, float], ...] = (
+    ("lbapp-switch", "new_conn_per_s", 0.95),
+    ("lbapp-punted", "new_conn_per_s", 0.85),
+    *((target, metric, 1.0) for target in ("lbapp-switch", "lbapp-punted")
+      for metric in ("keepalive_req_per_s", "big_mb_per_s", "up_gbit_per_s", "down_gbit_per_s")),
+)
+"""Target, metric, and the least share of the reference's figure."""
+
+CONTROLLER_US = 25.0
+SCALE_CONNECTIONS = 100_000
+SCALE_RULES = 60
+SCALE_BYTES_PER_CONNECTION = 20.0
+"""Growth of the controller below this is not growth per connection: 2 MB at 100 000."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One line of the list. ``met`` is None where nothing was measured."""
+
+    text: str
+    measured: str
+    met: bool | None
+
+
+def _ratio(targets: Mapping[str, Mapping[str, float]], target: str, metric: str, least: float) -> Goal:
+    text = f"{target} {metric} at least {least:.2f} times {REFERENCE}"
+    ours, theirs = targets.get(target, {}).get(metric), targets.get(REFERENCE, {}).get(metric)
+    if ours is None or not theirs:
+        return Goal(text, "not measured", None)
+    return Goal(text, f"{ours / theirs:.2f}x", ours >= least * theirs)
+
+
+def _most(text: str, value: float | None, most: float, unit: str) -> Goal:
+    if value is None:
+        return Goal(text, "not measured", None)
+    return Goal(text, f"{value:.4g}{unit}", value <= most)
+
+
+def goals(targets: Mapping[str, Mapping[str, float]], scale: Mapping[str, float]) -> list[Goal]:
+    """All goals of the first stage.
+
+    Args:
+        targets: target -> metric -> median.
+        scale: what ``bench scale`` measured; empty if it was not run.
+    """
+    held = scale.get("connections_held")
+    return [
+        *(_ratio(targets, *row) for row in RATIOS),
+        _most(f"lbapp-punted: controller at most {CONTROLLER_US:.0f} µs CPU a punted connection",
+              targets.get("lbapp-punted", {}).get("controller_us_per_conn"), CONTROLLER_US, " µs"),
+        Goal(f"{SCALE_CONNECTIONS} concurrent connections held",
+             "not measured" if held is None else f"{held:.0f}", None if held is None else held >= SCALE_CONNECTIONS),
+        _most(f"at most {SCALE_RULES} OpenFlow rules a virtual server while they are held",
+              scale.get("held_rules_per_virtual_server"), SCALE_RULES, " rules"),
+        _most("controller does not grow with connections decided by the switch",
+              scale.get("held_controller_bytes_per_connection"), SCALE_BYTES_PER_CONNECTION, " bytes/connection"),
+    ]
