@@ -3,7 +3,7 @@
 """Network namespaces, and processes inside them.
 
 A namespace is known by a process that lives in it, so nothing has to be cleaned up in the file
-system, and it is gone when that process is. Every process started here is killed by the kernel
+system, and it is gone when that process is. Every process started here is ended by the kernel
 when the process that started it ends, however that ends.
 """
 
@@ -14,6 +14,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,7 +90,7 @@ class Namespace:
         Raises:
             CommandError: not root, or the kernel refuses.
         """
-        holder = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "sleep", "infinity"],
+        holder = subprocess.Popen([*_with_us(), "unshare", "--net", "sleep", "infinity"],
                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         outside = Path("/proc/self/ns/net").stat().st_ino
         try:
@@ -129,7 +130,7 @@ class Namespace:
         """
         options.setdefault("stdin", subprocess.DEVNULL)
         options.setdefault("start_new_session", True)
-        process = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *self.prefix, *argv], **options)
+        process = subprocess.Popen([*_with_us(), *self.prefix, *argv], **options)
         # Ended ones need not be remembered: thousands of short ones are started in a test run.
         self._processes = [known for known in self._processes if known.poll() is None] + [process]
         return process
@@ -169,6 +170,17 @@ class Namespace:
             _setns(there)
         finally:
             os.close(there)
+
+
+def _with_us() -> tuple[str, ...]:
+    """A command that runs another one and has the kernel end it when we end.
+
+    For the kernel "we" is a thread: what a passing thread starts must not end with it. TERM, so
+    that nginx and the controller can end their own children.
+    """
+    if threading.current_thread() is threading.main_thread():
+        return ("setpriv", "--pdeathsig", "TERM")
+    return ()
 
 
 def _setns(descriptor: int) -> None:

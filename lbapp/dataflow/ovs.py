@@ -96,10 +96,10 @@ class Ovs:
         except FileNotFoundError:
             raise OvsError(f"{argv[0]} is not installed (Debian package openvswitch-switch)") from None
         except subprocess.TimeoutExpired:
-            raise OvsError(f"no answer within {timeout:g} s from: {' '.join(argv)}") from None
+            raise OvsError(f"no answer within {timeout:g} s from: {_short(argv)}") from None
         if done.returncode:
             reason = (done.stderr or done.stdout).strip().splitlines()
-            raise OvsError(f"{' '.join(argv)}: {reason[-1] if reason else f'exit status {done.returncode}'}")
+            raise OvsError(f"{_short(argv)}: {reason[-1] if reason else f'exit status {done.returncode}'}")
         return done.stdout
 
     def vsctl(self, *arguments: str, wait: bool = True) -> str:
@@ -160,8 +160,8 @@ class Ovs:
         self._ovs_ctl("start", "--system-id=random", "--no-ovsdb-server", "--no-mlockall", "--no-record-hostname")
 
     def _wait_for_switch(self) -> None:
-        # Without --no-wait this returns when ovs-vswitchd has read the database.
-        self.vsctl("--", "init")
+        # Without --no-wait, a change returns when ovs-vswitchd has done all that the database says.
+        self.vsctl("set", "Open_vSwitch", ".", f"external_ids:lbapp-started={time.time_ns()}")
 
     def stop(self) -> None:
         """Stop both daemons. Bridges stay in the database."""
@@ -292,7 +292,12 @@ class Ovs:
 
     def conntrack_entries(self) -> int:
         """Connections that the userspace datapath tracks now."""
-        return int(self.appctl("dpctl/ct-get-nconns", "netdev@ovs-netdev"))
+        try:
+            return int(self.appctl("dpctl/ct-get-nconns", "netdev@ovs-netdev"))
+        except OvsError:
+            if self.bridges():
+                raise
+            return 0  # no bridge, no datapath
 
     def version(self) -> tuple[int, ...]:
         """The version of ovs-vswitchd, such as (3, 1, 0)."""
@@ -315,7 +320,7 @@ class PrivateOvs(Ovs):
 
     def __init__(self, directory: Path | str, prefix: Sequence[str] = ()) -> None:
         super().__init__(directory)
-        self._prefix = tuple(prefix)
+        self.prefix = tuple(prefix)
         self._database: subprocess.Popen[bytes] | None = None
         self._switch: subprocess.Popen[bytes] | None = None
 
@@ -326,7 +331,7 @@ class PrivateOvs(Ovs):
         return {"OVS_RUNDIR": where, "OVS_LOGDIR": where, "OVS_DBDIR": where, "OVS_SYSCONFDIR": where}
 
     def _spawn(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
-        argv = ["setpriv", "--pdeathsig", "KILL", *self._prefix, program, *arguments,
+        argv = ["setpriv", "--pdeathsig", "TERM", *self.prefix, program, *arguments,
                 "--pidfile", f"--unixctl={self._control(program)}", "-vconsole:off", "-vsyslog:off", "-vfile:info",
                 f"--log-file={self.rundir / program}.log", "--no-chdir"]
         try:
@@ -388,6 +393,12 @@ class PrivateOvs(Ovs):
             if process is not None:
                 _end(process)
         self._switch = self._database = None
+
+
+def _short(argv: Sequence[str]) -> str:
+    """A command for a message: a bundle of flows can be megabytes."""
+    text = " ".join(argv)
+    return text if len(text) <= 400 else text[:400] + "..."
 
 
 def _end(process: subprocess.Popen[bytes], patience: float = 3.0) -> None:

@@ -1,0 +1,33 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: the fixtures of tests/namespaces.py, and the controller's log beside a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+pytest_plugins = ["tests.namespaces"]
+
+NEED_A_MACHINE = frozenset({"netns", "switch", "make_lab", "lab", "two_networks_lab", "two_switches_lab"})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that use namespaces are integration tests (``-m "not integration"`` leaves them out)."""
+    for item in items:
+        if NEED_A_MACHINE.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.integration)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Add the end of the log of each laboratory's controller to a failure."""
+    report = yield
+    if report.failed:
+        for name, value in getattr(item, "funcargs", {}).items():
+            controller = getattr(value, "controller", None)
+            if controller is not None:
+                report.sections.append((f"log of {name}'s controller", controller.log_tail()))
+    return report
