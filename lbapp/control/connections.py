@@ -22,6 +22,7 @@ The end of a connection (003, "Flow Management", FIGURE 19):
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import NamedTuple
@@ -164,14 +165,17 @@ class Connections:
         old = table.get(entry.serial)
         if old is not None:  # the originator began its serials anew
             self.remove(old)
-        while self._size >= self._limits.connections:
+        if self._size >= self._limits.connections:
             self._overflow()
         table[entry.serial] = entry
         self._size += 1
         for counts in entry.counts:
             counts.opened += 1
             counts.active += 1
-        self._timers.schedule(entry, entry.deadline)
+        self._set_timer(entry)
+
+    def _set_timer(self, entry: Entry) -> None:
+        self._timers.schedule(entry, math.ceil(entry.deadline))  # never early: it would be due again at once
 
     def _overflow(self) -> None:
         """Make room: the oldest goes (003 FIGURES 18, 21). Its rules in the switch live on."""
@@ -235,7 +239,7 @@ class Connections:
         else:
             self._end(entry)
             entry.deadline = now + GRACE
-        self._timers.schedule(entry, entry.deadline)
+        self._set_timer(entry)
 
     def stats(self, entry: Entry, stats: Stats, alive: bool, now: float) -> None:
         """Counters of a living connection; with CONNALIVE its idle timer starts again (FIGURE 19)."""
@@ -316,7 +320,7 @@ class Connections:
                     entry.reaps += 1
                     entry.deadline = now + ANSWER
                     reaps.append(entry.reap())
-            self._timers.schedule(entry, entry.deadline)
+            self._set_timer(entry)
         return reaps
 
     def _fresh(self, switch: int, now: float) -> bool:

@@ -23,10 +23,10 @@ from lbapp.config.model import Algorithm
 from lbapp.control.messages import FlowSignature
 
 SLOT_BITS = 8
-TABLE_SIZE = 5003
-LARGE_TABLE_SIZE = 65_537
-LARGE_FROM = 51
-"""Members from which the large Maglev table is worth its time: the paper asks for 100 slots a member."""
+TABLE_SIZES = (5003, 16_381, 65_537)
+SLOTS_EACH = 100
+"""What the Maglev paper asks for, so that shares are right to a percent. A table is no larger
+than that needs: the largest takes 65 ms to build, the smallest 2."""
 
 _WORD = 0xFFFFFFFFFFFFFFFF
 
@@ -122,6 +122,14 @@ def slot_blocks(members: Sequence[tuple[int, int]], bits: int = SLOT_BITS) -> li
     return blocks
 
 
+def table_size(members: int) -> int:
+    """The prime number of slots that the controller's Maglev table has for so many members."""
+    size = next((size for size in TABLE_SIZES if members * SLOTS_EACH <= size), max(TABLE_SIZES[-1], 2 * members + 1))
+    while not _prime(size):
+        size += 2
+    return size
+
+
 def _prime(value: int) -> bool:
     return value > 1 and all(value % divisor for divisor in range(2, math.isqrt(value) + 1))
 
@@ -157,7 +165,8 @@ def maglev_table(members: Sequence[tuple[int, int]], size: int = 251) -> tuple[i
         places.append(int.from_bytes(digest[:8], "big") % size)
         steps.append(int.from_bytes(digest[8:], "big") % (size - 1) + 1)
     table = [-1] * size
-    due = [0] * len(served)
+    # Everybody claims on the first turn: light members have a slot in a small table too.
+    due = [heaviest - weight for _, weight in served]
     rows = [(index, key, weight) for index, (key, weight) in enumerate(served)]
     filled = 0
     while True:
@@ -271,11 +280,17 @@ class LeastConnections:
         return best
 
 
+def _indices(values: list[int]) -> array[int]:
+    """The numbers in as few bytes as they fit in: there may be ten thousand such tables."""
+    highest = max(values, default=0)
+    return array("B" if highest < 1 << 8 else "H" if highest < 1 << 16 else "L", values)
+
+
 class SourceIP:
     """The same client address, the same member; the slots are those a switch would match."""
 
     def __init__(self) -> None:
-        self._slots: array[int] = array("H")
+        self._slots: array[int] = array("B")
         self._mask = 0
 
     def update(self, candidates: Sequence[Candidate]) -> None:
@@ -283,11 +298,9 @@ class SourceIP:
         # More members than slots is for the controller alone: no switch gets such a table.
         bits = SLOT_BITS if len(candidates) <= 1 << SLOT_BITS else len(candidates).bit_length() + 1
         self._mask = (1 << bits) - 1
-        self._slots = array("H", bytes(2 << bits))
         weights = [(index, candidate.weight) for index, candidate in enumerate(candidates)]
-        for value, mask, index in slot_blocks(weights, bits):
-            size = (1 << bits) - mask
-            self._slots[value:value + size] = array("H", [index]) * size
+        blocks = slot_blocks(weights, bits)
+        self._slots = _indices([index for _, mask, index in blocks for _ in range((1 << bits) - mask)])
 
     def pick(self, signature: FlowSignature, serial: int) -> int:
         """See :class:`Selector`."""
@@ -299,19 +312,19 @@ class ConsistentHash:
 
     def __init__(self) -> None:
         self._members: list[tuple[int, int]] = []
-        self._table: array[int] = array("H")
+        self._table: array[int] = array("B")
 
     def update(self, candidates: Sequence[Candidate]) -> None:
         """See :class:`Selector`. The table is built when it is first needed: it takes milliseconds."""
         members = [(candidate.number, candidate.weight) for candidate in candidates]
         if members != self._members:
             self._members = members
-            self._table = array("H")
+            self._table = array("B")
 
     def _build(self) -> array[int]:
-        size = TABLE_SIZE if len(self._members) < LARGE_FROM else LARGE_TABLE_SIZE
         places = {number: index for index, (number, _) in enumerate(self._members)}
-        self._table = array("H", [places[number] for number in maglev_table(self._members, size)])
+        table = maglev_table(self._members, table_size(len(self._members)))
+        self._table = _indices([places[number] for number in table])
         return self._table
 
     def pick(self, signature: FlowSignature, serial: int) -> int:

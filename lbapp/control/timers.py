@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 from typing import Generic, TypeVar
 
 
@@ -31,7 +30,7 @@ class Timers(Generic[T]):
     """One timer an item, in slots of equal length.
 
     Args:
-        grain: seconds a slot; a timer fires up to one grain late, never early.
+        grain: seconds a slot; a timer is due with its slot, up to one grain early and never late.
     """
 
     def __init__(self, grain: float) -> None:
@@ -39,9 +38,12 @@ class Timers(Generic[T]):
         self._slots: dict[int, dict[T, None]] = {}
         self._order: list[int] = []
 
+    def _slot(self, at: float) -> int:
+        return int(at / self._grain + 1e-6)  # 0.3 / 0.05 is a little less than 6
+
     def schedule(self, item: T, at: float) -> None:
         """Set the item's only timer, in place of the one it had."""
-        slot = math.ceil(at / self._grain)
+        slot = self._slot(at)
         if item.slot == slot:
             return
         if item.slot is not None:
@@ -63,7 +65,7 @@ class Timers(Generic[T]):
 
     def due(self, now: float, limit: int) -> list[T]:
         """Take up to ``limit`` items whose time has come, earliest slot first; they have no timer then."""
-        last = math.floor(now / self._grain)
+        last = self._slot(now)
         taken: list[T] = []
         while self._order and self._order[0] <= last:
             items = self._slots[self._order[0]]
