@@ -183,7 +183,7 @@ class ReplyEncoder:
 
     def __init__(self, switch: int, configuration: Configuration, routes: Routes) -> None:
         self._zones = zones(switch)
-        self._routes = routes
+        self.routes = routes
         self._servers: dict[int, VirtualServer] = {}
         self._members: dict[tuple[int, int], Member] = {}
         for server in configuration.virtual_servers.values():
@@ -203,7 +203,7 @@ class ReplyEncoder:
         if reply.error is not Error.OK:
             answer = frames.refusal(frame, packet, VIRTUAL_MAC)
             return None if answer is None else packet_out(OFPP_CONTROLLER, _to_port(asked.in_port), answer)
-        if reply.translation is not None and self._is_rules(asked.virtual_server):
+        if reply.translation is not None and self.is_rules(asked.virtual_server):
             return self._rules(reply, frame)
         before, after = self.commit_template(asked.virtual_server, reply.member, reply.tracked)
         return b"".join((
@@ -227,10 +227,11 @@ class ReplyEncoder:
         chosen = self._member(virtual_server, member)
         return encode_actions((
             Load(Register.VIRTUAL_SERVER, virtual_server),
-            commit(server, chosen, self._zones, routed=self._routes.routed(server, chosen), tracked=tracked,
+            commit(server, chosen, self._zones, routed=self.routes.routed(server, chosen), tracked=tracked,
                    serial=serial)))
 
-    def _is_rules(self, virtual_server: int) -> bool:
+    def is_rules(self, virtual_server: int) -> bool:
+        """Whether a virtual server's connections are rule pairs."""
         server = self._servers.get(virtual_server)
         return server is not None and server.state.value == "rules"
 
@@ -256,7 +257,7 @@ class ReplyEncoder:
         assert translation is not None
         server = self._servers[asked.virtual_server]
         member = self._member(asked.virtual_server, reply.member)
-        routed = self._routes.routed(server, member)
+        routed = self.routes.routed(server, member)
         s = asked.signature
         version = 4 if len(s.source) == 4 else 6
         ether = ("eth_type", ETH_IPV4 if version == 4 else ETH_IPV6)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from lbapp.config.model import Algorithm, Member, Network, Pool, State, VirtualServer
 from lbapp.config.routing import Routes
@@ -57,19 +58,19 @@ SOLICITED_OVERRIDE = 0x60000000
 SNAT_PORTS = (1024, 65535)
 
 
-class Address(NamedTuple):
+class Address(Struct, frozen=True):
     """Fact: a virtual address is served here. ``denied`` ports of it are refused."""
 
     address: str
 
 
-class Answer(NamedTuple):
+class Answer(Struct, frozen=True):
     """Fact: ARP and neighbour solicitations for an address are answered."""
 
     address: str
 
 
-class Source(NamedTuple):
+class Source(Struct, frozen=True):
     """Fact: packets from here may be replies of a connection. ``port`` 0: from any port."""
 
     address: str
@@ -78,13 +79,13 @@ class Source(NamedTuple):
     rules: bool
 
 
-class FragmentSource(NamedTuple):
+class FragmentSource(Struct, frozen=True):
     """Fact: later fragments from here, which carry no ports, may belong to replies of a connection."""
 
     address: str
 
 
-class Forward(NamedTuple):
+class Forward(Struct, frozen=True):
     """Fact: a member (or with ``virtual_server`` all of a virtual server's members) is reached by a next hop."""
 
     member: int
@@ -93,7 +94,7 @@ class Forward(NamedTuple):
     routed: bool
 
 
-class SourceNat(NamedTuple):
+class SourceNat(Struct, frozen=True):
     """Fact: connections of a virtual server to a member have their source translated."""
 
     member: int
@@ -101,26 +102,26 @@ class SourceNat(NamedTuple):
     address: str
 
 
-class Neighbour(NamedTuple):
+class Neighbour(Struct, frozen=True):
     """Fact: the controller wants to hear where an address is."""
 
     address: str
 
 
-class Own(NamedTuple):
+class Own(Struct, frozen=True):
     """Fact: the balancer's own address in a network (answered, and the source of translated connections)."""
 
     address: str
     cidr: str
 
 
-class Gateway(NamedTuple):
+class Gateway(Struct, frozen=True):
     """Fact: a router leads to everywhere that no network of ours contains."""
 
     address: str
 
 
-class Local(NamedTuple):
+class Local(Struct, frozen=True):
     """Fact: an address that a wildcard virtual server leaves alone (003, "other known local address")."""
 
     address: str
@@ -132,6 +133,11 @@ Fact = Address | Answer | Source | FragmentSource | Forward | SourceNat | Neighb
 def packed(address: str) -> bytes:
     """The bytes of an address."""
     return ipaddress.ip_address(address).packed
+
+
+def address_text(data: bytes) -> str:
+    """The canonical text of an address."""
+    return str(ipaddress.ip_address(data))
 
 
 def _ip(address: str, side: str) -> Match:
@@ -193,9 +199,10 @@ def base_flows(zone: Zones, probe: bytes) -> Iterator[Flow]:
             Conntrack(zone.service, table=Table.RETURN, nat=Nat()))
     yield base(Table.CLASSIFY, Priority.DEFAULT, (), goto=Table.VIRTUAL_SERVER)
 
-    yield base(Table.RULES_RETURN, Priority.DEFAULT, (), Conntrack(zone.service, table=Table.RETURN, nat=Nat()))
-    yield base(Table.UNSNAT, Priority.REPLY, (CT_REPLY,),
-               Conntrack(zone.service, table=Table.RETURN, nat=Nat()))
+    for ether in (ETH_IPV4, ETH_IPV6):
+        known = Conntrack(zone.service, table=Table.RETURN, nat=Nat())
+        yield base(Table.RULES_RETURN, Priority.DEFAULT, (("eth_type", ether),), known)
+        yield base(Table.UNSNAT, Priority.REPLY, (("eth_type", ether), CT_REPLY), known)
     for ether in (ETH_IPV4, ETH_IPV6):
         for flag in (0x01, 0x04):
             closing = (("eth_type", ether), ("ip_proto", TCP), label_bit(Label.TRACKED), ("tcp_flags", flag, flag))

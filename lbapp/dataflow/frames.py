@@ -185,6 +185,15 @@ def probe(address: bytes, mac: bytes, sender: bytes | None = None) -> bytes:
     return b"\x33\x33\xff" + address[13:] + mac + b"\x86\xdd" + header + segment
 
 
+def destination(frame: bytes) -> bytes | None:
+    """The destination address of an IP frame; None where it is not one."""
+    if len(frame) >= 34 and frame[12:14] == b"\x08\x00":
+        return frame[30:34]
+    if len(frame) >= 54 and frame[12:14] == b"\x86\xdd":
+        return frame[38:54]
+    return None
+
+
 def neighbour(frame: bytes, port: int) -> tuple[bytes, Host] | None:
     """Who an ARP packet or a neighbour advertisement says is where; None where it says nothing of use."""
     if len(frame) >= 42 and frame[12:14] == b"\x08\x06":

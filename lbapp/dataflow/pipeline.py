@@ -218,7 +218,7 @@ DECLARATION: dict[Table, TableRule] = {
     Table.CLASSIFY: TableRule(_L3 | _L4 | _ICMP | _ARP, _ANSWER | {Conntrack},
                               frozenset({Table.RULES_RETURN, Table.VIRTUAL_SERVER, Table.ND_ANSWER, Table.L2})),
     Table.RULES_RETURN: TableRule(_L3 | _L4, _DELIVER | {Conntrack, FinTimeout}, frozenset()),
-    Table.UNSNAT: TableRule(frozenset({"ct_state"}), frozenset({Conntrack}), frozenset()),
+    Table.UNSNAT: TableRule(frozenset({"ct_state", "eth_type"}), frozenset({Conntrack}), frozenset()),
     Table.RETURN: TableRule(frozenset({"ct_state", "ct_label", "eth_type", "ip_proto", "tcp_flags"}),
                             frozenset({Output}), frozenset({Table.RESTORE, Table.VIRTUAL_SERVER})),
     Table.RESTORE: TableRule(frozenset({"ct_label", "eth_type"}),

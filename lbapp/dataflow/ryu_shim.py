@@ -13,6 +13,7 @@ Owns the socket loops; decides nothing.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import ssl
 import struct
@@ -201,4 +202,10 @@ def datapath_class(receiver: Receiver) -> type[controller.Datapath]:
 
 def install(receiver: Receiver) -> None:
     """Make Ryu use the fast Datapath for every switch that connects from now on."""
-    controller.Datapath = datapath_class(receiver)
+    fast = datapath_class(receiver)
+
+    def serve(connection: Any, address: Any) -> None:
+        with contextlib.closing(fast(connection, address)) as datapath:
+            datapath.serve()
+
+    controller.datapath_connection_factory = serve

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from lbapp.config.model import Configuration
 from lbapp.config.routing import Routes
 from lbapp.control.messages import Host
+from lbapp.dataflow.counters import RuleCounters, request_body
 from lbapp.dataflow.openflow import (
-    ANY,
     BUNDLE_COMMIT,
     BUNDLE_OPEN,
     GROUP_DELETE,
@@ -32,7 +32,7 @@ from lbapp.dataflow.openflow import (
     group_mod,
     message,
 )
-from lbapp.dataflow.pipeline import COOKIE_MAGIC, COOKIE_MASK, Kind, kind_of
+from lbapp.dataflow.pipeline import Kind, kind_of
 from lbapp.dataflow.program import Change, SwitchProgram
 
 OFPT_MULTIPART_REQUEST = 18
@@ -66,14 +66,15 @@ class SwitchSession:
         self.ready = False
         self.flow_mods = 0
         self.failed_bundles = 0
-        self.flow_count = 0
-        self.group_count = 0
+        self.counters = RuleCounters()
         self.synchronised: Configuration | None = None
         self._send = send
         self._xids = itertools.cycle(range(FIRST_XID, LAST_XID + 1))
         self._bundles = itertools.cycle(range(1, 2**31))
         self._open: dict[int, int] = {}
         self._waiting: set[int] = set()
+        self._counting: set[int] = set()
+        self._counters = RuleCounters()
         self._held: dict[tuple[int, int, bytes], tuple[int, bytes]] = {}
         self._held_groups: set[int] = set()
         self._adopted: dict[int, Host] = {}
@@ -84,13 +85,24 @@ class SwitchSession:
 
     def read(self) -> None:
         """Ask the switch for all rules and groups of ours."""
-        for kind, body in (
-            (OFPMP_GROUP_DESC, b""),
-            (OFPMP_FLOW, struct.pack("!B3xII4xQQ", 0xFF, ANY, ANY, COOKIE_MAGIC << 56, COOKIE_MASK) + encode_match(())),
-        ):
-            xid = next(self._xids)
-            self._waiting.add(xid)
-            self._send(message(OFPT_MULTIPART_REQUEST, struct.pack("!HH4x", kind, 0) + body, xid))
+        self._ask(OFPMP_GROUP_DESC, b"", self._waiting)
+        self._ask(OFPMP_FLOW, request_body(), self._waiting)
+
+    def read_counters(self) -> None:
+        """Ask the switch what its rules have counted; ``counters`` is new once ``counting`` is false again."""
+        if not self.counting:
+            self._counters = RuleCounters()
+            self._ask(OFPMP_FLOW, request_body(), self._counting)
+
+    @property
+    def counting(self) -> bool:
+        """Whether an answer to :meth:`read_counters` is due."""
+        return bool(self._counting)
+
+    def _ask(self, kind: int, body: bytes, waiting: set[int]) -> None:
+        xid = next(self._xids)
+        waiting.add(xid)
+        self._send(message(OFPT_MULTIPART_REQUEST, struct.pack("!HH4x", kind, 0) + body, xid))
 
     def on_multipart(self, data: bytes) -> bool:
         """Take a multipart reply; true where it was asked for here.
@@ -99,7 +111,7 @@ class SwitchSession:
             ProtocolError: lengths that cannot be.
         """
         xid = int.from_bytes(data[4:8], "big")
-        if xid not in self._waiting:
+        if xid not in self._waiting and xid not in self._counting:
             return False
         if len(data) < 16:
             raise ProtocolError("multipart reply too short")
@@ -111,13 +123,20 @@ class SwitchSession:
             length = data[offset] << 8 | data[offset + 1]
             if length < 8 or offset + length > len(data):
                 raise ProtocolError(f"multipart entry of {length} bytes")
-            if kind == OFPMP_FLOW:
+            if kind == OFPMP_FLOW and length < 56:
+                raise ProtocolError("flow entry too short")
+            if xid in self._counting:
+                self._counters.add(data[offset:offset + length])
+            elif kind == OFPMP_FLOW:
                 self._read_flow(data[offset:offset + length])
             elif kind == OFPMP_GROUP_DESC:
                 self._held_groups.add(int.from_bytes(data[offset + 4:offset + 8], "big"))
             offset += length
         if not flags & OFPMPF_MORE:
             self._waiting.discard(xid)
+            if xid in self._counting:
+                self._counting.discard(xid)
+                self.counters = self._counters
         return True
 
     @property
@@ -137,8 +156,6 @@ class SwitchSession:
         return hosts
 
     def _read_flow(self, entry: bytes) -> None:
-        if len(entry) < 56:
-            raise ProtocolError("flow entry too short")
         table = entry[2]
         priority = entry[12] << 8 | entry[13]
         cookie = int.from_bytes(entry[24:32], "big")

@@ -1,0 +1,396 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""The Ryu application: OpenFlow in, OpenFlow out. It decides nothing.
+
+A packet-in takes this way: ``receive`` → ``carrier.decode_packet_in`` → ``ControlSegment.query``
+→ ``ReplyEncoder.encode`` → the socket. Everything slower (configuration, neighbours, reading a
+switch) is queued for the switch's own worker, one job at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+from ryu.app.wsgi import WSGIApplication
+from ryu.base import app_manager
+from ryu.controller import ofp_event
+from ryu.controller.handler import DEAD_DISPATCHER, MAIN_DISPATCHER, set_ev_cls
+from ryu.lib import hub
+from ryu.ofproto import ofproto_v1_3
+
+from lbapp.config.model import Configuration
+from lbapp.config.routing import Routes
+from lbapp.control.engine import ControlSegment
+from lbapp.control.messages import (
+    Closed,
+    Delete,
+    Host,
+    HostChanged,
+    Live,
+    NeighbourSeen,
+    PortDown,
+    Probe,
+    Reap,
+    Refused,
+    Reply,
+    SwitchDown,
+    SwitchUp,
+    ToSwitch,
+)
+from lbapp.dataflow import carrier, frames, ryu_shim
+from lbapp.dataflow.flows import address_text
+from lbapp.dataflow.openflow import delete_by_cookie
+from lbapp.dataflow.pipeline import COOKIE_MAGIC, Kind, connection_cookie
+from lbapp.dataflow.session import SwitchSession
+
+LOG = logging.getLogger("lbapp")
+
+TICK = 0.1
+BATCH_SECONDS = 0.1
+BATCH_SIZE = 256
+"""Closed connections reach the control segment together: after this time, or this many."""
+HELD_PACKETS = 256
+"""Packets that wait for their host's address to be found (routing), over all hosts of a switch."""
+RECENT_RULES = 4096
+"""Connections whose rules may still turn out not to fit in the switch's table."""
+WORK_QUEUE = 100_000
+_ANY_CONNECTION = (1 << 64) - 1 ^ 1 << 48
+"""A cookie mask that takes both directions of a connection: CONNECTION_IN and _OUT differ in one bit."""
+
+FLOW_MOD_FAILED, TABLE_FULL = 5, 1
+
+
+class Hosts(Mapping[str, Host]):
+    """The neighbours that the control segment knows on one switch, as they are at each look."""
+
+    def __init__(self, control: ControlSegment, switch: int) -> None:
+        self._control, self._switch = control, switch
+
+    def __getitem__(self, address: str) -> Host:
+        return self._control.hosts(self._switch)[address]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._control.hosts(self._switch))
+
+    def __len__(self) -> int:
+        return len(self._control.hosts(self._switch))
+
+
+class Switch:
+    """A connected switch: its connection, its session, and what waits for either."""
+
+    def __init__(self, datapath: Any, control: ControlSegment, configuration: Configuration) -> None:
+        self.datapath = datapath
+        self.id: int = datapath.id
+        self.connected = time.monotonic()
+        self.session = SwitchSession(self.id, Hosts(control, self.id), datapath.send)
+        self.encoder = carrier.ReplyEncoder(self.id, configuration, Routes(configuration.networks.values()))
+        self.work: hub.Queue = hub.Queue(WORK_QUEUE)
+        self.worker: Any = None
+        self.counters: Counter[str] = Counter()
+        self.punts: Counter[int] = Counter()
+        self.closed: list[Closed] = []
+        self.held: dict[str, deque[bytes]] = {}
+        self.recent: OrderedDict[int, tuple[carrier.PacketIn, frames.Packet]] = OrderedDict()
+
+
+class LoadBalancer(app_manager.RyuApp):  # type: ignore[misc]
+    """lbapp beside, or without, other Ryu applications."""
+
+    OFP_VERSIONS: ClassVar = [ofproto_v1_3.OFP_VERSION]
+    _CONTEXTS: ClassVar = {"wsgi": WSGIApplication}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.name = "lbapp"
+        self.wsgi = kwargs["wsgi"]
+        self.control = ControlSegment()
+        self.configuration = Configuration()
+        self.switches: dict[int, Switch] = {}
+        # A restarted controller must not give a living connection's serial away again.
+        self._serials = itertools.count(secrets.randbits(32))
+        self._punts = {
+            Kind.QUERY: self._query, Kind.DENIED: self._query, Kind.FULL: self._no_room, Kind.GONE: self._no_room,
+            Kind.CLOSE: self._close, Kind.NEIGHBOUR: self._neighbour, Kind.LOOKUP: self._lookup,
+        }
+        ryu_shim.install(self)
+
+    def start(self) -> None:
+        """Called by Ryu once all applications are there."""
+        super().start()
+        self.threads.append(hub.spawn(self._ticks))
+
+    # -------------------------------------------------------------- configuration
+
+    def configure(self, configuration: Configuration) -> None:
+        """Take over a new configuration; called whenever the store changed, in order."""
+        self.configuration = configuration
+        commands = self.control.configure(configuration, time.monotonic())
+        routes = Routes(configuration.networks.values())
+        for switch in self.switches.values():
+            switch.encoder = carrier.ReplyEncoder(switch.id, configuration, routes)
+            self._queue(switch, ("configure", configuration))
+        self._perform(commands)
+
+    # -------------------------------------------------------------- the short path
+
+    def receive(self, datapath: Any, kind: int, data: bytes) -> bytes | None:
+        """See :class:`lbapp.dataflow.ryu_shim.Receiver`."""
+        switch = self.switches.get(datapath.id)
+        if switch is None or switch.datapath is not datapath:
+            return None
+        if kind == ryu_shim.PACKET_IN:
+            if len(data) < 32 or data[16] != COOKIE_MAGIC:
+                return None
+            switch.counters["packet_ins"] += 1
+            punted = carrier.decode_packet_in(data)
+            handler = self._punts.get(data[17])
+            return handler(switch, punted) if handler is not None else b""
+        if kind == ryu_shim.FLOW_REMOVED:
+            return self._flow_removed(switch, data)
+        if kind == ryu_shim.MULTIPART_REPLY:
+            return self._multipart(switch, data)
+        if kind == ryu_shim.EXPERIMENTER:
+            return b"" if switch.session.on_bundle_reply(data) else None
+        return self._error(switch, data)
+
+    def _query(self, switch: Switch, punted: carrier.PacketIn) -> bytes:
+        if not switch.session.ready:
+            switch.counters["queries_before_ready"] += 1
+            return b""
+        try:
+            packet = frames.parse(punted.frame)
+            frame = frames.with_checksum(punted.frame, packet)
+        except frames.MalformedError:
+            switch.counters["malformed"] += 1
+            return b""
+        query = carrier.query(punted, packet, switch.id, next(self._serials) & 0xFFFFFFFF)
+        if query.virtual_server:
+            switch.punts[query.virtual_server] += 1
+        reply = self.control.query(query, time.monotonic())
+        answer = switch.encoder.encode(reply, frame, packet)
+        if answer is None:
+            return b""
+        switch.counters["packet_outs"] += 1
+        if reply.install and switch.encoder.is_rules(query.virtual_server) and not reply.error:
+            switch.counters["flow_mods"] += 2
+            switch.recent[reply.query.serial] = punted, packet
+            if len(switch.recent) > RECENT_RULES:
+                switch.recent.popitem(last=False)
+        return answer
+
+    def _no_room(self, switch: Switch, punted: carrier.PacketIn) -> bytes:
+        """Conntrack took no more, or a connection's member is gone: refuse at once."""
+        mark = carrier.connection_mark(punted)
+        if punted.cookie >> 48 & 0xFF == Kind.FULL:
+            switch.counters["conntrack_full"] += 1
+            self._perform(self.control.handle(Refused(switch.id, mark.serial, mark.virtual_server), time.monotonic()))
+        else:
+            switch.counters["member_gone"] += 1
+        try:
+            answer = carrier.refuse(punted, frames.parse(punted.frame))
+        except frames.MalformedError:
+            return b""
+        if answer is None:
+            return b""
+        switch.counters["packet_outs"] += 1
+        return answer
+
+    def _close(self, switch: Switch, punted: carrier.PacketIn) -> bytes:
+        self._closed(switch, carrier.closed_by_shutdown(carrier.connection_mark(punted)))
+        return b""
+
+    def _closed(self, switch: Switch, closed: Closed) -> None:
+        switch.closed.append(closed)
+        if len(switch.closed) >= BATCH_SIZE:
+            self._flush(switch)
+
+    def _flush(self, switch: Switch) -> None:
+        if switch.closed:
+            batch, switch.closed = tuple(switch.closed), []
+            switch.counters["delete_batches"] += 1
+            self._perform(self.control.handle(Delete(switch.id, batch), time.monotonic()))
+
+    def _flow_removed(self, switch: Switch, data: bytes) -> bytes | None:
+        removed = carrier.decode_flow_removed(data)
+        if removed is None:
+            return None
+        switch.counters["flow_removeds"] += 1
+        self._closed(switch, Closed(removed.serial, 0, 0, removed.reason, removed.outbound, True, removed.packets,
+                                    removed.bytes, removed.duration))
+        return b""
+
+    # -------------------------------------------------------------- neighbours and routing
+
+    def _neighbour(self, switch: Switch, punted: carrier.PacketIn) -> bytes:
+        seen = frames.neighbour(punted.frame, punted.in_port)
+        if seen is not None and switch.session.ready:
+            address, host = seen
+            self._perform(self.control.handle(NeighbourSeen(switch.id, address_text(address), host),
+                                              time.monotonic()))
+        return b""
+
+    def _lookup(self, switch: Switch, punted: carrier.PacketIn) -> bytes:
+        """A packet for a host of our networks that was not looked up yet: hold it, and ask."""
+        address = frames.destination(punted.frame)
+        if address is None or not switch.session.ready:
+            return b""
+        text = address_text(address)
+        host = self.control.host(switch.id, text)
+        if host is not None:
+            return carrier.forward_to(host, punted.frame)
+        if sum(map(len, switch.held.values())) < HELD_PACKETS:
+            switch.held.setdefault(text, deque(maxlen=4)).append(punted.frame)
+        else:
+            switch.counters["lookups_dropped"] += 1
+        self._perform(self.control.want(switch.id, text, time.monotonic()))
+        return b""
+
+    def _release(self, switch: Switch, change: HostChanged) -> None:
+        for frame in switch.held.pop(change.address, ()):
+            if change.host is not None:
+                switch.datapath.send(carrier.forward_to(change.host, frame))
+
+    # -------------------------------------------------------------- switches
+
+    @set_ev_cls(ofp_event.EventOFPStateChange, [MAIN_DISPATCHER, DEAD_DISPATCHER])
+    def _state_changed(self, event: Any) -> None:
+        datapath = event.datapath
+        if event.state == MAIN_DISPATCHER:
+            old = self.switches.get(datapath.id)
+            if old is not None:
+                self._forget(old)
+            switch = self.switches[datapath.id] = Switch(datapath, self.control, self.configuration)
+            LOG.info("switch %016x connected from %s", switch.id, datapath.address[0])
+            switch.worker = hub.spawn(self._work, switch)
+            switch.session.read()
+        elif datapath.id is not None:
+            switch = self.switches.get(datapath.id)
+            if switch is not None and switch.datapath is datapath:
+                LOG.info("switch %016x disconnected; it goes on forwarding", switch.id)
+                del self.switches[datapath.id]
+                self._forget(switch)
+
+    def _forget(self, switch: Switch) -> None:
+        self._flush(switch)
+        hub.kill(switch.worker)
+        self._perform(self.control.handle(SwitchDown(switch.id), time.monotonic()))
+
+    @set_ev_cls(ofp_event.EventOFPPortStatus, MAIN_DISPATCHER)
+    def _port_status(self, event: Any) -> None:
+        message = event.msg
+        down = message.reason == ofproto_v1_3.OFPPR_DELETE or message.desc.state & ofproto_v1_3.OFPPS_LINK_DOWN
+        if down and message.datapath.id in self.switches:
+            self._perform(self.control.handle(PortDown(message.datapath.id, message.desc.port_no), time.monotonic()))
+
+    def _multipart(self, switch: Switch, data: bytes) -> bytes | None:
+        if not switch.session.on_multipart(data):
+            return None
+        if switch.session.was_read and not switch.session.ready:
+            self._queue(switch, ("reconcile", None))
+        return b""
+
+    def _error(self, switch: Switch, data: bytes) -> bytes | None:
+        if switch.session.on_error(data):
+            LOG.error("switch %016x refused a change of rules (error type %d code %d); it will be read again",
+                      switch.id, data[8] << 8 | data[9], data[10] << 8 | data[11])
+            self._queue(switch, ("repair", None))
+            return b""
+        cookie = int.from_bytes(data[20:28], "big") if len(data) >= 28 and data[13] == 14 else 0
+        serial = cookie & 0xFFFFFFFF
+        if cookie >> 48 not in (COOKIE_MAGIC << 8 | Kind.CONNECTION_IN, COOKIE_MAGIC << 8 | Kind.CONNECTION_OUT):
+            return None
+        known = switch.recent.pop(serial, None)
+        if known is None:
+            return b""  # its other direction was refused before
+        full = data[8:12] == bytes((0, FLOW_MOD_FAILED, 0, TABLE_FULL))
+        switch.counters["table_full" if full else "flow_mods_failed"] += 1
+        self._perform(self.control.handle(Refused(switch.id, serial, carrier.owner_of(known[0].cookie)),
+                                          time.monotonic()))
+        return delete_by_cookie(connection_cookie(Kind.CONNECTION_IN, serial), _ANY_CONNECTION) + (
+            carrier.refuse(*known) or b"")
+
+    def _queue(self, switch: Switch, job: tuple[str, Any]) -> None:
+        if switch.work.full():
+            LOG.error("switch %016x: too much work queued; it is disconnected to be read again", switch.id)
+            switch.datapath.close()
+        else:
+            switch.work.put(job)
+
+    def _work(self, switch: Switch) -> None:
+        """A switch's jobs, one at a time, so that no change overtakes another."""
+        while True:
+            job, argument = switch.work.get()
+            try:
+                self._do(switch, job, argument)
+            except Exception:
+                LOG.exception("switch %016x: %s failed; it is disconnected to be read again", switch.id, job)
+                switch.datapath.close()
+                return
+
+    def _do(self, switch: Switch, job: str, argument: Any) -> None:
+        session = switch.session
+        if job == "reconcile":
+            hosts = session.adopted_hosts(self.configuration)
+            commands = self.control.handle(SwitchUp(switch.id, hosts), time.monotonic())
+            sent = 0
+            for count in session.reconcile(self.configuration):
+                sent += count
+                hub.sleep(0)
+            LOG.info("switch %016x reconciled: %d changes", switch.id, sent)
+            self._perform(commands)
+            self._queue(switch, ("configure", self.configuration))
+        elif job == "configure" and session.ready:
+            for _ in session.configure(argument):
+                hub.sleep(0)
+        elif job == "host" and session.ready:
+            session.host_changed(argument)
+        elif job == "repair":
+            hub.sleep(1.0)
+            switch.datapath.close()
+
+    # -------------------------------------------------------------- commands and time
+
+    def _perform(self, commands: Iterable[ToSwitch]) -> None:
+        """Do what the control segment says.
+
+        Raises:
+            TypeError: a command that nobody here knows how to do.
+        """
+        for command in commands:
+            switch = self.switches.get(command.query.switch if isinstance(command, Reply) else command.switch)
+            if switch is None:
+                continue
+            if isinstance(command, Probe):
+                switch.counters["probes"] += 1
+                network = switch.encoder.routes.network_of(command.address)
+                sender = network.address if network is not None and ":" not in command.address else None
+                switch.datapath.send(carrier.probe(switch.id, command.address, sender))
+            elif isinstance(command, HostChanged):
+                self._release(switch, command)
+                self._queue(switch, ("host", command.address))
+            elif isinstance(command, Reap):
+                switch.datapath.send(delete_by_cookie(connection_cookie(Kind.CONNECTION_IN, command.serial),
+                                                      _ANY_CONNECTION))
+            else:
+                raise TypeError(f"cannot do {type(command).__name__}")
+
+    def live(self, switch: int, connections: tuple[tuple[int, int, int], ...]) -> None:
+        """Tell the control segment which followed connections a switch's conntrack holds."""
+        self._perform(self.control.handle(Live(switch, connections), time.monotonic()))
+
+    def _ticks(self) -> None:
+        while True:
+            hub.sleep(TICK)
+            try:
+                for switch in list(self.switches.values()):
+                    self._flush(switch)
+                self._perform(self.control.tick(time.monotonic()))
+            except Exception:
+                LOG.exception("tick failed")
