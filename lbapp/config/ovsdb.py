@@ -1,0 +1,281 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""A session with an OVSDB server: JSON-RPC (RFC 7047, section 4) over one stream.
+
+Owns the socket and the framing, nothing else: it does not know our tables and never
+reconnects. Works the same in threads and, under eventlet's monkey patching, in greenlets.
+
+Why not ``ovs.db.idl``: see docs/adr/0003-store.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+_CHUNK = 1 << 18
+_LARGEST = 1 << 30
+"""No message of a database of ours comes near this; a peer that sends more is not one."""
+
+
+class Lost(Exception):
+    """The session ended, or the server did not answer in time; the text says how."""
+
+
+class Refused(Exception):
+    """The server answered a request with an error."""
+
+
+class RowUpdate(msgspec.Struct):
+    """One row of an update: both for a change, ``new`` alone for an insertion, ``old`` alone for a deletion."""
+
+    old: dict[str, Any] = {}
+    new: dict[str, Any] | None = None
+
+
+Updates = dict[str, dict[str, msgspec.Raw]]
+"""Table, then row UUID, then a :class:`RowUpdate` still to be decoded: one at a time, because a
+first dump of everything as Python objects takes ten times the memory of its text."""
+
+decode_row = msgspec.json.Decoder(RowUpdate).decode
+decode_updates = msgspec.json.Decoder(Updates).decode
+
+
+class _Message(msgspec.Struct):
+    method: str | None = None
+    params: msgspec.Raw = msgspec.Raw()
+    id: Any = None
+    result: msgspec.Raw = msgspec.Raw()
+    error: Any = None
+
+
+_MESSAGE = msgspec.json.Decoder(_Message)
+_UPDATE = msgspec.json.Decoder(tuple[Any, Updates])
+
+
+class _Frames:
+    """Cuts a byte stream into JSON texts: nothing but their own braces delimits them.
+
+    Linear in the bytes received, whatever the chunks: braces outside strings are counted per
+    chunk, and the text is decoded once the count is back at zero.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+
+    def feed(self, chunk: bytes) -> list[_Message]:
+        """Take what was received; return the messages that are complete now.
+
+        Raises:
+            ValueError: this is not JSON-RPC.
+            Lost: the message has no end.
+        """
+        self._parts.append(chunk)
+        self._size += len(chunk)
+        if self._size > _LARGEST:
+            raise Lost(f"the database sent a message of more than {_LARGEST} bytes")
+        text = chunk
+        if self._escaped:
+            text = text[1:]
+        self._escaped = False
+        if b"\\" in text:
+            text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+            self._escaped = text.endswith(b"\\")
+        pieces = text.split(b'"')
+        outside = b"".join(pieces[1 if self._in_string else 0::2])
+        self._in_string ^= len(pieces) % 2 == 0
+        self._depth += outside.count(b"{") - outside.count(b"}")
+        if self._depth or self._in_string:
+            return []
+        whole = b"".join(self._parts)
+        self._parts.clear()
+        self._size = 0
+        try:
+            return [_MESSAGE.decode(whole)]
+        except msgspec.DecodeError:
+            return self._several(whole.decode().strip())
+
+    @staticmethod
+    def _several(text: str) -> list[_Message]:
+        scanner = json.JSONDecoder()
+        messages, at = [], 0
+        while at < len(text):
+            _, end = scanner.raw_decode(text, at)
+            messages.append(_MESSAGE.decode(text[at:end]))
+            at = end
+            while text[at:at + 1].isspace():
+                at += 1
+        return messages
+
+
+def connect(remote: str, seconds: float) -> socket.socket:
+    """Connect to the first of a comma-separated list of ``unix:PATH`` and ``tcp:HOST:PORT`` that answers.
+
+    Raises:
+        ValueError: the text is neither.
+        OSError: none answers.
+    """
+    last: OSError | None = None
+    for one in remote.split(","):
+        kind, _, rest = one.strip().partition(":")
+        if kind == "unix" and rest:
+            connection, address = socket.socket(socket.AF_UNIX), rest
+        elif kind == "tcp" and ":" in rest:
+            host, _, port = rest.rpartition(":")
+            six = host.startswith("[")
+            connection = socket.socket(socket.AF_INET6 if six else socket.AF_INET)
+            address = (host.strip("[]"), int(port))  # type: ignore[assignment]
+        else:
+            raise ValueError(f"expected unix:PATH or tcp:HOST:PORT as the database's remote, got {one!r}")
+        connection.settimeout(seconds)
+        try:
+            connection.connect(address)
+        except OSError as error:
+            connection.close()
+            last = error
+            continue
+        connection.settimeout(None)
+        return connection
+    assert last is not None
+    raise last
+
+
+class _Pending:
+    __slots__ = ("done", "error", "result")
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.result = msgspec.Raw()
+        self.error: Exception | None = None
+
+
+def _ignore(_: Updates) -> None:
+    """Before the first dump nothing is monitored."""
+
+
+class Session:
+    """One connection, from its opening to its loss.
+
+    Args:
+        remote: see :func:`connect`.
+        seconds: to connect.
+    """
+
+    def __init__(self, remote: str, seconds: float = 5.0) -> None:
+        self._socket = connect(remote, seconds)
+        self._frames = _Frames()
+        self._sending = threading.Lock()
+        self._pending: dict[int, _Pending] = {}
+        self._serial = 0
+        self._closed: str | None = None
+
+    def call(self, method: str, params: list[Any], seconds: float) -> msgspec.Raw:
+        """Send a request and wait for its answer, which :meth:`receive` in another thread will read.
+
+        Returns:
+            The result's JSON text.
+
+        Raises:
+            Lost: no answer; whether the request was carried out is not known.
+            Refused: the server's error.
+        """
+        pending = self._request(method, params)
+        if not pending.done.wait(seconds):
+            self.close(f"no answer to {method} within {seconds:.0f} s")
+        if pending.error is not None:
+            raise pending.error
+        return pending.result
+
+    def ask(self, method: str, params: list[Any], seconds: float) -> msgspec.Raw:
+        """Like :meth:`call`, but reads the answer itself: only before :meth:`receive` is used."""
+        pending = self._request(method, params)
+        self._socket.settimeout(seconds)
+        while not pending.done.is_set():
+            self._read(_ignore)
+        self._socket.settimeout(None)
+        if pending.error is not None:
+            raise pending.error
+        return pending.result
+
+    def receive(self, on_update: Callable[[Updates], None]) -> None:
+        """Read until the session is lost; hand every table update on, in the server's order.
+
+        The server sends a transaction's update before the transaction's answer on the same
+        session, so whoever waits in :meth:`call` continues after ``on_update`` saw it.
+
+        Raises:
+            Lost: always, in the end.
+        """
+        while True:
+            self._read(on_update)
+
+    def close(self, reason: str = "closed") -> None:
+        """End the session; everyone who waits gets :class:`Lost`."""
+        if self._closed is None:
+            self._closed = reason
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        for pending in list(self._pending.values()):
+            pending.error = Lost(self._closed)
+            pending.done.set()
+        self._pending.clear()
+
+    def _request(self, method: str, params: list[Any]) -> _Pending:
+        pending = _Pending()
+        with self._sending:
+            if self._closed is not None:
+                raise Lost(self._closed)
+            self._serial += 1
+            self._pending[self._serial] = pending
+            self._send({"method": method, "params": params, "id": self._serial})
+        return pending
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            self._socket.sendall(msgspec.json.encode(message))
+        except OSError as error:
+            self.close(str(error))
+            raise Lost(self._closed) from None
+
+    def _read(self, on_update: Callable[[Updates], None]) -> None:
+        try:
+            chunk = self._socket.recv(_CHUNK)
+        except OSError as error:
+            self.close(str(error))
+            raise Lost(self._closed) from None
+        if not chunk:
+            self.close("the database closed the connection")
+            raise Lost(self._closed)
+        try:
+            messages = self._frames.feed(chunk)
+        except ValueError as error:
+            self.close(f"the database does not speak JSON-RPC: {error}")
+            raise Lost(self._closed) from None
+        for message in messages:
+            self._dispatch(message, on_update)
+
+    def _dispatch(self, message: _Message, on_update: Callable[[Updates], None]) -> None:
+        if message.method == "echo":
+            with self._sending:
+                self._send({"result": message.params, "error": None, "id": message.id})
+        elif message.method == "update":
+            on_update(_UPDATE.decode(message.params)[1])
+        elif message.method is None:
+            pending = self._pending.pop(message.id, None)
+            if pending is None:
+                return
+            if message.error is not None:
+                pending.error = Refused(json.dumps(message.error))
+            pending.result = message.result
+            pending.done.set()
