@@ -40,8 +40,8 @@ def text(message: Any) -> str:
     if isinstance(message, Reply):
         translation = ""
         if message.translation is not None:
-            where, port, host = message.translation
-            translation = f" -> {'=' if where is None else _address(where)}:{port or '='} at {text(host)}"
+            address, port, there = message.translation
+            translation = f" -> {'=' if address is None else _address(address)}:{port or '='} at {text(there)}"
         flags = ("" if message.install else " (installed)") + (" (tracked)" if message.tracked else "")
         member = f" member {message.member}" if message.member else ""
         return f"Reply {message.query.serial} {message.error.name}{member}{translation}{flags}"
@@ -56,6 +56,8 @@ def text(message: Any) -> str:
     if isinstance(message, (Probe, HostChanged)):
         where = "" if isinstance(message, Probe) else f" {text(message.host) if message.host else 'lost'}"
         return f"{type(message).__name__} switch {message.switch} {message.address}{where}"
+    if isinstance(message, NeighbourSeen):
+        return f"NeighbourSeen switch {message.switch} {message.address} {text(message.host)}"
     if isinstance(message, Reap):
         return f"Reap switch {message.switch} serial {message.serial} of {message.virtual_server}/{message.member}"
     return repr(message)
@@ -151,16 +153,17 @@ class Playbook:
 
 def member(number: int, **fields: Any) -> Member:
     """Member ``n`` is 10.0.0.n:8080."""
-    return Member(**({"address": f"10.0.0.{number}", "protocol_port": 8080, "number": number} | fields))
+    values: dict[str, Any] = {"address": f"10.0.0.{number}", "protocol_port": 8080, "number": number}
+    return Member(**values | fields)
 
 
 def site(count: int = 3, *, algorithm: Algorithm = Algorithm.ROUND_ROBIN, members: Iterable[Member] | None = None,
          networks: Iterable[Network] = (), pool: dict[str, Any] | None = None, **fields: Any) -> Configuration:
     """One virtual server, number 1, at 192.0.2.1:80 TCP, and a pool of ``count`` members."""
     chosen = tuple(members) if members is not None else tuple(member(n) for n in range(1, count + 1))
-    server = VirtualServer(**({"name": "web", "vip_address": "192.0.2.1", "protocol": Protocol.TCP,
-                               "protocol_port": 80, "number": 1, "default_pool_id": "p"} | fields))
-    return Configuration(virtual_servers={"v": server},
+    values: dict[str, Any] = {"name": "web", "vip_address": "192.0.2.1", "protocol": Protocol.TCP,
+                              "protocol_port": 80, "number": 1, "default_pool_id": "p"}
+    return Configuration(virtual_servers={"v": VirtualServer(**values | fields)},
                          pools={"p": Pool(name="servers", lb_algorithm=algorithm, members=chosen, **(pool or {}))},
                          networks={network.name: network for network in networks})
 

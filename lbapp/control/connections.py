@@ -159,14 +159,14 @@ class Connections:
         self._by_signature.setdefault(entry.switch, {})[query.signature[:5]] = entry
 
     def _insert(self, entry: Entry) -> None:
-        table = self._tables.get(entry.switch)
-        if table is None:
-            table = self._tables[entry.switch] = OrderedDict()
-        old = table.get(entry.serial)
+        old = self.get(entry.switch, entry.serial)
         if old is not None:  # the originator began its serials anew
             self.remove(old)
         if self._size >= self._limits.connections:
             self._overflow()
+        table = self._tables.get(entry.switch)
+        if table is None:
+            table = self._tables[entry.switch] = OrderedDict()
         table[entry.serial] = entry
         self._size += 1
         for counts in entry.counts:

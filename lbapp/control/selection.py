@@ -206,18 +206,23 @@ class RoundRobin:
     def __init__(self) -> None:
         self._order: list[int] = []
         self._next = 0
+        self._begun = False
 
     def update(self, candidates: Sequence[Candidate]) -> None:
-        """See :class:`Selector`: next is whoever was next, or the first after it who is still there."""
+        """See :class:`Selector`: next is who follows the last one now, or if that is gone, who followed it then."""
         order = [candidate.number for candidate in candidates]
         places = {number: index for index, number in enumerate(order)}
         waiting = self._order[self._next:] + self._order[:self._next]
-        self._next = next((places[number] for number in waiting if number in places), 0)
+        if waiting and waiting[-1] in places:
+            self._next = (places[waiting[-1]] + 1) % len(order) if self._begun else 0
+        else:
+            self._next = next((places[number] for number in waiting if number in places), 0)
         self._order = order
 
     def pick(self, signature: FlowSignature, serial: int) -> int:
         """See :class:`Selector`."""
         index = self._next
+        self._begun = True
         self._next = index + 1 if index + 1 < len(self._order) else 0
         return index
 

@@ -192,7 +192,7 @@ def test_slot_blocks_examples():
 
 
 def test_light_members_are_served_at_the_expense_of_the_heaviest():
-    shares = Counter()
+    shares: Counter[int] = Counter()
     for _, mask, key in slot_blocks([(0, 256)] + [(n, 1) for n in range(1, 101)]):
         shares[key] += 256 - mask
     assert shares[0] == 156
