@@ -4,7 +4,7 @@
 
 A :class:`Lab` is a context manager: whatever happens inside, its processes are ended, its
 namespaces deleted and its directory removed. Children also get the parent's death signal, so that
-even SIGKILL on the benchmark ends them; :func:`sweep` removes the empty namespaces of such a run.
+SIGKILL on the benchmark ends them too; :func:`sweep` removes what is left of such a run.
 It never touches the namespace it was started in, nor a process it did not start.
 """
 
@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import TypeVar
 
 PREFIX = "lbb"
+DIRECTORY = "lbapp-bench-"
 NAMED = Path("/run/netns")
 CLONE_NEWNET = 0x40000000
 PR_SET_PDEATHSIG = 1
@@ -54,7 +55,8 @@ class BenchError(Exception):
     """Something that keeps a target from being measured; the text is for the operator."""
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Between fork and exec: have the kernel kill the child when the thread that started it ends."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
@@ -167,7 +169,7 @@ class Lab:
         self._namespaces: list[Namespace] = []
         self._processes: list[Process] = []
         self._cleanups: list[Callable[[], None]] = []
-        self.directory = Path(tempfile.mkdtemp(prefix="lbapp-bench-"))
+        self.directory = Path(tempfile.mkdtemp(prefix=f"{DIRECTORY}{os.getpid()}-"))
         self.directory.chmod(0o755)  # nginx's workers read from it
 
     def __enter__(self) -> Lab:
@@ -178,7 +180,15 @@ class Lab:
         self.close()
 
     def close(self) -> None:
-        """End and remove everything; what fails is skipped, so that the rest is still removed."""
+        """End and remove everything; what fails is skipped, and no second Ctrl-C stops it half-way."""
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        try:
+            self._close()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+
+    def _close(self) -> None:
         for cleanup in reversed(self._cleanups):
             with contextlib.suppress(Exception):
                 cleanup()
@@ -233,7 +243,7 @@ class Lab:
         with log.open("wb") as output:
             popen = subprocess.Popen(
                 namespace.argv(*argv), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                preexec_fn=_die_with_parent, start_new_session=True, env={**os.environ, **(env or {})})
+                preexec_fn=die_with_parent, start_new_session=True, env={**os.environ, **(env or {})})
         process = Process(label, popen, log)
         self._processes.append(process)
         return process
@@ -258,7 +268,7 @@ class Lab:
                 running.append(subprocess.Popen(
                     list(argv), stdin=subprocess.PIPE if text is not None else subprocess.DEVNULL,
                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-                    preexec_fn=_die_with_parent, start_new_session=True, env={**os.environ, **(env or {})}))
+                    preexec_fn=die_with_parent, start_new_session=True, env={**os.environ, **(env or {})}))
             for argv, popen in zip(commands, running, strict=True):
                 out, err = popen.communicate(text, timeout=max(0.1, end - time.monotonic()))
                 if popen.returncode:
@@ -308,12 +318,17 @@ def _remove(name: str) -> None:
 
 
 def sweep() -> list[str]:
-    """Remove the namespaces of benchmark runs that were killed; returns their names."""
+    """Remove namespaces, their processes and directories of benchmark runs that were killed; returns their names."""
     removed = []
     for path in sorted(NAMED.glob(f"{PREFIX}*-*")):
         found = re.fullmatch(rf"{PREFIX}(\d+)-.+", path.name)
         if found and not _exists(int(found[1])):
             _remove(path.name)
+            removed.append(path.name)
+    for path in sorted(Path(tempfile.gettempdir()).glob(f"{DIRECTORY}*-*")):
+        found = re.fullmatch(rf"{DIRECTORY}(\d+)-.+", path.name)
+        if found and not _exists(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True)
             removed.append(path.name)
     return removed
 

@@ -36,6 +36,11 @@ def number(value: float) -> str:
     return f"{value:.3g}" if value else "0"
 
 
+def figure(name: str, value: float) -> str:
+    """A figure of the scale measurement, memory in MB."""
+    return f"{number(value / 1e6)} MB" if name.endswith(("_rss_before", "_rss_after")) else number(value)
+
+
 def _cell(summary: Spread, target: str, metric: str) -> str:
     triple = summary.get(target, {}).get(metric)
     if triple is None:
@@ -69,9 +74,11 @@ def tables(summary: Spread, names: Sequence[str]) -> list[Table]:
 
 
 def goal_lines(goals: Sequence[Goal]) -> list[str]:
-    """The "to reach" list, one line a goal."""
-    words = {True: "[green]met    [/green]", False: "[red]not met[/red]", None: "[dim]  -    [/dim]"}
-    return [f"  {words[goal.met]}  {goal.text}: {goal.measured}" for goal in goals]
+    """The "to reach" list, one line a goal; what this run did not measure is only counted."""
+    words = {True: "[green]met    [/green]", False: "[red]not met[/red]"}
+    lines = [f"  {words[goal.met]}  {goal.text}: {goal.measured}" for goal in goals if goal.met is not None]
+    unknown = sum(goal.met is None for goal in goals)
+    return [*lines, f"  [dim]{unknown} not measured in this run[/dim]"] if unknown else lines
 
 
 def busy_lines(samples: Sequence[Sample]) -> list[str]:

@@ -1,0 +1,167 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""lbapp itself as a target: its own Open vSwitch in the middle, ``lbapp run`` beside it, set up by REST.
+
+Only what an operator would use is used: the command, the REST interface, Open vSwitch's tools.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from bench import machine
+from bench.lab import BenchError, Lab, Namespace, tail
+from bench.load import BULK_PORT, WEB_PORT, Client, Messages, Site
+from bench.targets import VIP, Target, hosts, start_servers
+from lbapp.dataflow.ovs import OvsError, PrivateOvs
+from topologies import namespace as processes
+from topologies.controller import OPENFLOW, ControllerProcess, RestError
+
+BRIDGE = "br0"
+PREFIX_LENGTH = 8
+READY_SECONDS = 20.0
+SETTLE_SECONDS = 1.2
+"""Open vSwitch adds its counters up once a second."""
+
+
+class RunningController:
+    """A controller under measurement."""
+
+    def __init__(self, process: ControllerProcess, ovs: PrivateOvs) -> None:
+        self._process = process
+        self._ovs = ovs
+
+    @property
+    def _pid(self) -> int:
+        if not self._process.running or self._process.process is None:
+            raise BenchError(f"the controller ended: {tail(self._process.log_tail(), 3)}")
+        return self._process.process.pid
+
+    def cpu_seconds(self) -> float:
+        """See :class:`bench.load.Controller`."""
+        return machine.cpu_seconds(self._pid)
+
+    def rss_bytes(self) -> int:
+        """See :class:`bench.load.Controller`."""
+        return machine.rss_bytes(self._pid)
+
+    def messages(self) -> Messages:
+        """See :class:`bench.load.Controller`; as the controller itself counts them."""
+        return messages(self._process.rest.get("/v1/stats"))
+
+    def switch_messages(self) -> int:
+        """The same total as the switch counts it, with the few of Open vSwitch's own tools."""
+        return sum(int(self._ovs.appctl("coverage/read-counter", name)) for name in ("vconn_sent", "vconn_received"))
+
+
+def messages(stats: dict[str, Any]) -> Messages:
+    """Add up what ``GET /v1/stats`` says about the messages of all switches."""
+    raise NotImplementedError
+
+
+class Installation:
+    """Four clients and two servers on one switch, and a controller for it; no virtual server yet."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        clients, servers = hosts(lab)
+        self.clients, self.servers = tuple(clients), tuple(servers)
+        self.middle = lab.namespace("mid")
+        self.addresses = [f"10.1.0.{index}" for index in range(1, len(servers) + 1)]
+        self.ovs = PrivateOvs(lab.directory / "ovs", self.middle.argv())
+        lab.on_close(self.ovs.stop)
+        try:
+            self.ovs.ensure_running()
+            self.ovs.add_bridge(BRIDGE, controller=f"tcp:{OPENFLOW}")
+            self._join("c", clients, [f"10.0.0.{index}" for index in range(1, len(clients) + 1)])
+            self._join("s", servers, self.addresses)
+        except OvsError as error:
+            raise BenchError(str(error)) from None
+        start_servers(lab, servers)
+        # A namespace is known by a process in it.
+        anchor = lab.spawn(self.middle, "anchor", ["sleep", "infinity"])
+        inside = processes.Namespace("the middle", anchor.pid)
+        self.process = ControllerProcess(inside, lab.directory / "state", environment=self.ovs.environment)
+        lab.on_close(self.process.stop)
+        try:
+            self.process.start(READY_SECONDS)
+        except RuntimeError:
+            raise BenchError(f"lbapp run is not ready: {tail(self.process.log_tail(), 3)}") from None
+        self.rest = self.process.rest
+        self.controller = RunningController(self.process, self.ovs)
+        self.wait(lambda: self.ovs.connected(BRIDGE), "the switch to connect to the controller")
+
+    def _join(self, label: str, namespaces: Sequence[Namespace], addresses: Sequence[str]) -> None:
+        for index, (namespace, address) in enumerate(zip(namespaces, addresses, strict=True), 1):
+            self.lab.link(namespace, "eth0", self.middle, f"{label}{index}")
+            self.lab.ip([f"addr add {address}/{PREFIX_LENGTH} dev eth0"], namespace)
+            self.ovs.add_port(BRIDGE, f"{label}{index}")
+
+    def wait(self, condition: Any, what: str, patience: float = READY_SECONDS) -> None:
+        """Wait until a condition holds; BenchError if it does not in time."""
+        try:
+            processes.wait_until(condition, patience, what)
+        except TimeoutError as error:
+            raise BenchError(f"{error}: {tail(self.process.log_tail(), 3)}") from None
+
+    def post(self, path: str, body: Any) -> Any:
+        """A REST call that has to succeed."""
+        try:
+            return self.rest.post(path, body)
+        except (RestError, httpx.HTTPError) as error:
+            raise BenchError(str(error)) from None
+
+    def rules(self) -> int:
+        """How many OpenFlow rules the switch holds."""
+        found = re.search(r"flow_count=(\d+)", self.ovs.ofctl("dump-aggregate", BRIDGE))
+        if found is None:
+            raise BenchError("ovs-ofctl dump-aggregate does not say how many rules there are")
+        return int(found[1])
+
+    def wait_answer(self, address: str, port: int) -> None:
+        """Wait until a connection through the virtual server succeeds."""
+        def answers() -> bool:
+            try:
+                self.clients[0].connect(address, port, 1.0).close()
+            except OSError:
+                return False
+            return True
+        self.wait(answers, f"an answer on {address}:{port}")
+
+
+class Lbapp(Target):
+    """lbapp with one of its ways to treat a new connection."""
+
+    def __init__(self, name: str, algorithm: str, **options: str) -> None:
+        self.name = name
+        self._algorithm = algorithm
+        self._options = options
+
+    def virtual_server(self, name: str, port: int, addresses: Sequence[str]) -> dict[str, Any]:
+        """The body of the REST call that adds a virtual server with its pool."""
+        members = [{"address": address, "protocol_port": port} for address in addresses]
+        return {"name": name, "vip_address": VIP, "protocol": "TCP", "protocol_port": port, **self._options,
+                "pool": {"name": f"{name}-pool", "lb_algorithm": self._algorithm, "members": members}}
+
+    def build(self, lab: Lab) -> Site:
+        """See :meth:`Target.build`."""
+        installation = Installation(lab)
+        installation.post("/v1/virtual-servers", self.virtual_server("web", WEB_PORT, installation.addresses))
+        installation.post("/v1/virtual-servers", self.virtual_server("bulk", BULK_PORT, installation.addresses[:1]))
+        for port in (WEB_PORT, BULK_PORT):
+            installation.wait_answer(VIP, port)
+        time.sleep(0.5)
+        return Site(tuple(Client(client, VIP) for client in installation.clients), installation.servers,
+                    installation.controller, SETTLE_SECONDS)
+
+
+OURS: tuple[Target, ...] = (
+    Lbapp("lbapp-switch", "WEIGHTED_ROUND_ROBIN", decision="switch"),
+    Lbapp("lbapp-punted", "ROUND_ROBIN", decision="controller"),
+    Lbapp("lbapp-rules", "ROUND_ROBIN", state="rules"),
+)

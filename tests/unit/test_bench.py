@@ -1,0 +1,420 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark's own arithmetic, files and housekeeping; the measuring itself is ``make bench``."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+
+from bench import __main__ as command
+from bench import goals, holder, lab, load, machine, prober, report, rounds, scale
+from bench.lab import BenchError
+from bench.lbapp_targets import OURS, Lbapp
+from bench.targets import BASELINES, VIP, Target
+from lbapp.config.model import Member, Pool, VirtualServer
+from topologies.namespace import unavailable
+
+needs_namespaces = pytest.mark.skipif(unavailable() is not None, reason=unavailable() or "")
+
+
+# ------------------------------------------------------------------ reading what the tools print
+
+
+def test_wrk_runs_side_by_side_are_added_up() -> None:
+    one = "Running 2s test\nresult 2000000 1000 128000 0 0 0 0 0\nbucket 10 900\nbucket 500 100\n"
+    two = "result 1000000 300 64000 1 2 3 4 5\nbucket 10 300\n"
+    result = load.parse_wrk([one, two])
+    assert result.per_second == 500 + 300
+    assert result.bytes_per_second == 64000 + 64000
+    assert (result.requests, result.errors) == (1300, 15)
+    assert result.histogram == {10: 1200, 500: 100}
+    assert result.percentile_ms(50) == 0.01
+    assert result.percentile_ms(99) == 0.5
+
+
+def test_wrk_without_result_is_an_error() -> None:
+    with pytest.raises(BenchError, match="no result"):
+        load.parse_wrk(["result 1000000 300 64000 0 0 0 0 0\n", "unable to connect\n"])
+
+
+@pytest.mark.parametrize(("percent", "expected"), [(1, 1), (50, 50), (99, 99), (99.5, 100), (100, 100)])
+def test_percentile_is_the_smallest_value_that_covers_so_many(percent: float, expected: int) -> None:
+    assert load.percentile(list(range(1, 101)), percent) == expected
+
+
+def test_percentile_of_nothing_is_an_error() -> None:
+    with pytest.raises(BenchError):
+        load.percentile([], 99)
+
+
+def test_iperf_counts_what_arrived() -> None:
+    output = {"end": {"sum_sent": {"bits_per_second": 9e9}, "sum_received": {"bits_per_second": 8.5e9}}}
+    assert load.parse_iperf(json.dumps(output)) == 8.5
+
+
+@pytest.mark.parametrize(("output", "reason"), [
+    ("", "no result"),
+    ('{"error": "unable to connect"}', "unable to connect"),
+    ('{"end": {}}', "incomplete"),
+    ('{"end": {"sum_received": {"bits_per_second": 0}}}', "nothing arrived"),
+])
+def test_iperf_failures_say_why(output: str, reason: str) -> None:
+    with pytest.raises(BenchError, match=reason):
+        load.parse_iperf(output)
+
+
+def test_the_small_object_has_the_size_it_is_said_to_have() -> None:
+    assert len(load.small_object()) == load.SMALL_BYTES == 128
+
+
+def test_process_times_are_read_behind_a_name_with_parentheses() -> None:
+    fields = ["S", "7", *["0"] * 9, "150", "50", *["0"] * 6, "4711", "0"]
+    assert machine.process_ticks("99 (a) b (c)) " + " ".join(fields)) == (7, 200, 4711)
+
+
+def test_own_processes_are_not_others() -> None:
+    others = machine.Others()
+    before = machine.cpu_seconds(os.getpid())
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:
+        pass
+    own = machine.cpu_seconds(os.getpid()) - before
+    assert own > 0.1
+    # Whatever else runs here: the processors cannot have given it what we used.
+    assert others.cores() < (os.cpu_count() or 1) - 0.1
+
+
+# ------------------------------------------------------------------ rounds
+
+
+class Broken(Target):
+    name = "broken"
+
+    def build(self, lab: lab.Lab) -> load.Site:
+        (lab.directory / "trace").write_text("x")
+        raise BenchError("the middle is missing")
+
+
+def test_every_round_has_every_target_and_none_keeps_its_place() -> None:
+    targets = list(BASELINES)
+    order = rounds.orders(targets, 20, seed=3)
+    assert len(order) == 20
+    for this, following in itertools.pairwise(order):
+        assert sorted(t.name for t in this) == sorted(t.name for t in targets)
+        assert all(one is not other for one, other in zip(this, following, strict=True))
+    assert order == rounds.orders(targets, 20, seed=3)
+    assert [len(one) for one in rounds.orders(targets[:1], 2, seed=1)] == [1, 1]
+
+
+def test_a_failed_target_is_a_sample_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds, "wait_until_quiet", lambda patience: 0.0)
+    said: list[str] = []
+    sample = rounds.turn(Broken(), 2, 1, said.append)
+    assert (sample.target, sample.round, sample.error, sample.metrics) == ("broken", 2, "the middle is missing", {})
+    assert said[-1] == "starting"
+
+
+def test_spread_and_medians() -> None:
+    samples = [rounds.Sample("nft", n, {"new_conn_per_s": value}) for n, value in enumerate((30.0, 10.0, 20.0), 1)]
+    samples.append(rounds.Sample("bare", 1, {}, error="no"))
+    summary = rounds.spread(samples)
+    assert summary == {"nft": {"new_conn_per_s": (20.0, 10.0, 30.0)}}
+    assert rounds.medians(summary) == {"nft": {"new_conn_per_s": 20.0}}
+
+
+# ------------------------------------------------------------------ goals and report
+
+
+def figures(ours: float, theirs: float) -> dict[str, dict[str, float]]:
+    metrics = ("new_conn_per_s", "keepalive_req_per_s", "big_mb_per_s", "up_gbit_per_s", "down_gbit_per_s")
+    return {"haproxy-tcp": dict.fromkeys(metrics, theirs), "lbapp-switch": dict.fromkeys(metrics, ours),
+            "lbapp-punted": {**dict.fromkeys(metrics, ours), "controller_us_per_conn": 25.1}}
+
+
+def test_goals_are_computed_from_the_figures() -> None:
+    found = {goal.text: goal.met for goal in goals.goals(figures(90, 100), {})}
+    assert found["lbapp-punted new_conn_per_s at least 0.85 times haproxy-tcp"] is True
+    assert found["lbapp-switch new_conn_per_s at least 0.95 times haproxy-tcp"] is False
+    assert found["lbapp-switch keepalive_req_per_s at least 1.00 times haproxy-tcp"] is False
+    assert found["lbapp-punted: controller at most 25 µs CPU a punted connection"] is False
+    assert found["100000 concurrent connections held"] is None
+
+
+def test_goals_at_their_limits_are_met() -> None:
+    scale_figures = {"connections_held": 100_000, "held_rules_per_virtual_server": 60,
+                     "held_controller_bytes_per_connection": 0.0}
+    targets = figures(100, 100)
+    targets["lbapp-punted"]["controller_us_per_conn"] = 25.0
+    assert all(goal.met for goal in goals.goals(targets, scale_figures))
+    short = {**scale_figures, "connections_held": 99_999, "held_rules_per_virtual_server": 61}
+    assert sum(goal.met is False for goal in goals.goals(targets, short)) == 2
+
+
+def test_nothing_measured_is_neither_met_nor_missed() -> None:
+    found = goals.goals({}, {})
+    assert {goal.met for goal in found} == {None}
+    lines = report.goal_lines(found)
+    assert len(lines) == 1
+    assert f"{len(found)} not measured" in lines[0]
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    (0, "0"), (0.01234, "0.0123"), (7.0, "7"), (25.04, "25"), (123.4, "123"), (10512.3, "10\u00a0512")])
+def test_numbers_are_short(value: float, text: str) -> None:
+    assert report.number(value) == text
+
+
+def test_tables_show_median_range_and_ratio() -> None:
+    summary: rounds.Spread = {"haproxy-tcp": {"new_conn_per_s": (100.0, 90.0, 110.0)},
+                              "lbapp-switch": {"new_conn_per_s": (95.0, 80.0, 99.0),
+                                               "messages_per_conn": (0.0, 0.0, 0.0)}}
+    rates, costs = report.tables(summary, ["haproxy-tcp", "lbapp-switch", "nft"])
+    assert list(rates.columns[1].cells) == ["100\n[dim]90..110[/dim]", "95\n[dim]80..99[/dim]\n[cyan]0.95x[/cyan]"]
+    assert list(costs.columns[0].cells) == ["lbapp-switch"]
+
+
+def test_files_are_written_and_other_parts_are_kept(tmp_path: Path) -> None:
+    assert report.read_latest(tmp_path) == {}
+    report.update_latest({"scale": {"rules": 3}}, tmp_path)
+    report.update_latest({"targets": {"nft": {"p99_ms": 1.5}}}, tmp_path)
+    assert json.loads((tmp_path / "latest.json").read_text()) == {
+        "scale": {"rules": 3}, "targets": {"nft": {"p99_ms": 1.5}}}
+    report.save_samples([rounds.Sample("nft", 1, {"p99_ms": 1.5}, {"errors": 0})], {"rounds": 1}, tmp_path)
+    saved = json.loads((tmp_path / "samples.json").read_text())
+    assert saved["samples"][0] == {"target": "nft", "round": 1, "metrics": {"p99_ms": 1.5}, "detail": {"errors": 0},
+                                   "others_cores": 0.0, "error": None}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.json", "samples.json"]
+    (tmp_path / "latest.json").write_text("{half")
+    assert report.read_latest(tmp_path) == {}
+
+
+def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+    summary: rounds.Spread = {"nft": {"p99_ms": (2.0, 1.0, 3.0)}, "haproxy-tcp": {"p99_ms": (4.0, 4.0, 4.0)}}
+    report.plot(summary, ["nft", "haproxy-tcp"], tmp_path / "latest.png")
+    assert (tmp_path / "latest.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_work_of_others_is_told() -> None:
+    quiet, busy = rounds.Sample("nft", 1), rounds.Sample("bare", 1, others_cores=0.7)
+    assert report.busy_lines([quiet]) == []
+    assert "1 of 2 measurements" in report.busy_lines([quiet, busy])[0]
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_unknown_targets_are_refused_with_the_known_names() -> None:
+    result = CliRunner().invoke(command.main, ["--targets", "nft,ngnix"])
+    assert result.exit_code == 2
+    assert "ngnix" in result.output
+    for name in ("bare", "nft", "haproxy-tcp", "haproxy-http", "lbapp-switch", "lbapp-punted", "lbapp-rules"):
+        assert name in command.BY_NAME
+
+
+def test_a_failure_is_reported_and_ends_with_status_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(command, "BY_NAME", {"broken": Broken()})
+    monkeypatch.setattr(command, "ALL", (Broken(),))
+    monkeypatch.setattr(command, "_prepare", lambda: None)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report.save_samples, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(report.update_latest, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(report.read_latest, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(rounds, "wait_until_quiet", lambda patience: 0.0)
+    result = CliRunner().invoke(command.main, ["--targets", "broken", "--rounds", "2", "--no-scale"])
+    assert result.exit_code == 1
+    assert result.output.count("the middle is missing") == 4  # as it happens, and at the end
+    assert json.loads((tmp_path / "latest.json").read_text())["targets"] == {}
+
+
+# ------------------------------------------------------------------ what lbapp is asked for
+
+
+@pytest.mark.parametrize("target", OURS, ids=lambda target: target.name)
+def test_requests_fit_the_model(target: Lbapp) -> None:
+    body = target.virtual_server("web", 80, ["10.1.0.1", "10.1.0.2"])
+    pool = msgspec.convert(body.pop("pool"), Pool)
+    virtual_server = msgspec.convert(body, VirtualServer)
+    assert len(pool.members) == 2
+    assert virtual_server.switch_decides(pool) is (target.name == "lbapp-switch")
+
+
+def test_the_large_site_is_valid_and_has_no_conflicts() -> None:
+    addresses = scale.member_addresses(2)
+    document = scale.site(1000, addresses)
+    pools = {pool.name: pool for pool in (msgspec.convert(pool, Pool) for pool in document["pools"])}
+    assert len(pools) == 1000
+    keys = set()
+    for entry in document["virtual_servers"]:
+        pool = pools[entry.pop("pool")]
+        virtual_server = msgspec.convert(entry, VirtualServer)
+        keys.add(virtual_server.key)
+        assert len(pool.members) == scale.MEMBERS
+        assert all(isinstance(member, Member) and member.address in addresses for member in pool.members)
+        assert virtual_server.switch_decides(pool)
+    assert len(keys) == 1000
+
+
+def test_virtual_addresses_are_distinct_and_meet_no_host() -> None:
+    found = {scale.virtual_address(index) for index in range(50_000)}
+    assert len(found) == 50_000
+    assert not found & {VIP, *scale.member_addresses(2)}
+    for address in ("10.64.0.1", scale.virtual_address(49_999)):
+        socket.inet_aton(address)
+
+
+# ------------------------------------------------------------------ prober and holder
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/small" else 404)
+        self.end_headers()
+        self.wfile.write(b"x" * 128)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_prober_times_whole_connections_and_counts_failures() -> None:
+    server = HTTPServer(("127.0.0.1", 0), Answer)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    port = server.server_address[1]
+    try:
+        good = prober.probe("127.0.0.1", port, "/small", 0.2, 0.01)
+        bad = prober.probe("127.0.0.1", port, "/other", 0.1, 0.01)
+    finally:
+        server.shutdown()
+        server.server_close()
+    took = good["milliseconds"]
+    assert isinstance(took, list)
+    assert 2 <= len(took) <= 21
+    assert all(0 < value < 5000 for value in took)
+    assert good["failures"] == 0
+    assert bad["milliseconds"] == []
+    assert isinstance(bad["failures"], int)
+    assert bad["failures"] > 0
+    assert prober.probe("127.0.0.1", port, "/small", 0.05, 0.02)["milliseconds"] == []
+
+
+def test_connections_are_held_and_checked() -> None:
+    program = str(Path(holder.__file__))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, program, "serve", str(port)])
+    try:
+        for _ in range(100):
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        client = subprocess.Popen([sys.executable, program, "hold", "127.0.0.1", str(port), "300"],
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            assert client.stdin is not None
+            assert client.stdout is not None
+            assert json.loads(client.stdout.readline()) == {"held": 300, "failed": 0}
+            client.stdin.write("check\n")
+            client.stdin.flush()
+            assert json.loads(client.stdout.readline()) == {"alive": 300}
+            server.kill()
+            server.wait()
+            client.stdin.write("check\n")
+            client.stdin.flush()
+            assert json.loads(client.stdout.readline()) == {"alive": 0}
+            client.stdin.close()
+            assert client.wait(5) == 0
+        finally:
+            client.kill()
+            client.wait()
+            client.stdout.close()  # type: ignore[union-attr]
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_refused_connections_are_counted() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    one = holder.Holder("127.0.0.1", port)
+    assert one.fill(20) == 20
+    assert one.held == {}
+
+
+# ------------------------------------------------------------------ housekeeping
+
+
+def runs(pid: int) -> bool:
+    """Whether a process does anything still; one that nobody has waited for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@needs_namespaces
+@pytest.mark.integration
+def test_a_lab_leaves_nothing_behind() -> None:
+    with pytest.raises(ZeroDivisionError), lab.Lab() as here:
+        one, other = here.namespace("one"), here.namespace("other")
+        here.link(one, "eth0", other, "eth0")
+        here.ip(["addr add 10.0.0.1/24 dev eth0"], one)
+        here.ip(["addr add 10.0.0.2/24 dev eth0"], other)
+        process = here.spawn(other, "server", [sys.executable, "-m", "http.server", "--bind", "10.0.0.2", "8000"])
+        here.wait_port(one, "10.0.0.2", 8000, process)
+        directory, pid, names = here.directory, process.pid, [one.name, other.name]
+        assert one.call(lambda: Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()) == ["1024", "65535"]
+        _ = 1 / 0
+    assert not directory.exists()
+    assert not runs(pid)
+    assert not any((lab.NAMED / name).exists() for name in names)
+
+
+@needs_namespaces
+@pytest.mark.integration
+def test_failures_in_a_lab_have_reasons() -> None:
+    with lab.Lab() as here:
+        one = here.namespace("one")
+        dead = here.spawn(one, "dead", ["sh", "-c", "echo no such thing >&2; exit 3"])
+        with pytest.raises(BenchError, match="dead ended with status 3: no such thing"):
+            here.wait_port(one, "127.0.0.1", 9, dead)
+        with pytest.raises(BenchError, match="longer than 1 s"):
+            here.run(one.argv("sleep", "20"), timeout=1)
+        with pytest.raises(BenchError, match="false failed with status 1"):
+            here.run(["false"])
+        with pytest.raises(BenchError, match="not installed"):
+            here.run(["no-such-program-here"])
+
+
+@needs_namespaces
+@pytest.mark.integration
+def test_what_a_killed_run_left_is_swept() -> None:
+    script = ("from bench import lab; import sys\n"
+              "l = lab.Lab(); n = l.namespace('left'); p = l.spawn(n, 's', ['sleep', '60'])\n"
+              "print(n.name, p.pid, l.directory, flush=True); sys.stdin.read()\n")
+    run = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    name, pid, directory = run.stdout.readline().split()
+    run.kill()
+    run.communicate()
+    assert (lab.NAMED / name).exists()
+    assert {name, Path(directory).name} <= set(lab.sweep())
+    assert not (lab.NAMED / name).exists()
+    assert not Path(directory).exists()
+    assert not runs(int(pid))
