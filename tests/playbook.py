@@ -59,7 +59,8 @@ def text(message: Any) -> str:
     if isinstance(message, NeighbourSeen):
         return f"NeighbourSeen switch {message.switch} {message.address} {text(message.host)}"
     if isinstance(message, Reap):
-        return f"Reap switch {message.switch} serial {message.serial} of {message.virtual_server}/{message.member}"
+        return f"Reap switch {message.switch} serial {message.serial} of {message.virtual_server}/{message.member}" + (
+            " (final)" if message.final else "")
     return repr(message)
 
 

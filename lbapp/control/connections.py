@@ -103,9 +103,9 @@ class Entry(Timed):
         return Connection(self.switch, self.serial, self.virtual_server, self.member, self.signature, self.rules,
                           self.opened, self.ended, self.packets, self.bytes)
 
-    def reap(self) -> Reap:
-        """The message that asks the switch to delete it unless it is alive."""
-        return Reap(self.switch, self.serial, self.virtual_server, self.member)
+    def reap(self, final: bool = False) -> Reap:
+        """The message that asks the switch to delete it: unless it is alive, or in any case (``final``)."""
+        return Reap(self.switch, self.serial, self.virtual_server, self.member, final)
 
     def new_session(self, serial: int, now: float) -> bool:
         """Whether a SYN on this 4-tuple opens another session, rather than being this one's again.
@@ -288,14 +288,16 @@ class Connections:
         before = now - self._limits.live_interval
         for serial in table.keys() - rows.keys():
             entry = table[serial]
-            if not entry.rules and entry.opened <= before:
+            if not entry.rules and entry.installed <= before:
                 self.remove(entry)
         return [rows[serial] for serial in rows if serial not in table]
 
     def adopt(self, switch: int, serial: int, virtual_server: int, member: int, rules: bool,
               counts: tuple[Counts, ...], idle: float, now: float) -> None:
         """Take in a connection that a switch holds and nobody here knew."""
-        self._insert(Entry(switch, serial, virtual_server, member, rules, None, None, counts, idle, now))
+        entry = Entry(switch, serial, virtual_server, member, rules, None, None, counts, idle, now)
+        entry.installed = -math.inf  # it was in a snapshot: missing from the next one, it is gone
+        self._insert(entry)
 
     # -------------------------------------------------------------- time
 

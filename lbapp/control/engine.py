@@ -208,7 +208,7 @@ class ControlSegment:
     def _replace(self, entry: Any) -> None:
         """Another session takes the 4-tuple: what the old one left in the switch is to go."""
         if entry.rules:
-            self._outbox.append(entry.reap())
+            self._outbox.append(entry.reap(final=True))
         self._connections.remove(entry)
 
     def _refuse(self, query: Query, number: int, error: Error) -> Reply:
@@ -344,7 +344,7 @@ class ControlSegment:
         """Replace the configuration. What did not change keeps its state, counters and connections.
 
         Connections survive every change, but for those of a virtual server or member that is
-        removed: their rules are to go (Reap).
+        removed: their rules are to go (a final Reap).
 
         Raises:
             ValueError: a virtual server or member has no number, or one twice; nothing changed.
@@ -369,7 +369,7 @@ class ControlSegment:
         gone = self._connections.take(
             lambda entry: entry.virtual_server in virtual_servers or entry.member in members
             or (not entry.rules and entry.virtual_server in uncounted))
-        return [entry.reap() for entry in gone if entry.rules]
+        return [entry.reap(final=True) for entry in gone if entry.rules]
 
     # -------------------------------------------------------------- views
 
@@ -403,6 +403,11 @@ class ControlSegment:
     def connections(self) -> Iterator[Connection]:
         """Copies of the connections that are known, by switch, oldest first."""
         return iter(self._connections)
+
+    @property
+    def counting(self) -> bool:
+        """Whether any virtual server's connections are counted from snapshots of conntrack (Live)."""
+        return bool(self._services.counting)
 
     def active(self, member: int) -> int:
         """The connections of a member, among those that are known."""

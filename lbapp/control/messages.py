@@ -177,12 +177,17 @@ class Reply(NamedTuple):
 
 
 class Reap(NamedTuple):
-    """Delete this flow unless it is alive (REAP, 003 FIGURE 19)."""
+    """Delete this flow unless it is alive (REAP, 003 FIGURE 19).
+
+    Answered by Stats with CONNALIVE, or by Delete. ``final``: the control segment knows that it
+    has ended (a new session took its place, its member is gone): delete it alive or not.
+    """
 
     switch: int
     serial: int
     virtual_server: int
     member: int
+    final: bool = False
 
 
 class Probe(NamedTuple):

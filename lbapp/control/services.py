@@ -114,6 +114,8 @@ class Services:
         self.routes = Routes()
         self.by_number: dict[int, Service] = {}
         self.members: dict[int, str] = {}
+        self.counting: set[int] = set()
+        """The numbers of those whose connections are counted while conntrack holds them."""
         self._users: dict[str, dict[int, None]] = {}
 
     def users(self, address: str) -> Iterable[int]:
@@ -169,6 +171,8 @@ class Services:
                 if earlier.counts and not service.counts:
                     uncounted.add(service.number)
             self.by_number[service.number] = service
+            if service.counts and not service.rules:
+                self.counting.add(service.number)
             for address in service.next_hops:
                 if address not in self._users:
                     after_hops.append(address)
@@ -178,6 +182,7 @@ class Services:
                       sorted(address for address in before_hops if address not in self._users))
 
     def _release(self, service: Service, addresses: set[str]) -> None:
+        self.counting.discard(service.number)
         for address in service.next_hops:
             addresses.add(address)
             users = self._users[address]

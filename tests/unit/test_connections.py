@@ -17,6 +17,7 @@ from lbapp.control.messages import (
     Live,
     PortDown,
     Query,
+    Reap,
     Reason,
     Refused,
     Stats,
@@ -41,7 +42,7 @@ from tests.playbook import (
     up,
 )
 
-REAP = "Reap switch 1 serial 1 of 1/1"
+REAP = "Reap switch 1 serial 1 of 1/1 (final)"
 
 
 def rules(count: int = 2, *, limits: Limits | None = None, **fields) -> Playbook:
@@ -275,7 +276,7 @@ def test_an_idle_connection_is_asked_about_and_deleted():
     play = rules()
     play >> query(1) << accepted(1, 1)
     assert pass_time(play, 64.5) == []
-    assert [r.serial for r in pass_time(play, 65.0)] == [1]
+    assert pass_time(play, 65.0) == [Reap(1, 1, 1, 1, final=False)]
     assert play.control.active(1) == 1, "003: the flow is active while waiting for the response"
     (play >> Delete(1, (Closed(1, 1, 1, Reason.DELETED), Closed(1, 1, 1, Reason.DELETED, True)))).none()
     assert states(play) == []
@@ -364,6 +365,26 @@ def test_a_connection_younger_than_an_interval_may_be_missing():
     assert play.control.active(1) == 1
     (play.at(19) >> Live(1, ())).none()
     assert play.control.active(1) == 0
+
+
+def test_one_that_only_a_snapshot_told_of_goes_with_the_next():
+    """Such as one that was closing while the snapshot was read."""
+    play = tracked()
+    (play.at(5) >> Live(1, ((5, 1, 1),))).none()
+    assert play.control.active(1) == 1
+    (play.at(14.9) >> Live(1, ())).none()
+    assert play.control.active(1) == 0
+
+
+def test_snapshots_are_needed_where_conntrack_holds_what_is_counted():
+    play = tracked()
+    assert play.control.counting
+    play.configure(site(2)).none()
+    assert not play.control.counting
+    play.configure(site(2, connection_limit=4)).none()
+    assert play.control.counting
+    play.configure(site(2, connection_limit=4, state=State.RULES)).none()
+    assert not play.control.counting
 
 
 def test_snapshots_answer_instead_of_reap():

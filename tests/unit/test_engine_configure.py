@@ -95,7 +95,7 @@ def test_a_virtual_server_that_is_removed_takes_its_rules_and_counters_along():
     play >> query(1) << accepted(1, 1)
     play >> query(2, virtual_server=2) << accepted(2, 1)
     play >> query(3, flags=ACK) << refused(3, Error.UNKNOWN)
-    play.configure(shop(2, state=State.RULES)) << "Reap switch 1 serial 1 of 1/1"
+    play.configure(shop(2, state=State.RULES)) << "Reap switch 1 serial 1 of 1/1 (final)"
     assert [c.serial for c in play.control.connections()] == [2]
     play >> query(4) << refused(4, Error.UNKNOWN)
     statistics = play.control.statistics()
@@ -109,7 +109,8 @@ def test_a_member_that_is_removed_takes_its_rules_along():
     for serial in range(1, 5):
         (play >> query(serial)).ignore()
     play.configure(site(members=[member(2)], state=State.RULES))
-    play << "Reap switch 1 serial 1 of 1/1" << "Reap switch 1 serial 3 of 1/1" << "HostChanged switch 1 10.0.0.1 lost"
+    play << "Reap switch 1 serial 1 of 1/1 (final)" << "Reap switch 1 serial 3 of 1/1 (final)"
+    play << "HostChanged switch 1 10.0.0.1 lost"
     assert set(play.control.statistics().members) == {2}
     play >> query(5) << accepted(5, 2)
 
@@ -123,7 +124,7 @@ def test_a_member_is_removed_from_a_pool_that_its_virtual_server_left():
     play.configure(msgspec.structs.replace(one, virtual_servers={"v": left}, pools=both)).ignore()
     assert play.control.active(1) == 1
     play.configure(msgspec.structs.replace(one, virtual_servers={"v": left}, pools={"q": both["q"]}))
-    play << "Reap switch 1 serial 1 of 1/1"
+    play << "Reap switch 1 serial 1 of 1/1 (final)"
     play.ignore()
 
 
@@ -147,7 +148,7 @@ def test_a_number_that_another_virtual_server_gets_begins_at_zero():
     play = started(shop(1, state=State.RULES), 2)
     play >> query(1) << accepted(1, 1)
     play.configure(msgspec.structs.replace(shop(1), virtual_servers={"new": shop(1).virtual_servers["v1"]}))
-    play << "Reap switch 1 serial 1 of 1/1"
+    play << "Reap switch 1 serial 1 of 1/1 (final)"
     assert play.control.virtual_server_counters(1) == Counters(0, 0, 0, 0, 0)
     play >> query(2) << accepted(2, 1)
 
