@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from ryu.app.wsgi import WSGIApplication
@@ -30,6 +30,8 @@ from lbapp.control.engine import ControlSegment
 from lbapp.control.messages import (
     Closed,
     Delete,
+    Error,
+    FromSwitch,
     Host,
     HostChanged,
     Live,
@@ -37,8 +39,10 @@ from lbapp.control.messages import (
     PortDown,
     Probe,
     Reap,
+    Reason,
     Refused,
     Reply,
+    Stats,
     SwitchDown,
     SwitchUp,
     ToSwitch,
@@ -46,7 +50,7 @@ from lbapp.control.messages import (
 from lbapp.dataflow import carrier, frames, ryu_shim
 from lbapp.dataflow.flows import address_text
 from lbapp.dataflow.openflow import delete_by_cookie
-from lbapp.dataflow.pipeline import COOKIE_MAGIC, Kind, connection_cookie
+from lbapp.dataflow.pipeline import ANY_CONNECTION, COOKIE_MAGIC, Kind, connection_cookie
 from lbapp.dataflow.session import SwitchSession
 
 LOG = logging.getLogger("lbapp")
@@ -60,8 +64,6 @@ HELD_PACKETS = 256
 RECENT_RULES = 4096
 """Connections whose rules may still turn out not to fit in the switch's table."""
 WORK_QUEUE = 100_000
-_ANY_CONNECTION = (1 << 64) - 1 ^ 1 << 48
-"""A cookie mask that takes both directions of a connection: CONNECTION_IN and _OUT differ in one bit."""
 
 FLOW_MOD_FAILED, TABLE_FULL = 5, 1
 
@@ -93,6 +95,7 @@ class Switch:
         self.encoder = carrier.ReplyEncoder(self.id, configuration, Routes(configuration.networks.values()))
         self.work: hub.Queue = hub.Queue(WORK_QUEUE)
         self.worker: Any = None
+        self.reconciling = False
         self.counters: Counter[str] = Counter()
         self.punts: Counter[int] = Counter()
         self.closed: list[Closed] = []
@@ -113,6 +116,8 @@ class LoadBalancer(app_manager.RyuApp):  # type: ignore[misc]
         self.control = ControlSegment()
         self.configuration = Configuration()
         self.switches: dict[int, Switch] = {}
+        self.reconnects: Counter[int] = Counter()
+        self.on_connect: Callable[[int], None] = lambda _: None
         # A restarted controller must not give a living connection's serial away again.
         self._serials = itertools.count(secrets.randbits(32))
         self._punts = {
@@ -203,7 +208,9 @@ class LoadBalancer(app_manager.RyuApp):  # type: ignore[misc]
         return answer
 
     def _close(self, switch: Switch, punted: carrier.PacketIn) -> bytes:
-        self._closed(switch, carrier.closed_by_shutdown(carrier.connection_mark(punted)))
+        mark = carrier.connection_mark(punted)
+        switch.punts[mark.virtual_server] += 1
+        self._closed(switch, carrier.closed_by_shutdown(mark))
         return b""
 
     def _closed(self, switch: Switch, closed: Closed) -> None:
@@ -222,6 +229,7 @@ class LoadBalancer(app_manager.RyuApp):  # type: ignore[misc]
         if removed is None:
             return None
         switch.counters["flow_removeds"] += 1
+        switch.punts[self.control.virtual_server_of(switch.id, removed.serial)] += 1
         self._closed(switch, Closed(removed.serial, 0, 0, removed.reason, removed.outbound, True, removed.packets,
                                     removed.bytes, removed.duration))
         return b""
@@ -266,6 +274,7 @@ class LoadBalancer(app_manager.RyuApp):  # type: ignore[misc]
             old = self.switches.get(datapath.id)
             if old is not None:
                 self._forget(old)
+            self.reconnects[datapath.id] += datapath.id in self.reconnects
             switch = self.switches[datapath.id] = Switch(datapath, self.control, self.configuration)
             LOG.info("switch %016x connected from %s", switch.id, datapath.address[0])
             switch.worker = hub.spawn(self._work, switch)
@@ -292,8 +301,16 @@ class LoadBalancer(app_manager.RyuApp):  # type: ignore[misc]
     def _multipart(self, switch: Switch, data: bytes) -> bytes | None:
         if not switch.session.on_multipart(data):
             return None
-        if switch.session.was_read and not switch.session.ready:
+        if switch.session.was_read and not switch.session.ready and not switch.reconciling:
+            switch.reconciling = True
             self._queue(switch, ("reconcile", None))
+        for answer in switch.session.answers():
+            # REAP of a live flow is answered CONNALIVE (003, FIGURE 19); of a dead one with what deletes it.
+            message: FromSwitch = Stats(switch.id, answer.serial, Error.CONNALIVE, answer.packets, answer.bytes)
+            if not answer.rules:
+                message = Delete(switch.id, tuple(Closed(answer.serial, 0, 0, Reason.DELETED, outbound)
+                                                  for outbound in (False, True)))
+            self._perform(self.control.handle(message, time.monotonic()))
         return b""
 
     def _error(self, switch: Switch, data: bytes) -> bytes | None:
@@ -313,7 +330,7 @@ class LoadBalancer(app_manager.RyuApp):  # type: ignore[misc]
         switch.counters["table_full" if full else "flow_mods_failed"] += 1
         self._perform(self.control.handle(Refused(switch.id, serial, carrier.owner_of(known[0].cookie)),
                                           time.monotonic()))
-        return delete_by_cookie(connection_cookie(Kind.CONNECTION_IN, serial), _ANY_CONNECTION) + (
+        return delete_by_cookie(connection_cookie(Kind.CONNECTION_IN, serial), ANY_CONNECTION) + (
             carrier.refuse(*known) or b"")
 
     def _queue(self, switch: Switch, job: tuple[str, Any]) -> None:
@@ -337,6 +354,7 @@ class LoadBalancer(app_manager.RyuApp):  # type: ignore[misc]
     def _do(self, switch: Switch, job: str, argument: Any) -> None:
         session = switch.session
         if job == "reconcile":
+            self.on_connect(switch.id)
             hosts = session.adopted_hosts(self.configuration)
             commands = self.control.handle(SwitchUp(switch.id, hosts), time.monotonic())
             sent = 0
@@ -376,8 +394,11 @@ class LoadBalancer(app_manager.RyuApp):  # type: ignore[misc]
                 self._release(switch, command)
                 self._queue(switch, ("host", command.address))
             elif isinstance(command, Reap):
-                switch.datapath.send(delete_by_cookie(connection_cookie(Kind.CONNECTION_IN, command.serial),
-                                                      _ANY_CONNECTION))
+                if command.final:
+                    switch.datapath.send(delete_by_cookie(connection_cookie(Kind.CONNECTION_IN, command.serial),
+                                                          ANY_CONNECTION))
+                elif switch.encoder.is_rules(command.virtual_server):
+                    switch.session.ask_connection(command.serial)
             else:
                 raise TypeError(f"cannot do {type(command).__name__}")
 

@@ -409,6 +409,16 @@ class ControlSegment:
         """Whether any virtual server's connections are counted from snapshots of conntrack (Live)."""
         return bool(self._services.counting)
 
+    def follows(self, virtual_server: int) -> bool:
+        """Whether the connections of a virtual server (its number) are known one by one."""
+        service = self._services.by_number.get(virtual_server)
+        return service is not None and service.follows
+
+    def virtual_server_of(self, switch: int, serial: int) -> int:
+        """The number of the virtual server of a connection that is known; else 0."""
+        entry = self._connections.get(switch, serial)
+        return entry.virtual_server if entry is not None else 0
+
     def active(self, member: int) -> int:
         """The connections of a member, among those that are known."""
         counts = self._ledger.members.get(member)

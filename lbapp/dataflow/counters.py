@@ -49,9 +49,26 @@ class RuleCounters:
                 self.bound[owner_of(cookie), member] += packets
 
 
-def request_body() -> bytes:
-    """The body of an OFPMP_FLOW request for every rule of ours."""
-    return struct.pack("!B3xII4xQQ", 0xFF, ANY, ANY, COOKIE_MAGIC << 56, COOKIE_MASK) + encode_match(())
+@dataclass(slots=True)
+class ConnectionCounters:
+    """What the rules of one connection have counted; ``rules`` 0: there are none."""
+
+    serial: int
+    rules: int = 0
+    packets: int = 0
+    bytes: int = 0
+
+    def add(self, entry: bytes) -> None:
+        """Take one entry of an OFPMP_FLOW reply (at least 56 bytes)."""
+        packets, size = struct.unpack_from("!QQ", entry, 32)
+        self.rules += 1
+        self.packets += packets
+        self.bytes += size
+
+
+def request_body(cookie: int = COOKIE_MAGIC << 56, mask: int = COOKIE_MASK) -> bytes:
+    """The body of an OFPMP_FLOW request for rules by their cookie: by default every rule of ours."""
+    return struct.pack("!B3xII4xQQ", 0xFF, ANY, ANY, cookie, mask) + encode_match(())
 
 
 def _register(entry: bytes) -> int:

@@ -131,6 +131,10 @@ def connection_cookie(kind: Kind, serial: int) -> int:
     return COOKIE_MAGIC << 56 | kind << 48 | serial
 
 
+ANY_CONNECTION = (1 << 64) - 1 ^ 1 << 48
+"""A cookie mask that takes both directions of a connection: their kinds differ in one bit."""
+
+
 def kind_of(value: int) -> Kind | None:
     """The kind that a cookie names; None where the rule is not ours."""
     if value >> 56 != COOKIE_MAGIC:

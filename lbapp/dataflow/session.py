@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from lbapp.config.model import Configuration
 from lbapp.config.routing import Routes
 from lbapp.control.messages import Host
-from lbapp.dataflow.counters import RuleCounters, request_body
+from lbapp.dataflow.counters import ConnectionCounters, RuleCounters, request_body
 from lbapp.dataflow.openflow import (
     BUNDLE_COMMIT,
     BUNDLE_OPEN,
@@ -32,7 +32,7 @@ from lbapp.dataflow.openflow import (
     group_mod,
     message,
 )
-from lbapp.dataflow.pipeline import Kind, kind_of
+from lbapp.dataflow.pipeline import ANY_CONNECTION, Kind, connection_cookie, kind_of
 from lbapp.dataflow.program import Change, SwitchProgram
 
 OFPT_MULTIPART_REQUEST = 18
@@ -42,6 +42,8 @@ GROUP_ADD_OR_MODIFY = 0x8000
 """Open vSwitch's own group command, for switches whose groups may or may not be there."""
 BUNDLE_SIZE = 1000
 """Changes in one bundle where more are due (a fresh switch): bounds what the switch has to hold."""
+MAX_ASKED = 4096
+"""Connections asked about at the same time; the control segment asks again."""
 FIRST_XID = 0x1B000000
 LAST_XID = 0x1BFFFFFF
 _CONNECTIONS = frozenset({Kind.CONNECTION_IN, Kind.CONNECTION_OUT})
@@ -75,6 +77,8 @@ class SwitchSession:
         self._waiting: set[int] = set()
         self._counting: set[int] = set()
         self._counters = RuleCounters()
+        self._asked: dict[int, ConnectionCounters] = {}
+        self._answers: list[ConnectionCounters] = []
         self._held: dict[tuple[int, int, bytes], tuple[int, bytes]] = {}
         self._held_groups: set[int] = set()
         self._adopted: dict[int, Host] = {}
@@ -94,6 +98,18 @@ class SwitchSession:
             self._counters = RuleCounters()
             self._ask(OFPMP_FLOW, request_body(), self._counting)
 
+    def ask_connection(self, serial: int) -> None:
+        """Ask whether a connection's rules are there (REAP); :meth:`answers` tells."""
+        if len(self._asked) < MAX_ASKED:
+            waiting: set[int] = set()
+            self._ask(OFPMP_FLOW, request_body(connection_cookie(Kind.CONNECTION_IN, serial), ANY_CONNECTION), waiting)
+            self._asked[waiting.pop()] = ConnectionCounters(serial)
+
+    def answers(self) -> list[ConnectionCounters]:
+        """The connections whose answers have arrived since the last call."""
+        answers, self._answers = self._answers, []
+        return answers
+
     @property
     def counting(self) -> bool:
         """Whether an answer to :meth:`read_counters` is due."""
@@ -111,7 +127,8 @@ class SwitchSession:
             ProtocolError: lengths that cannot be.
         """
         xid = int.from_bytes(data[4:8], "big")
-        if xid not in self._waiting and xid not in self._counting:
+        asked = self._asked.get(xid)
+        if xid not in self._waiting and xid not in self._counting and asked is None:
             return False
         if len(data) < 16:
             raise ProtocolError("multipart reply too short")
@@ -125,7 +142,9 @@ class SwitchSession:
                 raise ProtocolError(f"multipart entry of {length} bytes")
             if kind == OFPMP_FLOW and length < 56:
                 raise ProtocolError("flow entry too short")
-            if xid in self._counting:
+            if asked is not None:
+                asked.add(data[offset:offset + length])
+            elif xid in self._counting:
                 self._counters.add(data[offset:offset + length])
             elif kind == OFPMP_FLOW:
                 self._read_flow(data[offset:offset + length])
@@ -134,6 +153,9 @@ class SwitchSession:
             offset += length
         if not flags & OFPMPF_MORE:
             self._waiting.discard(xid)
+            if asked is not None:
+                del self._asked[xid]
+                self._answers.append(asked)
             if xid in self._counting:
                 self._counting.discard(xid)
                 self.counters = self._counters

@@ -1,0 +1,134 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""Starts Ryu with this application: sane defaults, the store, the REST server.
+
+Ryu 4.34 needs a name that eventlet has dropped, listens on all addresses, and does not watch
+its switches unless told; all of that is set here. Importing this module changes nothing;
+:func:`run` patches the process for eventlet and does not return before the controller ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import signal
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+UNREPLIED_ECHO_REQUESTS = 3
+ECHO_SECONDS = 5.0
+FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What ``lbapp run`` was told.
+
+    Attributes:
+        state_dir: database, token and logs.
+        openflow, api: host and port to listen on.
+        tls_certificate, tls_key: for the REST server.
+        openflow_certificate, openflow_key, openflow_ca: for switches that connect with TLS.
+        database: remote of an existing OVSDB server; by default one is started in ``state_dir``.
+        token_file: where the bearer token is kept.
+        ryu_apps: other Ryu applications to run beside.
+    """
+
+    state_dir: Path
+    openflow: tuple[str, int]
+    api: tuple[str, int]
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    openflow_certificate: Path | None = None
+    openflow_key: Path | None = None
+    openflow_ca: Path | None = None
+    database: str | None = None
+    token_file: Path | None = None
+    log_level: str = "INFO"
+    log_file: Path | None = None
+    ryu_apps: tuple[str, ...] = ()
+
+
+class StartError(Exception):
+    """The controller cannot start; the message says why."""
+
+
+def run(settings: Settings) -> None:
+    """Run the controller until it is told to stop (SIGINT, SIGTERM).
+
+    Raises:
+        StartError: an address is in use, a file is missing, the database cannot be opened.
+    """
+    _patch()
+    _log(settings)
+    from lbapp.service import Service  # after the process was patched
+
+    service = Service(settings)
+    try:
+        service.open()
+        _ryu(settings, service)
+    finally:
+        service.close()
+
+
+def _patch() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # eventlet says that it is deprecated; Ryu needs it
+        import eventlet
+        eventlet.monkey_patch()
+        import eventlet.wsgi
+    if not hasattr(eventlet.wsgi, "ALREADY_HANDLED"):
+        eventlet.wsgi.ALREADY_HANDLED = []
+
+
+def _log(settings: Settings) -> None:
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if settings.log_file is not None:
+        try:
+            settings.log_file.parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.handlers.RotatingFileHandler(settings.log_file, maxBytes=10_000_000, backupCount=3)
+        except OSError as error:
+            raise StartError(f"log file {settings.log_file}: {error.strerror}") from error
+    handler.setFormatter(logging.Formatter(FORMAT))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("lbapp").setLevel(settings.log_level.upper())
+
+
+def _ryu(settings: Settings, service: Any) -> None:
+    from ryu import cfg
+    from ryu import log as ryu_log
+
+    # Ryu would put its own handlers beside ours.
+    ryu_log.init_log = ryu_log.early_init_log = lambda *_: None
+    from ryu.app import wsgi
+    from ryu.cmd import manager
+
+    host, port = settings.openflow
+    arguments = ["lbapp.app", *settings.ryu_apps, "--ofp-listen-host", host, "--ofp-tcp-listen-port", str(port)]
+    if settings.openflow_certificate is not None:
+        arguments += ["--ofp-ssl-listen-port", str(port), "--ctl-cert", str(settings.openflow_certificate),
+                      "--ctl-privkey", str(settings.openflow_key)]
+        if settings.openflow_ca is not None:
+            arguments += ["--ca-certs", str(settings.openflow_ca)]
+    import ryu.controller.controller  # registers the options that are set below
+
+    cfg.CONF.set_default("maximum_unreplied_echo_requests", UNREPLIED_ECHO_REQUESTS)
+    cfg.CONF.set_default("echo_request_interval", ECHO_SECONDS)
+    wsgi.start_service = service.start_rest
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        manager.main(args=arguments, prog="lbapp run")
+    except ImportError as error:
+        raise StartError(f"Ryu application cannot be loaded: {error}") from error
+    except OSError as error:
+        raise StartError(f"cannot listen: {error.strerror or error}") from error
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

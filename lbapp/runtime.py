@@ -1,0 +1,226 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the REST API shows of the running controller: statuses, switches, connections, counters.
+
+Reads the control segment, the switches' sessions and the readings; changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from lbapp.api.views import (
+    ConnectionView,
+    HostView,
+    MemberStatistics,
+    StatisticsView,
+    SwitchStatistics,
+    SwitchView,
+    VirtualServerStatistics,
+)
+from lbapp.config.model import Configuration, Member, Pool, State, VirtualServer
+from lbapp.config.routing import Routes
+from lbapp.dataflow.flows import address_text
+from lbapp.dataflow.ovs import OvsError
+from lbapp.readings import Readings
+
+FEATURES = ("bundles", "conntrack", "groups")
+PROTOCOLS = {6: "TCP", 17: "UDP"}
+
+
+def endpoint(address: str, port: int) -> str:
+    """``address:port``, an IPv6 address in brackets."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+class ControllerRuntime:
+    """See :class:`lbapp.api.views.Runtime`.
+
+    Args:
+        application: the Ryu application.
+        readings: what is read from the switches on demand.
+    """
+
+    def __init__(self, application: Any, readings: Readings) -> None:
+        self._application = application
+        self._readings = readings
+        self._started = time.monotonic()
+        self._routes: tuple[Configuration | None, Routes] = (None, Routes())
+
+    # -------------------------------------------------------------- statuses
+
+    def virtual_server_status(self, vs: VirtualServer) -> tuple[str, str]:
+        """Provisioning: whether every connected switch has it. Operating: whether a client would get a member."""
+        pool = self._configuration.pool_of(vs)
+        states = [self._provisioning(switch, vs, pool) for switch in self._application.switches.values()]
+        provisioning = next((s for s in ("ERROR", "PENDING_UPDATE") if s in states), "ACTIVE")
+        if not vs.admin_state_up:
+            return provisioning, "DISABLED"
+        if vs.maintenance or pool is None:
+            return provisioning, "OFFLINE"
+        return provisioning, self.pool_status(pool)[1]
+
+    def pool_status(self, pool: Pool) -> tuple[str, str]:
+        """DEGRADED: some of the members that should take connections cannot be reached."""
+        if not pool.admin_state_up:
+            return "ACTIVE", "DISABLED"
+        wanted = [member for member in pool.members if member.takes_new]
+        online = sum(self._reachable(member) for member in wanted)
+        if not online:
+            return "ACTIVE", "OFFLINE"
+        return "ACTIVE", "ONLINE" if online == len(wanted) else "DEGRADED"
+
+    def member_status(self, pool: Pool, member: Member) -> tuple[str, str]:
+        """ONLINE and OFFLINE say whether the member answers on its network."""
+        if not member.admin_state_up:
+            return "ACTIVE", "DISABLED"
+        if member.draining or not member.weight:
+            return "ACTIVE", "DRAINING"
+        return "ACTIVE", "ONLINE" if self._reachable(member) else "OFFLINE"
+
+    def _reachable(self, member: Member) -> bool:
+        """Whether some switch knows the way; members behind a virtual server's own next hop always count."""
+        if self._routes[0] is not self._configuration:
+            self._routes = self._configuration, Routes(self._configuration.networks.values())
+        hop = self._routes[1].towards(member.address)
+        return any(self._application.control.host(switch, hop) is not None for switch in self._application.switches)
+
+    def _provisioning(self, switch: Any, vs: VirtualServer, pool: Pool | None) -> str:
+        if switch.session.needs_repair:
+            return "ERROR"
+        there = switch.session.synchronised
+        if there is None or there.virtual_servers.get(vs.id) is not self._configuration.virtual_servers.get(vs.id):
+            return "PENDING_UPDATE"
+        return "ACTIVE" if there.pool_of(vs) is pool else "PENDING_UPDATE"
+
+    # -------------------------------------------------------------- switches
+
+    def switches(self) -> list[SwitchView]:
+        """The connected switches."""
+        self._readings.count()
+        now = time.monotonic()
+        return [SwitchView(
+            dpid=f"{switch.id:016x}", address=endpoint(*switch.datapath.address[:2]), connected=True,
+            connected_seconds=round(now - switch.connected, 1), flows=switch.session.counters.rules,
+            groups=sum(1 for _ in switch.session.program.groups()), features=FEATURES,
+            hosts={address: HostView(mac=host.mac.hex(":"), port=host.port)
+                   for address, host in dict(self._application.control.hosts(switch.id)).items()},
+        ) for switch in list(self._application.switches.values())]
+
+    # -------------------------------------------------------------- connections
+
+    def connections(self) -> Iterator[ConnectionView]:
+        """From conntrack where the switch is on this host; rule pairs from the control segment."""
+        configuration = self._configuration
+        servers = {server.number: server for server in configuration.virtual_servers.values()}
+        members = {member.number: member for pool in configuration.pools.values() for member in pool.members}
+        for switch in list(self._application.switches):
+            try:
+                if self._readings.is_local(switch):
+                    yield from self._conntrack(switch, servers, members)
+            except OvsError:
+                continue
+        yield from self._followed(servers, members)
+
+    def _conntrack(self, switch: int, servers: dict[int, VirtualServer],
+                   members: dict[int, Member]) -> Iterator[ConnectionView]:
+        for entry in self._readings.conntrack(switch):
+            server, member = servers.get(entry.virtual_server), members.get(entry.member)
+            if server is None or member is None:
+                continue
+            source, destination, source_port, destination_port = entry.original
+            yield ConnectionView(
+                id=f"{entry.serial:08x}" if entry.serial else hashlib.blake2b(
+                    repr((switch, entry.protocol, entry.original)).encode(), digest_size=8).hexdigest(),
+                switch=f"{switch:016x}", virtual_server=server.name,
+                member=endpoint(member.address, member.protocol_port), protocol=entry.protocol.upper(),
+                client=endpoint(source, source_port), destination=endpoint(destination, destination_port),
+                state=entry.state or "ACTIVE", decided_by="controller" if entry.serial else "switch")
+
+    def _followed(self, servers: dict[int, VirtualServer], members: dict[int, Member]) -> Iterator[ConnectionView]:
+        now = time.monotonic()
+        for connection in list(self._application.control.connections()):
+            server, member = servers.get(connection.virtual_server), members.get(connection.member)
+            if server is None or member is None or connection.signature is None:
+                continue
+            if server.state is not State.RULES and self._readings.is_local(connection.switch):
+                continue  # conntrack told of it
+            signature = connection.signature
+            yield ConnectionView(
+                id=f"{connection.serial:08x}", switch=f"{connection.switch:016x}", virtual_server=server.name,
+                member=endpoint(member.address, member.protocol_port), protocol=PROTOCOLS[signature.protocol],
+                client=endpoint(address_text(signature.source), signature.source_port),
+                destination=endpoint(address_text(signature.destination), signature.destination_port),
+                state="ACTIVE", age_seconds=round(now - connection.opened, 3), packets=connection.packets,
+                bytes=connection.bytes)
+
+    # -------------------------------------------------------------- counters
+
+    def statistics(self) -> StatisticsView:
+        """Counters of the control segment, and those that the switches' own rules keep."""
+        self._readings.count()
+        counted = self._application.control.statistics()
+        switches = list(self._application.switches.values())
+        bound: Counter[tuple[int, int]] = Counter()
+        messages: Counter[int] = Counter()
+        forwarded: dict[int, list[int]] = {}
+        for switch in switches:
+            bound.update(switch.session.counters.bound)
+            messages.update(switch.punts)
+            for number, (packets, size) in switch.session.counters.forwarded.items():
+                totals = forwarded.setdefault(number, [0, 0])
+                totals[0] += packets
+                totals[1] += size
+        by_server: Counter[int] = Counter()
+        by_member: Counter[int] = Counter()
+        for (server_number, member_number), opened in bound.items():
+            by_server[server_number] += opened
+            by_member[member_number] += opened
+        refused: dict[int, dict[str, int]] = {}
+        for (number, why), times in counted.refused.items():
+            refused.setdefault(number, {})[why.name] = times
+        return StatisticsView(
+            uptime_seconds=round(time.monotonic() - self._started, 1),
+            virtual_servers=[self._of_server(server, by_server, messages, refused)
+                             for server in self._configuration.virtual_servers.values()],
+            members=[self._of_member(pool, member, by_member, forwarded)
+                     for pool in self._configuration.pools.values() for member in pool.members],
+            switches=[self._of_switch(switch) for switch in switches])
+
+    def _of_server(self, server: VirtualServer, bound: Counter[int], messages: Counter[int],
+                   refused: dict[int, dict[str, int]]) -> VirtualServerStatistics:
+        counters = self._application.control.virtual_server_counters(server.number)
+        opened = counters.opened + bound[server.number]
+        return VirtualServerStatistics(
+            id=server.id, name=server.name, opened=opened, closed=counters.closed,
+            active=counters.active if self._application.control.follows(server.number) else None, refused=refused.get(server.number, {}),
+            packets=counters.packets if server.state is State.RULES else None,
+            bytes=counters.bytes if server.state is State.RULES else None,
+            messages_to_controller=messages[server.number],
+            messages_per_connection=round(messages[server.number] / opened, 4) if opened else None)
+
+    def _of_member(self, pool: Pool, member: Member, bound: Counter[int],
+                   forwarded: dict[int, list[int]]) -> MemberStatistics:
+        counters = self._application.control.member_counters(member.number)
+        packets, size = forwarded.get(member.number, (0, 0))
+        return MemberStatistics(
+            id=member.id, pool=pool.name, member=endpoint(member.address, member.protocol_port),
+            opened=counters.opened + bound[member.number], closed=counters.closed, active=counters.active,
+            packets=counters.packets + packets, bytes=counters.bytes + size)
+
+    def _of_switch(self, switch: Any) -> SwitchStatistics:
+        counters = switch.counters
+        return SwitchStatistics(
+            dpid=f"{switch.id:016x}", packet_ins=counters["packet_ins"], packet_outs=counters["packet_outs"],
+            flow_mods=counters["flow_mods"] + switch.session.flow_mods, flows_removed=counters["flow_removeds"],
+            queries_dropped=self._readings.queue_drops(switch.id), table_full=counters["table_full"],
+            conntrack_full=counters["conntrack_full"], reconnects=self._application.reconnects[switch.id])
+
+    @property
+    def _configuration(self) -> Configuration:
+        configuration: Configuration = self._application.configuration
+        return configuration
