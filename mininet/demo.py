@@ -18,10 +18,12 @@ from typing import NoReturn
 # This directory has the name of Mininet's package, but is none; the project's root is one up.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from rich.markup import escape  # noqa: E402
+
 from lbapp.dataflow.ovs import OvsError  # noqa: E402
 from topologies.controller import RestError  # noqa: E402
-from topologies.lab import Lab  # noqa: E402
-from topologies.namespace import CommandError, unavailable  # noqa: E402
+from topologies.lab import Lab, unavailable  # noqa: E402
+from topologies.namespace import CommandError  # noqa: E402
 from topologies.scenes import Demo  # noqa: E402
 from topologies.single import SingleTopo  # noqa: E402
 from topologies.story import NotHeld, Story  # noqa: E402
@@ -62,7 +64,8 @@ def main() -> int:
             story.console.rule("end of the controller's log")
             story.console.print(log, markup=False)
             story.console.rule()
-        story.console.print(f"[bold red]this did not hold:[/] {problem}", soft_wrap=True)
+        line = next(iter(str(problem).splitlines()), type(problem).__name__)
+        story.console.print(f"[bold red]this did not hold:[/] {escape(line)}", soft_wrap=True)
         return 1
     story.console.print(f"\n[bold green]All {story.claims} claims held[/], in {story.seconds:.0f} s; "
                         "nothing is left running.")

@@ -20,11 +20,12 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mininet.cli import CLI  # noqa: E402
 from rich.console import Console  # noqa: E402
+from rich.markup import escape  # noqa: E402
 
 from lbapp.dataflow.ovs import OvsError  # noqa: E402
 from topologies.controller import API, RestError  # noqa: E402
-from topologies.lab import Lab  # noqa: E402
-from topologies.namespace import CommandError, unavailable  # noqa: E402
+from topologies.lab import Lab, unavailable  # noqa: E402
+from topologies.namespace import CommandError  # noqa: E402
 from topologies.nodes import LoadBalancerTopo  # noqa: E402
 from topologies.single import SingleTopo  # noqa: E402
 from topologies.two_networks import TwoNetworksTopo  # noqa: E402
@@ -96,7 +97,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except (CommandError, RestError, OvsError, TimeoutError, RuntimeError, OSError) as problem:
-        console.print(f"[bold red]the laboratory did not come up:[/] {problem}", soft_wrap=True)
+        console.print(f"[bold red]the laboratory did not come up:[/] {escape(str(problem))}", soft_wrap=True)
         return 1
     return 0
 

@@ -69,13 +69,15 @@ def switch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateOvs]:
 
 
 def _new_lab(topo: str, directory: Path, **options: Any) -> Lab:
-    require("ovs-vswitchd", "mnexec", "nginx", "curl", "ethtool")
-    # Mininet's package exists only where Debian installed it.
-    from topologies.lab import Lab
+    pytest.importorskip("mininet.net", reason="Mininet's Python package is not installed")
+    from topologies.lab import Lab, unavailable
     from topologies.single import SingleTopo
     from topologies.two_networks import TwoNetworksTopo
     from topologies.two_switches import TwoSwitchesTopo
 
+    reason = unavailable()
+    if reason:
+        pytest.skip(f"laboratory: {reason}")
     kind = {"single": SingleTopo, "two_networks": TwoNetworksTopo, "two_switches": TwoSwitchesTopo}[topo]
     return Lab(kind(), directory, **options)
 

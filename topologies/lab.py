@@ -32,12 +32,29 @@ from mininet.log import setLogLevel
 from mininet.net import Mininet
 
 from lbapp.dataflow.ovs import PrivateOvs
+from topologies import namespace
 from topologies.controller import OPENFLOW, ControllerProcess, Rest
 from topologies.hosts import LabHost
-from topologies.namespace import Namespace, wait_until
+from topologies.namespace import CommandError, Namespace, wait_until
 from topologies.nodes import LoadBalancerTopo
 
 BIG_BYTES = 100_000_000
+PROGRAMS = ("ovs-vswitchd", "ovsdb-server", "mnexec", "ethtool", "nginx", "curl")
+
+
+def unavailable() -> str | None:
+    """Why a laboratory cannot be had here; None where it can."""
+    reason = namespace.unavailable()
+    if reason:
+        return reason
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    # Mininet waits for ever for a host that mnexec could not make.
+    done = subprocess.run(["mnexec", "-n", "true"], check=False, capture_output=True, text=True)
+    if done.returncode:
+        return f"Mininet cannot make hosts (mnexec: {done.stderr.strip()}; in a chroot, / has to be a mount point)"
+    return None
 
 
 class Lab:
@@ -58,6 +75,9 @@ class Lab:
 
     def __init__(self, topo: LoadBalancerTopo, directory: Path | None = None, applications: Sequence[str] = (),
                  options: Sequence[str] = ()) -> None:
+        reason = unavailable()
+        if reason:
+            raise CommandError(f"no laboratory on this machine: {reason}")
         self.topo = topo
         self.services: dict[str, tuple[subprocess.Popen[Any], subprocess.Popen[Any]]] = {}
         self._cleanup = contextlib.ExitStack()

@@ -47,13 +47,13 @@ class Story:
         self._scene += 1
         self.console.print(f"\n[bold cyan]{self._scene}. {escape(title)}[/]")
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, indent: int = 3, soft_wrap: bool = False) -> None:
         """A sentence; rich's markup is allowed."""
-        self.console.print(Padding(text, (0, 0, 0, 3)))
+        self.console.print(Padding(text, (0, 0, 0, indent), expand=False), soft_wrap=soft_wrap)
 
     def command(self, where: str, line: str) -> None:
         """A command that was really run."""
-        self.console.print(Padding(f"[green]{escape(where)}$[/] [bold]{escape(line)}[/]", (0, 0, 0, 3)), soft_wrap=True)
+        self.say(f"[green]{escape(where)}$[/] [bold]{escape(line)}[/]", soft_wrap=True)
 
     def answer(self, text: str) -> None:
         """What it printed, shortened where it is long."""
@@ -61,7 +61,7 @@ class Story:
         if len(lines) > MOST_LINES:
             lines = [*lines[:MOST_LINES], f"... {len(lines) - MOST_LINES} more lines"]
         for line in lines:
-            self.console.print(Padding(f"[dim]{escape(line)}[/]", (0, 0, 0, 5)), soft_wrap=True)
+            self.say(f"[dim]{escape(line)}[/]", indent=5, soft_wrap=True)
 
     def json(self, value: Any) -> None:
         """A JSON answer, one line a field."""
@@ -76,7 +76,7 @@ class Story:
         if not holds:
             raise NotHeld(f"{claim}: {otherwise}" if otherwise else claim)
         self.claims += 1
-        self.console.print(Padding(f"[green]✓[/] {escape(claim)}", (0, 0, 0, 3)))
+        self.say(f"[green]✓[/] {escape(claim)}")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
         """A table; the first column is text, the others are figures."""
@@ -85,4 +85,4 @@ class Story:
             table.add_column(column, justify="left" if index == 0 else "right")
         for row in rows:
             table.add_row(*(str(cell) for cell in row))
-        self.console.print(Padding(table, (0, 0, 0, 3)))
+        self.console.print(Padding(table, (0, 0, 0, 3), expand=False))
