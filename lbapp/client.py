@@ -8,7 +8,6 @@ line of text. Knows paths and names of resources, not their meaning; never print
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,8 @@ COLLECTIONS = {
     "connections": "connections",
 }
 """Paths below /v1 (members: below their pool) and the key of the list in the answer."""
+UNPAGED = frozenset({"switches"})
+"""Kinds whose list is always whole."""
 
 Json = dict[str, Any]
 Page = list[Json]
@@ -179,7 +180,8 @@ class Client:
 
     # ------------------------------------------------------------------ resources
 
-    def list(self, kind: str, pool: str | None = None, limit: int | None = None, **filters: Any) -> Page:
+    def list(self, kind: str, pool: str | None = None, limit: int | None = None,
+             filters: Mapping[str, str] | None = None) -> Page:
         """All resources of a kind, page by page.
 
         Args:
@@ -189,31 +191,33 @@ class Client:
             filters: query parameters.
         """
         found: Page = []
-        for page in self.pages(kind, pool, limit, **filters):
+        for page in self.pages(kind, pool, limit, filters):
             found += page
         return found if limit is None else found[:limit]
 
     def pages(self, kind: str, pool: str | None = None, limit: int | None = None,
-              **filters: Any) -> Iterator[Page]:
+              filters: Mapping[str, str] | None = None) -> Iterator[Page]:
         """The pages of :meth:`list`, fetched as they are asked for."""
         path, key = self._path(kind, pool=pool), COLLECTIONS[kind]
-        marker: Any = None
-        left = limit
+        first: dict[str, Any] = dict(filters or {})
+        if kind not in UNPAGED:
+            first["limit"] = PAGE if limit is None else min(limit, PAGE)
+        params: dict[str, Any] | None = first
+        left, target = limit, path
         while True:
-            params = {**filters, "limit": min(left, PAGE) if left is not None else PAGE}
-            if marker is not None:
-                params["marker"] = marker
-            answer = self.call("GET", path, params=params)
+            answer = self.call("GET", target, params=params)
             page = answer.get(key) if isinstance(answer, dict) else None
             if not isinstance(page, list):
                 raise ClientError(f"{self.url} answered {path} without {key}; is it an lbapp controller?")
             yield page
             following = answer.get("next")
             left = None if left is None else left - len(page)
-            # An empty page or the same marker again would go on for ever.
-            if not following or following == marker or not page or (left is not None and left <= 0):
+            # An empty page or the same one again would go on for ever.
+            if not following or following == target or not page or (left is not None and left <= 0):
                 return
-            marker = following
+            if not str(following).startswith(f"{path}?"):
+                raise ClientError(f"{self.url} answered {path} with a next page elsewhere: {following}")
+            target, params = str(following), None
 
     def get(self, kind: str, reference: str, pool: str | None = None) -> Json:
         """One resource by id or name; a member also by ``address:port``."""
@@ -259,25 +263,6 @@ class Client:
         """What the controller counted."""
         return self.call("GET", "/v1/stats")
 
-    def member(self, pool: str, reference: str) -> Json:
-        """A member of a pool by id, name or ``address:port`` (IPv6 in brackets).
-
-        Raises:
-            ApiError: 404 if there is none, 409 if a name stands for several.
-        """
-        members = self.list("members", pool)
-        endpoint = _endpoint(reference)
-        by_endpoint = [member for member in members if endpoint and endpoint == _endpoint(
-            f"[{member.get('address')}]:{member.get('protocol_port')}")]
-        by_id = [member for member in members if reference == member.get("id")]
-        by_name = [member for member in members if reference == member.get("name")]
-        for found in (by_id, by_endpoint, by_name):
-            if len(found) > 1:
-                raise ApiError(409, f"pool {pool} has {len(found)} members named {reference}; use ADDRESS:PORT")
-            if found:
-                return found[0]
-        raise ApiError(404, f"pool {pool} has no member {reference}")
-
     # ------------------------------------------------------------------ waiting
 
     def wait(self, seconds: float = SECONDS, until: Callable[[Client], Any] | None = None, what: str = "") -> Any:
@@ -312,7 +297,7 @@ class Client:
     def answers(self) -> bool:
         """Whether a controller answers, whatever it thinks of the token."""
         try:
-            self.request("GET", "/v1/switches", params={"limit": 1}, seconds=2.0)
+            self.request("GET", "/v1/switches", seconds=2.0)
         except ApiError as error:
             return error.status < 500
         except Unreachable:
@@ -326,8 +311,6 @@ class Client:
             if not pool:
                 raise ValueError("members are those of a pool")
             path = f"/v1/pools/{quote(pool, safe='')}/members"
-            if reference is not None and _endpoint(reference) is not None:
-                reference = str(self.member(pool, reference)["id"])
         elif kind in COLLECTIONS:
             path = f"/v1/{kind}"
         else:
@@ -339,16 +322,6 @@ def _count(value: Any) -> int:
     if isinstance(value, Mapping):
         return sum(_count(one) for one in value.values())
     return len(value) if isinstance(value, list) else int(value or 0)
-
-
-def _endpoint(text: str) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int] | None:
-    """Address and port of ``address:port``; None if it is something else."""
-    host, _, port = text.rpartition(":")
-    try:
-        address = ipaddress.ip_address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
-        return (address, int(port)) if port.isdecimal() else None
-    except ValueError:
-        return None
 
 
 def _refusal(response: httpx.Response) -> ApiError:
