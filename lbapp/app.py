@@ -103,7 +103,7 @@ class Switch:
         self.recent: OrderedDict[int, tuple[carrier.PacketIn, frames.Packet]] = OrderedDict()
 
 
-class LoadBalancer(app_manager.RyuApp):  # type: ignore[misc]
+class LoadBalancer(app_manager.RyuApp):
     """lbapp beside, or without, other Ryu applications."""
 
     OFP_VERSIONS: ClassVar = [ofproto_v1_3.OFP_VERSION]
@@ -120,7 +120,7 @@ class LoadBalancer(app_manager.RyuApp):  # type: ignore[misc]
         self.on_connect: Callable[[int], None] = lambda _: None
         # A restarted controller must not give a living connection's serial away again.
         self._serials = itertools.count(secrets.randbits(32))
-        self._punts = {
+        self._punts: dict[int, Callable[[Switch, carrier.PacketIn], bytes]] = {
             Kind.QUERY: self._query, Kind.DENIED: self._query, Kind.FULL: self._no_room, Kind.GONE: self._no_room,
             Kind.CLOSE: self._close, Kind.NEIGHBOUR: self._neighbour, Kind.LOOKUP: self._lookup,
         }
@@ -280,11 +280,11 @@ class LoadBalancer(app_manager.RyuApp):  # type: ignore[misc]
             switch.worker = hub.spawn(self._work, switch)
             switch.session.read()
         elif datapath.id is not None:
-            switch = self.switches.get(datapath.id)
-            if switch is not None and switch.datapath is datapath:
-                LOG.info("switch %016x disconnected; it goes on forwarding", switch.id)
+            gone = self.switches.get(datapath.id)
+            if gone is not None and gone.datapath is datapath:
+                LOG.info("switch %016x disconnected; it goes on forwarding", gone.id)
                 del self.switches[datapath.id]
-                self._forget(switch)
+                self._forget(gone)
 
     def _forget(self, switch: Switch) -> None:
         self._flush(switch)
@@ -306,7 +306,7 @@ class LoadBalancer(app_manager.RyuApp):  # type: ignore[misc]
             self._queue(switch, ("reconcile", None))
         for answer in switch.session.answers():
             # REAP of a live flow is answered CONNALIVE (003, FIGURE 19); of a dead one with what deletes it.
-            message: FromSwitch = Stats(switch.id, answer.serial, Error.CONNALIVE, answer.packets, answer.bytes)
+            message: FromSwitch = Stats(switch.id, answer.serial, Error.CONNALIVE, answer.packets, answer.octets)
             if not answer.rules:
                 message = Delete(switch.id, tuple(Closed(answer.serial, 0, 0, Reason.DELETED, outbound)
                                                   for outbound in (False, True)))

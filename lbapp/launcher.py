@@ -9,6 +9,7 @@ its switches unless told; all of that is set here. Importing this module changes
 
 from __future__ import annotations
 
+import importlib
 import logging
 import logging.handlers
 import signal
@@ -116,7 +117,7 @@ def _ryu(settings: Settings, service: Any) -> None:
                       "--ctl-privkey", str(settings.openflow_key)]
         if settings.openflow_ca is not None:
             arguments += ["--ca-certs", str(settings.openflow_ca)]
-    import ryu.controller.controller  # registers the options that are set below
+    importlib.import_module("ryu.controller.controller")  # registers the options that are set below
 
     cfg.CONF.set_default("maximum_unreplied_echo_requests", UNREPLIED_ECHO_REQUESTS)
     cfg.CONF.set_default("echo_request_interval", ECHO_SECONDS)

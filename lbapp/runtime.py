@@ -197,7 +197,8 @@ class ControllerRuntime:
         opened = counters.opened + bound[server.number]
         return VirtualServerStatistics(
             id=server.id, name=server.name, opened=opened, closed=counters.closed,
-            active=counters.active if self._application.control.follows(server.number) else None, refused=refused.get(server.number, {}),
+            active=counters.active if self._application.control.follows(server.number) else None,
+            refused=refused.get(server.number, {}),
             packets=counters.packets if server.state is State.RULES else None,
             bytes=counters.bytes if server.state is State.RULES else None,
             messages_to_controller=messages[server.number],

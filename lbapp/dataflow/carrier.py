@@ -160,7 +160,7 @@ def decode_flow_removed(data: bytes) -> FlowRemoved | None:
     if kind not in (Kind.CONNECTION_IN, Kind.CONNECTION_OUT):
         return None
     why = _REASONS.get(reason, Reason.DELETED)
-    if why is Reason.IDLE and idle == FIN_IDLE_TIMEOUT or why is Reason.HARD and idle == FIN_IDLE_TIMEOUT:
+    if why in (Reason.IDLE, Reason.HARD) and idle == FIN_IDLE_TIMEOUT:
         why = Reason.SHUTDOWN  # the rule saw a FIN or RST, which shortened its time-out
     return FlowRemoved(cookie & 0xFFFFFFFF, kind is Kind.CONNECTION_OUT, why, packets, size,
                        seconds + nanoseconds / 1e9)

@@ -56,14 +56,14 @@ class ConnectionCounters:
     serial: int
     rules: int = 0
     packets: int = 0
-    bytes: int = 0
+    octets: int = 0
 
     def add(self, entry: bytes) -> None:
         """Take one entry of an OFPMP_FLOW reply (at least 56 bytes)."""
         packets, size = struct.unpack_from("!QQ", entry, 32)
         self.rules += 1
         self.packets += packets
-        self.bytes += size
+        self.octets += size
 
 
 def request_body(cookie: int = COOKIE_MAGIC << 56, mask: int = COOKIE_MASK) -> bytes:

@@ -21,6 +21,8 @@ from lbapp.control.selection import maglev_table, slot_blocks
 from lbapp.dataflow.openflow import (
     CONTROLLER,
     IN_PORT,
+    NAT_DESTINATION,
+    NAT_SOURCE,
     NORMAL,
     Action,
     Bucket,
@@ -324,7 +326,7 @@ def flows_of(fact: Fact, zone: Zones, host: Host | None) -> Iterator[Flow]:
                         of_virtual_server(virtual_server)),
                        (SetField("eth_src", VIRTUAL_MAC),
                         Conntrack(zone.snat, commit=True, table=Table.FORWARD,
-                                  nat=Nat(Nat.SOURCE, data, SNAT_PORTS),
+                                  nat=Nat(NAT_SOURCE, data, SNAT_PORTS),
                                   execute=(Load("ct_mark", member),
                                            Load("ct_label", virtual_server, Label.VIRTUAL_SERVER, 24)))),
                        kind=Kind.SOURCE, owner=member)
@@ -446,9 +448,9 @@ def commit(virtual_server: VirtualServer, member: Member, zone: Zones, *, routed
     nat = None
     if virtual_server.translate_address:
         port = member.protocol_port if virtual_server.translate_port else 0
-        nat = Nat(Nat.DESTINATION, packed(member.address), (port, port))
+        nat = Nat(NAT_DESTINATION, packed(member.address), (port, port))
     elif virtual_server.translate_port and member.protocol_port and not virtual_server.wildcard_address:
-        nat = Nat(Nat.DESTINATION, packed(virtual_server.vip_address), (member.protocol_port, member.protocol_port))
+        nat = Nat(NAT_DESTINATION, packed(virtual_server.vip_address), (member.protocol_port, member.protocol_port))
     flags = tracked | virtual_server.snat << 1 | routed << 2
     return Conntrack(zone.service, commit=True, table=Table.BOUND, nat=nat, execute=(
         Load("ct_mark", member.number),

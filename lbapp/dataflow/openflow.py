@@ -215,6 +215,9 @@ class MultipathSource(NamedTuple):
                            FIELDS[self.field].nxm)
 
 
+NAT_SOURCE, NAT_DESTINATION = 1, 2
+
+
 class Nat(NamedTuple):
     """Translate in a ct action. ``address`` None and ``port`` 0 with neither flag: undo what conntrack knows.
 
@@ -224,9 +227,6 @@ class Nat(NamedTuple):
     direction: int = 0
     address: bytes | None = None
     ports: tuple[int, int] = (0, 0)
-
-    SOURCE = 1
-    DESTINATION = 2
 
     def encode(self) -> bytes:
         present, data = 0, b""

@@ -32,6 +32,7 @@ from lbapp.dataflow.openflow import (
     Flow,
     Group,
     Load,
+    Match,
     Move,
     MultipathSource,
     Output,
@@ -240,7 +241,8 @@ DECLARATION: dict[Table, TableRule] = {
                           frozenset()),
     Table.BOUND: TableRule(frozenset({"ct_mark", "ct_label"}), frozenset({Output}),
                            frozenset({Table.SNAT, Table.FORWARD})),
-    Table.SNAT: TableRule(frozenset({"ct_mark", "ct_label", "eth_type"}), frozenset({SetField, Conntrack}), frozenset()),
+    Table.SNAT: TableRule(frozenset({"ct_mark", "ct_label", "eth_type"}), frozenset({SetField, Conntrack}),
+                          frozenset()),
     Table.FORWARD: TableRule(frozenset({"ct_mark", "ct_label", "eth_type"}), _DELIVER, frozenset()),
     Table.ROUTE: TableRule(_L3 | _ICMP, _DELIVER | _ANSWER, frozenset({Table.L2})),
     Table.L2: TableRule(frozenset({"eth_dst"}), frozenset({Output}), frozenset()),
@@ -275,7 +277,7 @@ def check(flow: Flow) -> None:
         raise UndeclaredError(f"{Table(flow.table).name}: rule without a cookie of ours")
 
 
-def rule(table: Table, priority: Priority, match: tuple[tuple[str, int | bytes] | tuple[str, int | bytes, int | bytes], ...],
+def rule(table: Table, priority: Priority, match: Match,
          actions: tuple[Action, ...] = (), *, kind: Kind, owner: int = 0, goto: Table | None = None) -> Flow:
     """A standing rule: one without timeouts, whose cookie says what it is and digests its content."""
     flow = Flow(int(table), int(priority), match, actions, 0, None if goto is None else int(goto))

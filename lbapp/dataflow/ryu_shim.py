@@ -17,7 +17,6 @@ import contextlib
 import logging
 import ssl
 import struct
-from socket import timeout as socket_timeout
 from typing import Any, Protocol
 
 from ryu.controller import controller, ofp_event
@@ -97,8 +96,10 @@ def _check_match(data: bytes, offset: int, what: str) -> None:
 def datapath_class(receiver: Receiver) -> type[controller.Datapath]:
     """A Datapath for Ryu that hands messages to ``receiver`` first."""
 
-    class FastDatapath(controller.Datapath):  # type: ignore[misc]
+    class FastDatapath(controller.Datapath):
         """See the module's docstring."""
+
+        send_q: Any
 
         def __init__(self, connection: Any, address: Any) -> None:
             super().__init__(connection, address)
@@ -126,17 +127,15 @@ def datapath_class(receiver: Receiver) -> type[controller.Datapath]:
             except Exception:
                 LOG.exception("%s: message could not be handled; connection closed", self.address)
             finally:
-                try:
+                with contextlib.suppress(OSError):
                     self.socket.close()
-                except OSError:
-                    pass
 
         def _receive(self) -> None:
             pending, handled = b"", 0
             while self.state != DEAD_DISPATCHER:
                 try:
                     chunk = self.socket.recv(CHUNK)
-                except (socket_timeout, ssl.SSLError):
+                except (TimeoutError, ssl.SSLError):
                     continue
                 except (EOFError, OSError):
                     return
