@@ -42,19 +42,19 @@ def _ended(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _hints(lab: Lab, console: Console) -> None:
-    token = lab.controller.state / "token"
     console.print(f"""
 [bold]{', '.join(lab.bridges)}[/], clients {lab.clients[0].name} to {lab.clients[-1].name}, \
 servers {lab.servers[0].name} to {lab.servers[-1].name}; site: {lab.topo.SITE.name}
 
   c1 curl {lab.topo.VIP}                     a virtual server; :8080 is decided by the controller, :8081 by rules
   c1 curl -g 'http://[{lab.topo.VIP6}]/'
-  sh curl -H "Authorization: Bearer $(cat {token})" {API}/v1/virtual-servers
+  sh lbapp show
+  sh curl -H "Authorization: Bearer $(lbapp token)" {API}/v1/virtual-servers
   dpctl dump-flows
   sh tail {lab.controller.log}
   exit
 
-From another terminal: nsenter --net=/proc/{lab.root.pid}/ns/net COMMAND
+From another terminal: LBAPP_STATE_DIR={lab.controller.state} nsenter --net=/proc/{lab.root.pid}/ns/net COMMAND
 """, highlight=False, soft_wrap=True)
 
 
@@ -91,7 +91,8 @@ def main() -> int:
             lab.apply(topo.SITE)
             # From here on this process is inside, so that "sh" is.
             lab.root.enter()
-            os.environ.update(lab.ovs.environment)
+            os.environ.update(lab.ovs.environment, LBAPP_STATE_DIR=str(lab.controller.state),
+                              PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
             _hints(lab, console)
             CLI(lab.net)
     except KeyboardInterrupt:
