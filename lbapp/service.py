@@ -9,14 +9,15 @@ Ryu asks for its REST server, which is the moment when all applications exist.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import socket
 from typing import TYPE_CHECKING, Any
 
 from ryu.base import app_manager
 from ryu.lib import hub
 
 from lbapp.api.auth import Tokens
-from lbapp.api.server import register, serve
+from lbapp.api.controller import register
+from lbapp.api.server import Server, serve
 from lbapp.config.database import EmbeddedDatabase
 from lbapp.config.store import Store
 from lbapp.readings import Readings
@@ -40,35 +41,60 @@ class Service:
         self._database: EmbeddedDatabase | None = None
         self._store: Store | None = None
         self._tokens: Tokens | None = None
+        self._server: Server | None = None
 
     def open(self) -> None:
-        """Open the database and the token file, before anything listens."""
+        """Open the database and the token file, before anything listens.
+
+        Raises:
+            OSError: the OpenFlow address is in use or not of this host.
+        """
         settings = self._settings
+        _check_free(settings.openflow)
         settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         remote = settings.database
+        revive = None
         if remote is None:
             self._database = EmbeddedDatabase(settings.state_dir)
             self._database.start()
-            remote = self._database.remote
+            remote, revive = self._database.remote, self._database.start
         self._tokens = Tokens(settings.token_file or settings.state_dir / "token")
-        self._store = Store(remote)
+        self._store = Store(remote, revive)
         self._store.start()
 
     def close(self) -> None:
         """Stop what was started here."""
+        if self._server is not None:
+            self._server.stop()
         if self._store is not None:
             self._store.stop()
         if self._database is not None:
             self._database.stop()
 
-    def start_rest(self, _manager: Any) -> Callable[[], None]:
+    def start_rest(self, _manager: Any) -> None:
         """Put application, store and REST together; stands in for Ryu's own REST server."""
         assert self._store is not None and self._tokens is not None
+        settings = self._settings
         application = app_manager.lookup_service_brick("lbapp")
         readings = Readings(application)
         application.on_connect = readings.prepare
-        register(application.wsgi, self._store, ControllerRuntime(application, readings), self._tokens)
+        guard = register(application.wsgi, self._store, ControllerRuntime(application, readings), self._tokens)
         self._store.subscribe(application.configure)
         hub.spawn(readings.watch)
-        host, port = self._settings.api
-        return lambda: serve(application.wsgi, host, port, self._settings.tls_certificate, self._settings.tls_key)
+        certificate, key = (None if path is None else str(path)
+                            for path in (settings.tls_certificate, settings.tls_key))
+        self._server = serve(guard, *settings.api, certificate, key)
+        LOG.info("REST on %s://%s:%d, OpenFlow on %s:%d", "https" if certificate else "http", *settings.api,
+                 *settings.openflow)
+
+
+def _check_free(address: tuple[str, int]) -> None:
+    """Ryu only logs that it cannot listen; this says so before anything is started."""
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot listen for switches: {error.strerror}",
+                          f"{address[0]}:{address[1]}") from None
