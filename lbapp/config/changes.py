@@ -74,7 +74,7 @@ class Update(NamedTuple):
 class Delete(NamedTuple):
     """Remove a resource, a pool with its members."""
 
-    kind: type[Resource]
+    kind: type[Any]
     id: str
     revision: int | None = None
 

@@ -19,8 +19,9 @@ from typing import Annotated, Any
 import msgspec
 import netaddr
 
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
-Text = Annotated[str, msgspec.Meta(max_length=1024)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$(?!\n)")]
+MemberName = Annotated[str, msgspec.Meta(max_length=255, pattern=r"^[A-Za-z0-9._:-]*$(?!\n)")]
+Text = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"^[^\u0000]*$")]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Weight = Annotated[int, msgspec.Meta(ge=0, le=256)]
 Seconds = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -123,7 +124,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     address: str
     protocol_port: Port
     id: str = ""
-    name: str = ""
+    name: MemberName = ""
     number: Number = 0
     weight: Weight = 1
     admin_state_up: bool = True

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable
@@ -59,11 +60,16 @@ _MESSAGE = msgspec.json.Decoder(_Message)
 _UPDATE = msgspec.json.Decoder(tuple[Any, Updates])
 
 
+_TOKEN = re.compile(rb'\\.|["{}]', re.DOTALL)
+_SPACE = b" \t\r\n"
+
+
 class _Frames:
     """Cuts a byte stream into JSON texts: nothing but their own braces delimits them.
 
-    Linear in the bytes received, whatever the chunks: braces outside strings are counted per
-    chunk, and the text is decoded once the count is back at zero.
+    Linear in the bytes received, whatever the chunks, and at the speed of C: braces outside
+    strings are counted per chunk; only a chunk in which one message ends and another begins is
+    looked at token by token.
     """
 
     def __init__(self) -> None:
@@ -80,13 +86,28 @@ class _Frames:
             ValueError: this is not JSON-RPC.
             Lost: the message has no end.
         """
+        depth, in_string, escaped = self._depth, self._in_string, self._escaped
+        outside = self._count(chunk)
+        texts = []
+        if b"}{" in outside.translate(None, _SPACE):
+            start = 0
+            for end in self._ends(chunk, depth, in_string, escaped):
+                texts.append(b"".join([*self._parts, chunk[start:end]]))
+                self._parts.clear()
+                start = end
+            chunk = chunk[start:]
         self._parts.append(chunk)
-        self._size += len(chunk)
+        if self._depth == 0 and not self._in_string:
+            texts.append(b"".join(self._parts))
+            self._parts.clear()
+        self._size = self._size + len(chunk) if self._parts else 0
         if self._size > _LARGEST:
             raise Lost(f"the database sent a message of more than {_LARGEST} bytes")
-        text = chunk
-        if self._escaped:
-            text = text[1:]
+        return [_MESSAGE.decode(text) for text in texts if text.strip()]
+
+    def _count(self, chunk: bytes) -> bytes:
+        """Move on past a chunk; returns what of it is outside strings."""
+        text = chunk[1:] if self._escaped else chunk
         self._escaped = False
         if b"\\" in text:
             text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
@@ -95,27 +116,24 @@ class _Frames:
         outside = b"".join(pieces[1 if self._in_string else 0::2])
         self._in_string ^= len(pieces) % 2 == 0
         self._depth += outside.count(b"{") - outside.count(b"}")
-        if self._depth or self._in_string:
-            return []
-        whole = b"".join(self._parts)
-        self._parts.clear()
-        self._size = 0
-        try:
-            return [_MESSAGE.decode(whole)]
-        except msgspec.DecodeError:
-            return self._several(whole.decode().strip())
+        return outside
 
     @staticmethod
-    def _several(text: str) -> list[_Message]:
-        scanner = json.JSONDecoder()
-        messages, at = [], 0
-        while at < len(text):
-            _, end = scanner.raw_decode(text, at)
-            messages.append(_MESSAGE.decode(text[at:end]))
-            at = end
-            while text[at:at + 1].isspace():
-                at += 1
-        return messages
+    def _ends(chunk: bytes, depth: int, in_string: bool, escaped: bool) -> list[int]:
+        ends = []
+        for match in _TOKEN.finditer(chunk, 1 if escaped else 0):
+            token = match.group()
+            if token == b'"':
+                in_string = not in_string
+            elif in_string or token[0] == 0x5C:
+                continue
+            elif token == b"{":
+                depth += 1
+            else:
+                depth -= 1
+                if depth == 0:
+                    ends.append(match.end())
+        return ends
 
 
 def connect(remote: str, seconds: float) -> socket.socket:
@@ -243,7 +261,10 @@ class Session:
 
     def _send(self, message: dict[str, Any]) -> None:
         try:
-            self._socket.sendall(msgspec.json.encode(message))
+            # In pieces: eventlet's sendall copies all that is left for each part the kernel takes.
+            text = memoryview(msgspec.json.encode(message))
+            for start in range(0, len(text), _CHUNK):
+                self._socket.sendall(text[start:start + _CHUNK])
         except OSError as error:
             self.close(str(error))
             raise Lost(self._closed) from None

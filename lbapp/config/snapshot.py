@@ -107,7 +107,7 @@ def resources(configuration: Configuration, kind: type[R]) -> Mapping[str, R]:
     return configuration.pools if kind is Pool else configuration.networks  # type: ignore[return-value]
 
 
-def _key(kind: type[Any]) -> Hashable:
+def _key(kind: Any) -> Hashable:
     return kind
 
 

@@ -179,6 +179,11 @@ class Store:
         finally:
             self._writing.release()
 
+    def check(self, changes: Changes) -> None:
+        """Raise what :meth:`apply` would raise for these changes now, and change nothing."""
+        snapshot = self._snapshot
+        plan(snapshot, changes(snapshot) if callable(changes) else changes)
+
     def _commit(self, planned: Plan) -> bool:
         """Send one transaction; False where it came too late."""
         session = self._session
@@ -194,7 +199,7 @@ class Store:
             raise Unavailable(f"the configuration database refused: {error}") from None
         finally:
             self._mirror.expected = {}
-        failed = next((one for one in msgspec.json.decode(answer) if one and "error" in one), None)
+        failed = _failure(bytes(answer))
         if failed is None:
             return True
         kind, details = failed["error"], failed.get("details", "")
@@ -278,3 +283,10 @@ class Store:
             self._revive()
         except Exception as failure:
             LOG.error("cannot start the configuration database: %s", failure)
+
+
+def _failure(answer: bytes) -> dict[str, str] | None:
+    """The error in a transaction's results, if there is one."""
+    if b'"error"' not in answer:
+        return None
+    return next((one for one in msgspec.json.decode(answer) if one and "error" in one), None)

@@ -1,0 +1,202 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the REST API shows of the running controller, and the protocol it asks for it.
+
+Values only. Resources themselves are the model's; these are live facts. A figure that is not
+known is null, never a made-up 0.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from typing import Annotated, Protocol
+
+import msgspec
+
+from lbapp.config.model import Member, Pool, VirtualServer
+
+
+class ProvisioningStatus(enum.Enum):
+    """Whether the switches have what is configured (Octavia's words)."""
+
+    ACTIVE = "ACTIVE"
+    PENDING_UPDATE = "PENDING_UPDATE"
+    ERROR = "ERROR"
+
+
+class OperatingStatus(enum.Enum):
+    """Whether it works (Octavia's words, and DISABLED for what is administratively down)."""
+
+    ONLINE = "ONLINE"
+    OFFLINE = "OFFLINE"
+    DRAINING = "DRAINING"
+    DEGRADED = "DEGRADED"
+    NO_MONITOR = "NO_MONITOR"
+    DISABLED = "DISABLED"
+
+
+Dpid = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$", description="datapath id, 16 hexadecimal digits")]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class HostView(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a neighbour is, seen from a switch."""
+
+    mac: str
+    port: int
+
+
+class SwitchView(msgspec.Struct, frozen=True, kw_only=True):
+    """A switch the controller has seen.
+
+    Attributes:
+        dpid: datapath id, 16 hexadecimal digits.
+        address: the far end of its OpenFlow connection, ``ip:port``.
+        connected: now.
+        connected_seconds: since when; 0 while it is not connected.
+        flows: rules of the balancer on it.
+        groups: groups of the balancer on it.
+        hosts: neighbours it knows, by address.
+        role: the controller's OpenFlow role there (``equal``, ``master``, ``slave``).
+        features: what it can do that matters here, such as ``conntrack``, ``groups``, ``bundles``.
+    """
+
+    dpid: Dpid
+    address: str
+    connected: bool
+    connected_seconds: float = 0.0
+    flows: Count = 0
+    groups: Count = 0
+    hosts: dict[str, HostView] = {}
+    role: str = "equal"
+    features: tuple[str, ...] = ()
+
+
+class ConnectionView(msgspec.Struct, frozen=True, kw_only=True):
+    """A connection of a client.
+
+    Attributes:
+        id: its serial, hexadecimal; unique.
+        switch: the switch that holds its state (dpid).
+        virtual_server: name.
+        member: ``address:port`` (an IPv6 address in brackets).
+        protocol: ``TCP`` or ``UDP``.
+        client: the client's ``ip:port``.
+        destination: what the client addressed, ``ip:port``.
+        state: conntrack's word for it, such as ``ESTABLISHED``; ``ACTIVE`` for a rule pair.
+        idle_seconds, age_seconds: null where the switch does not tell.
+        packets, bytes: both directions; null where the switch does not count them.
+        decided_by: ``switch`` or ``controller``.
+    """
+
+    id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]+$")]
+    switch: Dpid
+    virtual_server: str
+    member: str
+    protocol: str
+    client: str
+    destination: str
+    state: str
+    idle_seconds: float | None = None
+    age_seconds: float | None = None
+    packets: Count | None = None
+    bytes: Count | None = None
+    decided_by: str = "controller"
+
+
+class VirtualServerStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of a virtual server since the controller started.
+
+    Attributes:
+        active: connections now; null where the switch decides and has not been asked yet.
+        refused: by reason, such as ``NOTAVAIL``, ``CONNLIMIT``, ``UNKNOWN``, ``table_full``.
+        messages_to_controller: OpenFlow messages that its connections caused.
+        messages_per_connection: the same by ``opened``; null before the first connection.
+    """
+
+    id: str
+    name: str
+    opened: Count = 0
+    closed: Count = 0
+    active: Count | None = 0
+    refused: dict[str, int] = {}
+    packets: Count | None = None
+    bytes: Count | None = None
+    messages_to_controller: Count = 0
+    messages_per_connection: float | None = None
+
+
+class MemberStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of a member since the controller started. ``pool`` is a name, ``member`` ``address:port``."""
+
+    id: str
+    pool: str
+    member: str
+    opened: Count = 0
+    closed: Count = 0
+    active: Count | None = 0
+    packets: Count | None = None
+    bytes: Count | None = None
+
+
+class SwitchStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of the controller's side of a switch.
+
+    Attributes:
+        packet_ins, packet_outs, flow_mods, flows_removed: OpenFlow messages.
+        queries_dropped: first packets not answered because the controller's queue was full.
+        table_full: rules that the switch had no room for.
+        conntrack_full: connections that its conntrack had no room for; null where it does not tell.
+        reconnects: times it came back.
+    """
+
+    dpid: Dpid
+    packet_ins: Count = 0
+    packet_outs: Count = 0
+    flow_mods: Count = 0
+    flows_removed: Count = 0
+    queries_dropped: Count = 0
+    table_full: Count = 0
+    conntrack_full: Count | None = None
+    reconnects: Count = 0
+
+
+class StatisticsView(msgspec.Struct, frozen=True, kw_only=True):
+    """All counters. They start with the controller."""
+
+    uptime_seconds: float = 0.0
+    virtual_servers: list[VirtualServerStatistics] = []
+    members: list[MemberStatistics] = []
+    switches: list[SwitchStatistics] = []
+
+
+class Runtime(Protocol):
+    """What the API asks the running controller. Statuses are (provisioning, operating), Octavia's words."""
+
+    def virtual_server_status(self, vs: VirtualServer) -> tuple[str, str]:
+        """Of a virtual server."""
+        ...
+
+    def pool_status(self, pool: Pool) -> tuple[str, str]:
+        """Of a pool as a whole."""
+        ...
+
+    def member_status(self, pool: Pool, member: Member) -> tuple[str, str]:
+        """Of a member of a pool."""
+        ...
+
+    def switches(self) -> list[SwitchView]:
+        """All that were seen."""
+        ...
+
+    def connections(self) -> Iterable[ConnectionView]:
+        """All that are known, in any order.
+
+        Other greenlets run while the API walks through them: what is iterated must bear that.
+        """
+        ...
+
+    def statistics(self) -> StatisticsView:
+        """A reading of the counters."""
+        ...

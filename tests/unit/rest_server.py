@@ -1,0 +1,101 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""A REST server in a process of its own, for the tests of the API: real store, real sockets.
+
+The runtime behind it knows two switches and as many connections as it is told to. Prints the
+port once it serves.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import eventlet
+
+eventlet.monkey_patch()
+
+import eventlet.wsgi  # noqa: E402
+
+eventlet.wsgi.ALREADY_HANDLED = []
+
+import argparse  # noqa: E402
+import logging  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from ryu.app.wsgi import WSGIApplication  # noqa: E402
+
+from lbapp.api import controller, server, views  # noqa: E402
+from lbapp.api.auth import Tokens  # noqa: E402
+from lbapp.config.database import EmbeddedDatabase  # noqa: E402
+from lbapp.config.model import Member, Pool, VirtualServer  # noqa: E402
+from lbapp.config.store import Store  # noqa: E402
+
+
+class Runtime:
+    """A controller with made-up facts that tests can recognise."""
+
+    def __init__(self, connections: int) -> None:
+        self._connections = connections
+
+    def virtual_server_status(self, vs: VirtualServer) -> tuple[str, str]:
+        return ("ACTIVE", "ONLINE" if vs.admin_state_up else "DISABLED")
+
+    def pool_status(self, pool: Pool) -> tuple[str, str]:
+        if pool.description == "explode":
+            raise RuntimeError("a secret of the inside")
+        return ("ACTIVE", "ONLINE" if pool.members else "OFFLINE")
+
+    def member_status(self, pool: Pool, member: Member) -> tuple[str, str]:
+        return ("ACTIVE", "DRAINING" if member.draining else "NO_MONITOR")
+
+    def switches(self) -> list[views.SwitchView]:
+        hosts = {"10.0.0.2": views.HostView(mac="02:00:00:00:00:02", port=2)}
+        return [views.SwitchView(dpid=f"{number:016x}", address=f"127.0.0.1:{40000 + number}", connected=True,
+                                 connected_seconds=1.5, flows=9, hosts=hosts) for number in (2, 1)]
+
+    def connections(self) -> Iterator[views.ConnectionView]:
+        for serial in range(self._connections, 0, -1):
+            yield views.ConnectionView(
+                id=f"{serial:x}", switch=f"{1:016x}", virtual_server="web" if serial % 2 else "dns",
+                member=f"10.0.0.{serial % 3 + 1}:80", protocol="TCP" if serial % 2 else "UDP",
+                client=f"192.0.2.{serial % 5}:{1000 + serial}", destination="10.0.0.100:80", state="ESTABLISHED")
+
+    def statistics(self) -> views.StatisticsView:
+        return views.StatisticsView(
+            uptime_seconds=2.0,
+            virtual_servers=[views.VirtualServerStatistics(id="1", name="web", opened=4, refused={"CONNLIMIT": 2}),
+                             views.VirtualServerStatistics(id="2", name="dns")],
+            members=[views.MemberStatistics(id="3", pool="farm", member="10.0.0.1:80", opened=4)],
+            switches=[views.SwitchStatistics(dpid=f"{1:016x}", packet_ins=4)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--certificate")
+    parser.add_argument("--key")
+    parser.add_argument("--connections", type=int, default=0)
+    parser.add_argument("--seconds", type=float, help="the time limits for slow senders")
+    parser.add_argument("--no-revive", action="store_true")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    if options.seconds:
+        server.SOCKET_SECONDS = controller.BODY_SECONDS = options.seconds
+    database = EmbeddedDatabase(options.directory)
+    database.start()
+    store = Store(database.remote, revive=None if options.no_revive else database.start)
+    store.start()
+    wsgi = WSGIApplication()
+    guard = controller.register(wsgi, store, Runtime(options.connections), Tokens(options.directory / "token"))
+    running = server.serve(guard, port=0, certificate=options.certificate, key=options.key)
+    # The same routes without the guard, as Ryu's own server would serve them.
+    bare = server.serve(wsgi, port=0)
+    print(running.port, bare.port, flush=True)
+    eventlet.hubs.trampoline(sys.stdin.fileno(), read=True)  # until the test closes its end
+    running.stop()
+    store.stop()
+
+
+if __name__ == "__main__":
+    main()
