@@ -207,6 +207,7 @@ class _Reading:
         self.source = source
         self.problems: list[str] = []
         self.more = 0
+        self.refused_pools: set[str] = set()
 
     def read(self, document: Mapping[str, Any]) -> Site:
         for key in document:
@@ -278,7 +279,7 @@ class _Reading:
         if given is not None and not isinstance(given, str):
             self.problem(label, "pool", f"expected a pool's name or a pool, got {_shown(given)}", raw)
             return None
-        if given is not None and given not in pools:
+        if given is not None and given not in pools and given not in self.refused_pools:
             self.problem(label, "pool", f"expected the name of a pool of this document, got {given!r}"
                          + _similar(given, pools), raw)
             return None
@@ -302,6 +303,8 @@ class _Reading:
         except (msgspec.ValidationError, ValueError, TypeError) as error:
             field, message = explain(error, cls, cleaned)
             self.problem(label, field, message, _nearest(raw, field))
+            if cls is Pool and isinstance(raw.get("name"), str):
+                self.refused_pools.add(raw["name"])  # its virtual servers are not to blame
             return None
 
     def _unique(self, resources: Mapping[str, R], section: str, field: str, key: Callable[[R], str]) -> None:
