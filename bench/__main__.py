@@ -97,8 +97,9 @@ def _scale(screen: Console, sizes: Mapping[str, int]) -> tuple[dict[str, float],
             with screen.status("") as status:
                 try:
                     found = part.measure(size, lambda what, name=name: status.update(f"scale, {name}: {what}"))  # type: ignore[misc]
-                except (BenchError, OSError) as error:
-                    failures.append(f"scale, {name}: {error}")
+                except Exception as error:  # the other part is measured still
+                    why = str(error) if isinstance(error, BenchError) else f"{type(error).__name__}: {error}"
+                    failures.append(f"scale, {name}: {why}")
                     continue
             for key, value in found.items():
                 screen.print(f"  {part.figures[key]:<42} {report.figure(key, value)}", highlight=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -24,6 +24,8 @@ from topologies.controller import OPENFLOW, ControllerProcess, RestError
 
 BRIDGE = "br0"
 PREFIX_LENGTH = 8
+LINE_COUNTERS = ("vconn_sent", "vconn_received")
+"""Open vSwitch's coverage counters of OpenFlow messages."""
 READY_SECONDS = 20.0
 SETTLE_SECONDS = 1.2
 """Open vSwitch adds its counters up once a second."""
@@ -51,17 +53,19 @@ class RunningController:
         return machine.rss_bytes(self._pid)
 
     def messages(self) -> Messages:
-        """See :class:`bench.load.Controller`; as the controller itself counts them."""
-        return messages(self._process.rest.get("/v1/stats"))
+        """See :class:`bench.load.Controller`. The total is the switch's own count, of everything on the line."""
+        try:
+            stats = self._process.rest.get("/v1/stats")
+            total = sum(int(self._ovs.appctl("coverage/read-counter", name)) for name in LINE_COUNTERS)
+        except (RestError, httpx.HTTPError, OvsError) as error:
+            raise BenchError(str(error)) from None
+        return counted(stats, total)
 
-    def switch_messages(self) -> int:
-        """The same total as the switch counts it, with the few of Open vSwitch's own tools."""
-        return sum(int(self._ovs.appctl("coverage/read-counter", name)) for name in ("vconn_sent", "vconn_received"))
 
-
-def messages(stats: dict[str, Any]) -> Messages:
-    """Add up what ``GET /v1/stats`` says about the messages of all switches."""
-    raise NotImplementedError
+def counted(stats: Mapping[str, Any], total: int) -> Messages:
+    """The messages of ``GET /v1/stats``, over all switches, with the total from elsewhere."""
+    kinds = [sum(int(switch[kind]) for switch in stats["switches"]) for kind in ("flow_mods", "packet_ins")]
+    return Messages(total, *kinds)
 
 
 class Installation:
@@ -118,10 +122,18 @@ class Installation:
 
     def rules(self) -> int:
         """How many OpenFlow rules the switch holds."""
-        found = re.search(r"flow_count=(\d+)", self.ovs.ofctl("dump-aggregate", BRIDGE))
+        try:
+            found = re.search(r"flow_count=(\d+)", self.ovs.ofctl("dump-aggregate", BRIDGE))
+        except OvsError as error:
+            raise BenchError(str(error)) from None
         if found is None:
             raise BenchError("ovs-ofctl dump-aggregate does not say how many rules there are")
         return int(found[1])
+
+    def command(self, *arguments: str) -> list[str]:
+        """A command line of ``lbapp`` that speaks to this controller, from inside the middle."""
+        return self.middle.argv(self.process.argv[0], "--url", self.rest.base,
+                                "--token-file", str(self.process.state / "token"), *arguments)
 
     def wait_answer(self, address: str, port: int) -> None:
         """Wait until a connection through the virtual server succeeds."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -76,8 +77,11 @@ def turn(target: Target, number: int, seconds: int, progress: Callable[[str], No
             others = Others(namespace.inode for namespace in lab.namespaces)
             _measure(lab, site, target, seconds, sample, progress)
             sample.others_cores = others.cores()
-    except (BenchError, OSError) as error:
-        sample.error = str(error) or type(error).__name__
+    except BenchError as error:
+        sample.error = str(error)
+    except Exception as error:  # of a tool, a library or our own: it must not cost the others their turn
+        sample.error = f"{type(error).__name__}: {error}"
+        sample.detail["traceback"] = traceback.format_exc()
     return sample
 
 

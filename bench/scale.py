@@ -85,7 +85,7 @@ def configuration(count: int, progress: Progress) -> dict[str, float]:
             "apply_controller_rss_before": controller.rss_bytes(), "apply_switch_rss_before": rss_bytes(vswitchd)}
         progress(f"lbapp apply: {count} virtual servers")
         start = time.monotonic()
-        lab.run(installation.middle.argv(*installation.command("apply", "-f", str(path), "--yes")),
+        lab.run(installation.command("apply", "-f", str(path), "--yes"),
                 timeout=APPLY_PATIENCE)
         result["apply_seconds"] = time.monotonic() - start
         progress("waiting until the switch holds all rules")
