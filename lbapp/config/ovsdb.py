@@ -136,25 +136,36 @@ class _Frames:
         return ends
 
 
-def connect(remote: str, seconds: float) -> socket.socket:
-    """Connect to the first of a comma-separated list of ``unix:PATH`` and ``tcp:HOST:PORT`` that answers.
+def addresses(remote: str) -> list[tuple[socket.AddressFamily, Any]]:
+    """The addresses in a comma-separated list of ``unix:PATH`` and ``tcp:HOST:PORT``.
 
     Raises:
-        ValueError: the text is neither.
+        ValueError: the text is not such a list.
+    """
+    found: list[tuple[socket.AddressFamily, Any]] = []
+    for one in remote.split(","):
+        kind, _, rest = one.strip().partition(":")
+        host, _, port = rest.rpartition(":")
+        if kind == "unix" and rest:
+            found.append((socket.AF_UNIX, rest))
+        elif kind == "tcp" and host and port.isascii() and port.isdigit():
+            family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+            found.append((family, (host.strip("[]"), int(port))))
+        else:
+            raise ValueError(f"expected unix:PATH or tcp:HOST:PORT as the database's remote, got {one!r}")
+    return found
+
+
+def connect(remote: str, seconds: float) -> socket.socket:
+    """Connect to the first address of a remote that answers.
+
+    Raises:
+        ValueError: see :func:`addresses`.
         OSError: none answers.
     """
     last: OSError | None = None
-    for one in remote.split(","):
-        kind, _, rest = one.strip().partition(":")
-        if kind == "unix" and rest:
-            connection, address = socket.socket(socket.AF_UNIX), rest
-        elif kind == "tcp" and ":" in rest:
-            host, _, port = rest.rpartition(":")
-            six = host.startswith("[")
-            connection = socket.socket(socket.AF_INET6 if six else socket.AF_INET)
-            address = (host.strip("[]"), int(port))  # type: ignore[assignment]
-        else:
-            raise ValueError(f"expected unix:PATH or tcp:HOST:PORT as the database's remote, got {one!r}")
+    for family, address in addresses(remote):
+        connection = socket.socket(family)
         connection.settimeout(seconds)
         try:
             connection.connect(address)

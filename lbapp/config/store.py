@@ -65,9 +65,13 @@ class Store:
         remote: ``unix:PATH`` or ``tcp:HOST:PORT``, or several with commas between them.
         revive: called before each attempt to connect again; may start the database. What it
             raises is logged.
+
+    Raises:
+        ValueError: ``remote`` is neither.
     """
 
     def __init__(self, remote: str, revive: Callable[[], None] | None = None) -> None:
+        ovsdb.addresses(remote)
         self.remote = remote
         self._revive = revive
         self._mirror = Mirror()
