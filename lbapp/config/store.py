@@ -51,7 +51,8 @@ ANSWER_SECONDS = 120.0
 QUEUE_SECONDS = 60.0
 """How long a change waits for the one before it."""
 SEEN_SECONDS = 5.0
-ATTEMPTS = 8
+RACE_SECONDS = 15.0
+"""How long a change is derived again and again while other processes keep changing things first."""
 _BACKOFF = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 Changes = Sequence[Change] | Callable[[Snapshot], Sequence[Change]]
@@ -166,7 +167,8 @@ class Store:
         if not self._writing.acquire(timeout=QUEUE_SECONDS):
             raise Unavailable("the configuration database is busy with another change")
         try:
-            for attempt in range(ATTEMPTS):
+            deadline = time.monotonic() + RACE_SECONDS
+            while True:
                 snapshot = self._snapshot
                 asked = changes(snapshot) if callable(changes) else changes
                 planned = plan(snapshot, asked)
@@ -177,9 +179,10 @@ class Store:
                 if self._commit(planned):
                     self._wait(planned.generation, SEEN_SECONDS)
                     return self._snapshot
+                if time.monotonic() > deadline:
+                    raise Conflict("other changes were made at the same time, again and again")
                 # Another process was first. Its change is on its way here, or here.
-                self._wait(snapshot.settings.generation + 1, 0.05 * (attempt + 1))
-            raise Conflict("other changes were made at the same time, again and again")
+                self._wait(snapshot.settings.generation + 1, 0.1)
         finally:
             self._writing.release()
 

@@ -143,6 +143,7 @@ def test_upgrade_from_an_older_schema_keeps_rows_and_fills_in_defaults(database,
     try:
         [server] = store.configuration.virtual_servers.values()
         pool = store.configuration.pool_of(server)
+        assert pool is not None
         assert (server.name, server.number, server.connection_limit, server.maintenance) == ("web", 4, -1, False)
         assert pool.lb_algorithm is Algorithm.ROUND_ROBIN
         assert pool.members[0].draining is False

@@ -88,7 +88,10 @@ def site(store: Store) -> tuple[VirtualServer, Pool]:
     pool = a_pool()
     server = a_server(pool=pool)
     snapshot = store.apply([Create(server), Create(pool)])
-    return snapshot.find(VirtualServer, "web"), snapshot.find(Pool, "farm")
+    found, found_pool = snapshot.find(VirtualServer, "web"), snapshot.find(Pool, "farm")
+    assert found is not None
+    assert found_pool is not None
+    return found, found_pool
 
 
 # ------------------------------------------------------------------ changes
@@ -422,6 +425,7 @@ def test_a_committed_change_survives_kill_9_and_the_store_comes_back(tmp_path):
         seen: list[Configuration] = []
         server, _ = site(store)
         store.subscribe(seen.append)
+        assert database.pid is not None
         os.kill(database.pid, signal.SIGKILL)
         eventually(lambda: not store.available)
         assert store.configuration.virtual_servers[server.id] == server
