@@ -115,6 +115,7 @@ class LoadBalancer(app_manager.RyuApp):
         self.wsgi = kwargs["wsgi"]
         self.control = ControlSegment()
         self.configuration = Configuration()
+        self._configured = hub.Event()
         self.switches: dict[int, Switch] = {}
         self.reconnects: Counter[int] = Counter()
         self.on_connect: Callable[[int], None] = lambda _: None
@@ -136,6 +137,7 @@ class LoadBalancer(app_manager.RyuApp):
     def configure(self, configuration: Configuration) -> None:
         """Take over a new configuration; called whenever the store changed, in order."""
         self.configuration = configuration
+        self._configured.set()
         commands = self.control.configure(configuration, time.monotonic())
         routes = Routes(configuration.networks.values())
         for switch in self.switches.values():
@@ -354,6 +356,7 @@ class LoadBalancer(app_manager.RyuApp):
     def _do(self, switch: Switch, job: str, argument: Any) -> None:
         session = switch.session
         if job == "reconcile":
+            self._configured.wait()  # a switch must not be held against a configuration that was not read yet
             self.on_connect(switch.id)
             hosts = session.adopted_hosts(self.configuration)
             commands = self.control.handle(SwitchUp(switch.id, hosts), time.monotonic())

@@ -79,6 +79,7 @@ class Service:
         readings = Readings(application)
         application.on_connect = readings.prepare
         guard = register(application.wsgi, self._store, ControllerRuntime(application, readings), self._tokens)
+        application.configure(self._store.configuration)
         self._store.subscribe(application.configure)
         hub.spawn(readings.watch)
         certificate, key = (None if path is None else str(path)

@@ -88,8 +88,7 @@ class SwitchProgram:
         routes = self._routes
         if old.networks is not configuration.networks and dict(old.networks) != dict(configuration.networks):
             routes = Routes(configuration.networks.values())
-        wildcards = frozenset(server.version for server in configuration.virtual_servers.values()
-                              if server.wildcard_address and server.admin_state_up)
+        wildcards = _wildcards(configuration)
         rebuild = routes is not self._routes or wildcards != self._wildcards
         self._configuration = configuration
         changed = [
@@ -115,6 +114,22 @@ class SwitchProgram:
                 change = self._route_to(address)
                 if change:
                     yield change
+
+    def begin(self, configuration: Configuration) -> None:
+        """Take over the first configuration without saying what changed: the caller compares :meth:`flows`."""
+        self._configuration = configuration
+        self._routes = Routes(configuration.networks.values())
+        self._wildcards = _wildcards(configuration)
+        for network in configuration.networks.values():
+            self._count_facts(network_facts(network))
+        for identifier, server in configuration.virtual_servers.items():
+            pool = configuration.pool_of(server)
+            installed = _Installed(server, pool, self._eligible(server, pool, self._routes))
+            self._installed[identifier] = installed
+            self._index(identifier, installed, self._routes, present=True)
+            self._count_facts(facts_of(server, pool, self._routes, self._wildcards))
+        for address in self._hosts:
+            self._route_to(address)
 
     def host_changed(self, address: str) -> Change:
         """A neighbour is somewhere else now, or nowhere: the rules that lead to it."""
@@ -222,12 +237,7 @@ class SwitchProgram:
                     del self._decided_by_hop[hop]
 
     def _replace_facts(self, old: Iterable[Fact], new: Iterable[Fact], change: Change) -> None:
-        fresh: set[Fact] = set()
-        for fact in new:
-            count = self._facts.get(fact, 0)
-            self._facts[fact] = count + 1
-            if not count:
-                fresh.add(fact)
+        fresh = self._count_facts(new)
         for fact in old:
             count = self._facts[fact] - 1
             if count:
@@ -238,7 +248,17 @@ class SwitchProgram:
             self._index_fact(fact, present=False)
         for fact in fresh:
             change.add += flows_of(fact, self.zones, self._host_of(fact))
-            self._index_fact(fact, present=True)
+
+    def _count_facts(self, facts: Iterable[Fact]) -> list[Fact]:
+        """Count facts in; returns those that are new."""
+        fresh = []
+        for fact in facts:
+            count = self._facts.get(fact, 0)
+            self._facts[fact] = count + 1
+            if not count:
+                fresh.append(fact)
+                self._index_fact(fact, present=True)
+        return fresh
 
     def _index_fact(self, fact: Fact, *, present: bool) -> None:
         if not isinstance(fact, Forward | Gateway):
@@ -250,6 +270,11 @@ class SwitchProgram:
             self._by_hop[hop].discard(fact)
             if not self._by_hop[hop]:
                 del self._by_hop[hop]
+
+
+def _wildcards(configuration: Configuration) -> frozenset[int]:
+    return frozenset(server.version for server in configuration.virtual_servers.values()
+                     if server.wildcard_address and server.admin_state_up)
 
 
 def _place(flow: Flow) -> tuple[int, int, tuple[object, ...]]:

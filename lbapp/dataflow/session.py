@@ -89,21 +89,24 @@ class SwitchSession:
 
     def read(self) -> None:
         """Ask the switch for all rules and groups of ours."""
-        self._ask(OFPMP_GROUP_DESC, b"", self._waiting)
-        self._ask(OFPMP_FLOW, request_body(), self._waiting)
+        # One send: what is waited for is complete before the first answer can arrive.
+        self._send(self._request(OFPMP_GROUP_DESC, b"", self._waiting)
+                   + self._request(OFPMP_FLOW, request_body(), self._waiting))
 
     def read_counters(self) -> None:
         """Ask the switch what its rules have counted; ``counters`` is new once ``counting`` is false again."""
         if not self.counting:
             self._counters = RuleCounters()
-            self._ask(OFPMP_FLOW, request_body(), self._counting)
+            self._send(self._request(OFPMP_FLOW, request_body(), self._counting))
 
     def ask_connection(self, serial: int) -> None:
         """Ask whether a connection's rules are there (REAP); :meth:`answers` tells."""
         if len(self._asked) < MAX_ASKED:
             waiting: set[int] = set()
-            self._ask(OFPMP_FLOW, request_body(connection_cookie(Kind.CONNECTION_IN, serial), ANY_CONNECTION), waiting)
+            request = self._request(OFPMP_FLOW, request_body(connection_cookie(Kind.CONNECTION_IN, serial),
+                                                             ANY_CONNECTION), waiting)
             self._asked[waiting.pop()] = ConnectionCounters(serial)
+            self._send(request)
 
     def answers(self) -> list[ConnectionCounters]:
         """The connections whose answers have arrived since the last call."""
@@ -115,10 +118,10 @@ class SwitchSession:
         """Whether an answer to :meth:`read_counters` is due."""
         return bool(self._counting)
 
-    def _ask(self, kind: int, body: bytes, waiting: set[int]) -> None:
+    def _request(self, kind: int, body: bytes, waiting: set[int]) -> bytes:
         xid = next(self._xids)
         waiting.add(xid)
-        self._send(message(OFPT_MULTIPART_REQUEST, struct.pack("!HH4x", kind, 0) + body, xid))
+        return message(OFPT_MULTIPART_REQUEST, struct.pack("!HH4x", kind, 0) + body, xid)
 
     def on_multipart(self, data: bytes) -> bool:
         """Take a multipart reply; true where it was asked for here.
@@ -199,22 +202,25 @@ class SwitchSession:
 
     def reconcile(self, configuration: Configuration) -> Iterator[int]:
         """Make the switch hold what it should, and no more of ours. Yields after each bundle (the number sent)."""
-        for _ in self.program.configure(configuration):
-            pass  # the whole is compared below
+        self.program.begin(configuration)
         change = Change()
         groups = {group.group for group in self.program.groups()}
         change.groups = [(GROUP_ADD_OR_MODIFY, group) for group in self.program.groups()]
         held = self._held
-        fresh = not held
-        for flow in self.program.flows():
+        for number, flow in enumerate(self.program.flows()):
+            if not number % BUNDLE_SIZE:
+                yield 0  # let others have their turn
             key = (flow.table, flow.priority, canonical_match(encode_match(flow.match)))
             if held.pop(key, (None,))[0] != flow.cookie:
                 change.add.append(flow)
-            if len(change) >= BUNDLE_SIZE and fresh:
+            if len(change) >= BUNDLE_SIZE:
                 yield self._apply(change)
                 change = Change()
         change.delete_groups = [SelectGroup(group, ()) for group in self._held_groups - groups]
         stale = [delete_flow(table, priority, match) for (table, priority, _), (_, match) in held.items()]
+        while len(stale) > BUNDLE_SIZE:
+            yield self._apply(Change(), stale[:BUNDLE_SIZE])
+            del stale[:BUNDLE_SIZE]
         self._held, self._held_groups, self._adopted = {}, set(), {}
         yield self._apply(change, stale)
         self._wanted = configuration
