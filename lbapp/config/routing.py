@@ -60,6 +60,13 @@ class Routes:
             return False
         return virtual_server.wildcard_address or self.network_of(virtual_server.vip_address) is not there
 
+    def reaches(self, virtual_server: VirtualServer, member: Member) -> bool:
+        """Whether packets can be translated to a member: within one address family, and with ``snat`` only
+        from a network in which the balancer has an address to stand in for the client's."""
+        if virtual_server.translate_address and (":" in member.address) != (virtual_server.version == 6):
+            return False
+        return not virtual_server.snat or self.source_address(member) is not None
+
     def source_address(self, member: Member) -> str | None:
         """The balancer's own address towards a member, for ``snat``; None where it has none."""
         network = self.network_of(self.towards(member.address))

@@ -51,7 +51,7 @@ from lbapp.control.messages import (
 )
 from lbapp.control.neighbours import Neighbours
 from lbapp.control.selection import ALGORITHMS, Candidate, Selector
-from lbapp.control.services import Service, Services, Way, reaches
+from lbapp.control.services import Service, Services, Way
 from lbapp.control.statistics import REFUSALS, Counters, Counts, Ledger, Refusal, Statistics
 
 __all__ = ["ControlSegment", "Limits"]
@@ -396,9 +396,9 @@ class ControlSegment:
         service = self._services.by_number.get(virtual_server.number)
         if service is not None and service.virtual_server is virtual_server and service.pool is pool:
             return tuple(way.member for way in service.ways if way.member.takes_new and way.next_hop in hosts)
-        next_hop = self._services.routes.next_hop
-        return tuple(member for member in pool.members if member.takes_new and reaches(virtual_server, member)
-                     and next_hop(virtual_server, member) in hosts)
+        routes = self._services.routes
+        return tuple(member for member in pool.members if member.takes_new and routes.reaches(virtual_server, member)
+                     and routes.next_hop(virtual_server, member) in hosts)
 
     def connections(self) -> Iterator[Connection]:
         """Copies of the connections that are known, by switch, oldest first."""

@@ -71,13 +71,8 @@ class Service:
         members = pool.members if pool is not None else ()
         self.ways = tuple(
             Way(virtual_server, member, next_hops.get(member.address) or routes.next_hop(virtual_server, member))
-            for member in members if reaches(virtual_server, member))
+            for member in members if routes.reaches(virtual_server, member))
         self.next_hops = frozenset(way.next_hop for way in self.ways)
-
-
-def reaches(virtual_server: VirtualServer, member: Member) -> bool:
-    """Whether packets can be translated to the member: not from one address family to the other."""
-    return not virtual_server.translate_address or (":" in member.address) == (virtual_server.version == 6)
 
 
 class Change(NamedTuple):

@@ -190,8 +190,8 @@ class SwitchProgram:
     def _eligible(self, server: VirtualServer, pool: Pool | None, routes: Routes) -> tuple[Member, ...]:
         if pool is None or not pool.admin_state_up or not server.switch_decides(pool):
             return ()
-        return tuple(member for member in pool.members
-                     if member.takes_new and routes.next_hop(server, member) in self._hosts)
+        return tuple(member for member in pool.members if member.takes_new and routes.reaches(server, member)
+                     and routes.next_hop(server, member) in self._hosts)
 
     def _own(self, installed: _Installed, routes: Routes | None = None) -> tuple[list[Flow], SelectGroup | None]:
         return virtual_server_flows(installed.virtual_server, installed.pool, installed.eligible,
