@@ -64,6 +64,8 @@ HELD_PACKETS = 256
 RECENT_RULES = 4096
 """Connections whose rules may still turn out not to fit in the switch's table."""
 WORK_QUEUE = 100_000
+LAST_REPAIR_SECONDS = 60.0
+"""A switch that keeps refusing a rule is read again after 1, 2, 4, ... seconds, at most this."""
 
 FLOW_MOD_FAILED, TABLE_FULL = 5, 1
 
@@ -118,6 +120,7 @@ class LoadBalancer(app_manager.RyuApp):
         self._configured = hub.Event()
         self.switches: dict[int, Switch] = {}
         self.reconnects: Counter[int] = Counter()
+        self.repairs: Counter[int] = Counter()
         self.on_connect: Callable[[int], None] = lambda _: None
         # A restarted controller must not give a living connection's serial away again.
         self._serials = itertools.count(secrets.randbits(32))
@@ -370,10 +373,13 @@ class LoadBalancer(app_manager.RyuApp):
         elif job == "configure" and session.ready:
             for _ in session.configure(argument):
                 hub.sleep(0)
+            if session.synchronised is not None:
+                self.repairs.pop(switch.id, None)
         elif job == "host" and session.ready:
             session.host_changed(argument)
         elif job == "repair":
-            hub.sleep(1.0)
+            self.repairs[switch.id] += 1
+            hub.sleep(min(LAST_REPAIR_SECONDS, 2.0 ** (self.repairs[switch.id] - 1)))
             switch.datapath.close()
 
     # -------------------------------------------------------------- commands and time

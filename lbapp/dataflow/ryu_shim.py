@@ -31,6 +31,8 @@ HELLO, ERROR, EXPERIMENTER, PACKET_IN, FLOW_REMOVED, PORT_STATUS, MULTIPART_REPL
 OURS_FIRST = frozenset({ERROR, EXPERIMENTER, PACKET_IN, FLOW_REMOVED, MULTIPART_REPLY})
 HANDSHAKE_SECONDS = 5.0
 YIELD_EVERY = 2048
+YIELD_BYTES = 65536
+"""A switch that reports all its rules must not keep others waiting."""
 COALESCE_SECONDS = 0.0003
 """After answering, let what comes next gather: under load one read then carries several punts. A first
 packet waits for it only where another came right before."""
@@ -164,7 +166,7 @@ def datapath_class(receiver: Receiver) -> type[controller.Datapath]:
                 if answers:
                     self._send_now(b"".join(answers))
                     hub.sleep(COALESCE_SECONDS)
-                if handled > YIELD_EVERY:
+                if handled > YIELD_EVERY or size > YIELD_BYTES:
                     handled = 0
                     hub.sleep(0)
 
