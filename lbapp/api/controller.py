@@ -90,7 +90,7 @@ def _answered(request: webob.Request, handlers: Handlers, *arguments: str) -> we
     for name, value in answer.headers.items():
         response.headers[name] = value
     if answer.body is None:
-        del response.headers["Content-Type"]
+        response.headers.pop("Content-Type", None)
     else:
         response.body = answer.body if isinstance(answer.body, bytes) else msgspec.json.encode(answer.body)
     return response

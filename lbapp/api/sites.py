@@ -129,10 +129,10 @@ class Site:
         return current.id
 
     def _remove_others(self, kind: Any, wanted: Mapping[str, Any]) -> None:
-        for identifier, current in breathe(self._snapshot.all(kind).items()):
-            if current.name not in wanted:
-                self._note("", Delete(kind, identifier))
-                self._difference.deleted.append(f"{LABELS[kind]}/{current.name}")
+        others = [one for one in breathe(self._snapshot.all(kind).values()) if one.name not in wanted]
+        for current in sorted(others, key=lambda one: one.name):
+            self._note("", Delete(kind, current.id))
+            self._difference.deleted.append(f"{LABELS[kind]}/{current.name}")
 
     def _note(self, path: str, change: Change) -> None:
         self._prefixes[len(self._changes)] = path
@@ -170,6 +170,8 @@ def document_of(configuration: Configuration) -> dict[str, Any]:
 def _brief(resource: Any) -> dict[str, Any]:
     values = values_of(resource)
     _drop_defaults(type(resource), values)
+    if "members" in values and not values["members"]:
+        del values["members"]
     for member in values.get("members", ()):
         _drop_defaults(Member, member)
     return values

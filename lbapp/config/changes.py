@@ -215,13 +215,13 @@ class _Planner:
     # -------------------------------------------------------------- checks that span resources
 
     def check(self) -> None:
+        fitting = Fitting()
+        for server in breathe(self._affected()):
+            self._check_server(server, fitting)
         for resource, key, owner in self._draft.reindex():
             other = self._draft.get(key.kind, owner)
             raise Conflict(f"{key.text} belongs to {WORDS[key.kind]} {other.name if other else owner} already",
                            key.field, self._blame.get(resource.id))
-        fitting = Fitting()
-        for server in breathe(self._affected()):
-            self._check_server(server, fitting)
 
     def _affected(self) -> list[VirtualServer]:
         """Virtual servers that changed, or whose pool changed in what they depend on."""

@@ -249,16 +249,24 @@ class Session:
             self._read(on_update)
 
     def close(self, reason: str = "closed") -> None:
-        """End the session; everyone who waits gets :class:`Lost`."""
+        """End the session; everyone who waits gets :class:`Lost`, and so does :meth:`receive`.
+
+        The descriptor stays until :meth:`release`: it must not go, and be given to another
+        connection, while somebody reads from it.
+        """
         if self._closed is None:
             self._closed = reason
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
         for pending in list(self._pending.values()):
             pending.error = Lost(self._closed)
             pending.done.set()
         self._pending.clear()
+
+    def release(self) -> None:
+        """Give up the socket, once nobody reads any more."""
+        self.close()
+        self._socket.close()
 
     def _request(self, method: str, params: list[Any]) -> _Pending:
         pending = _Pending()
@@ -287,7 +295,7 @@ class Session:
             self.close(str(error))
             raise Lost(self._closed) from None
         if not chunk:
-            self.close("the database closed the connection")
+            self.close("the database closed the connection")  # or we did, and that reason stands
             raise Lost(self._closed)
         try:
             messages = self._frames.feed(chunk)

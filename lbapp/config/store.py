@@ -244,12 +244,14 @@ class Store:
                 self._session = None
                 self._lost(failures, error)
             except Exception:
-                LOG.exception("cannot follow the configuration database")
                 self._session = None
+                if self._stopped.is_set():
+                    return  # the socket was closed under a read: that is how it is stopped
+                LOG.exception("cannot follow the configuration database")
                 self._lost(len(_BACKOFF), None)
             finally:
                 self._session = None
-                session.close()
+                session.release()
             failures += 1
 
     def _serve(self, session: ovsdb.Session) -> None:
