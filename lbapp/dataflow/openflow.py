@@ -364,7 +364,7 @@ def packet_out(in_port: int, actions: bytes, frame: bytes, xid: int = 0) -> byte
                     len(actions)), actions, frame))
 
 
-BUNDLE_OPEN, BUNDLE_COMMIT, BUNDLE_DISCARD = 0, 4, 6
+BUNDLE_OPEN, BUNDLE_COMMIT, BUNDLE_COMMITTED, BUNDLE_DISCARD = 0, 4, 5, 6
 BUNDLE_ATOMIC_ORDERED = 3
 
 

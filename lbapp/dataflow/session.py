@@ -20,6 +20,7 @@ from lbapp.control.messages import Host
 from lbapp.dataflow.counters import ConnectionCounters, RuleCounters, request_body
 from lbapp.dataflow.openflow import (
     BUNDLE_COMMIT,
+    BUNDLE_COMMITTED,
     BUNDLE_OPEN,
     GROUP_DELETE,
     ONF,
@@ -253,8 +254,10 @@ class SwitchSession:
         """Take an experimenter message; true where it is an answer to a bundle of ours."""
         if len(data) < 24 or struct.unpack_from("!II", data, 8) != (ONF, 2300):
             return False
-        self._open.pop(int.from_bytes(data[16:20], "big"), None)
-        self._settle()
+        bundle, kind = struct.unpack_from("!IH", data, 16)
+        if kind == BUNDLE_COMMITTED:  # opening is answered as well, and says nothing of what is in the bundle
+            self._open.pop(bundle, None)
+            self._settle()
         return True
 
     def on_error(self, data: bytes) -> bool:
