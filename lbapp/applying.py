@@ -57,8 +57,7 @@ def apply(connect: Callable[[], Client], file: str, dry_run: bool, yes: bool) ->
                 client.apply(document, dry_run=True, etag=current.etag)
                 out.print("dry run: the controller would accept this; nothing was changed")
                 return
-            asked = not yes and sys.stdin.isatty() and sys.stdout.isatty()
-            if asked:
+            if not yes and interactive():
                 paused = time.monotonic()
                 if not click.confirm("Apply?", default=False):
                     out.print("nothing was changed")
@@ -72,6 +71,11 @@ def apply(connect: Callable[[], Client], file: str, dry_run: bool, yes: bool) ->
             raise
     out.print(f"applied: {done.created} created, {done.updated} updated, {done.deleted} deleted "
               f"in {time.monotonic() - begun:.2f} s", style="green")
+
+
+def interactive() -> bool:
+    """Whether somebody is there to be asked."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _text(file: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ run`` has to patch the process for eventlet before sockets and threads are impor
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,8 @@ class Commands(click.Group):
         names = {cls.__name__ for cls in type(error).__mro__}
         if "ApiError" in names and getattr(error, "status", 0) == 401 and isinstance(ctx.obj, Access):
             return Failure(ctx.obj.unauthorized())
+        if "ApiError" in names and getattr(error, "status", 0) >= 500 and isinstance(ctx.obj, Access):
+            return Failure(f"the controller at {ctx.obj.url} failed: {error}")
         if names & {"ClientError", "SiteError", "TokenFileError", "StartError", "DatabaseError", "TokenError"}:
             return Failure(str(error))
         if "WordError" in names:
@@ -115,8 +118,10 @@ def run(access: Access, listen: tuple[str, int], ryu_apps: tuple[str, ...], toke
 
     if token_file is None and access.explicit_file:
         token_file = access.token_file
-    launcher.run(launcher.Settings(openflow=listen, ryu_apps=ryu_apps, token_file=token_file,
-                                   log_level=log_level.upper(), **options))
+    # How it is told to stop; not an abortion.
+    with contextlib.suppress(KeyboardInterrupt):
+        launcher.run(launcher.Settings(openflow=listen, ryu_apps=ryu_apps, token_file=token_file,
+                                       log_level=log_level.upper(), **options))
 
 
 @cli.command()
@@ -160,7 +165,15 @@ def show(access: Access, kind: str | None, name: str | None, output: str, limit:
         showing.show(client, kind, name, output, limit, wanted)
 
 
-@cli.group()
+class Kinds(click.Group):
+    """A group whose commands are kinds of resources, in singular, plural or short."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a kind."""
+        return super().get_command(ctx, RESOURCES.words.get(cmd_name, cmd_name).removesuffix("s"))
+
+
+@cli.group(cls=Kinds)
 def add() -> None:
     """Add a virtual server, pool, member or network."""
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from lbapp import launcher
+from lbapp import applying, launcher
 from lbapp.api.auth import Tokens
 from lbapp.cli import cli
 from lbapp.client import Client
@@ -46,7 +46,7 @@ def lbapp(api, monkeypatch, tmp_path):
         assert "Traceback" not in result.output
         return result.stdout if code == 0 else result.stderr
 
-    run.state = tmp_path
+    run.state = tmp_path  # type: ignore[attr-defined]
     return run
 
 
@@ -87,6 +87,22 @@ def test_a_dry_run_asks_the_controller_and_changes_nothing(lbapp, api):
     assert api.asked == ["GET /v1/config", "PUT /v1/config"]
 
 
+def test_on_a_terminal_it_asks(lbapp, api, monkeypatch):
+    monkeypatch.setattr(applying, "interactive", lambda: True)
+    refused = lbapp("apply", "-f", str(SITE), stdin="n\n")
+    assert "Apply? [y/N]" in refused and "nothing was changed" in refused and api.resources["pools"] == {}
+    assert "applied: 13 created" in lbapp("apply", "-f", str(SITE), stdin="y\n")
+    assert "Apply?" not in lbapp("apply", "-f", "-", "--yes", stdin="{}")
+
+
+def test_long_differences_are_cut_but_counted(lbapp):
+    pools = [{"name": f"p{index}", "members": [{"address": f"10.0.0.{each}", "protocol_port": 80}
+                                               for each in range(1, 31)]} for index in range(250)]
+    shown = lbapp("apply", "-f", "-", stdin=json.dumps({"pools": pools}))
+    assert "... and 50 more resources" in shown and "    ... and 10 more" in shown and "250 to add" in shown
+    assert shown.count("+ pool ") == 200
+
+
 def test_a_bad_document_is_refused_before_anything_is_asked(lbapp, api, tmp_path):
     site = tmp_path / "site.yaml"
     site.write_text("virtual_servers:\n  - name: web\n    vip_address: 10.0.0.1\n    protocol: TCP\n")
@@ -117,8 +133,8 @@ def test_somebody_elses_change_is_not_overwritten(lbapp, api, monkeypatch):
 
 def test_a_virtual_server_with_its_own_pool(lbapp, api):
     shown = lbapp("add", "virtual-server", "web", "--address", "10.0.0.100", "--port", "80",
-                  "--member", "10.0.0.1:80:3", "--member", "10.0.0.2:8080", "--algorithm", "weighted-round-robin", "--set", "maintenance=yes",
-                  "--set", "connection_limit=100")
+                  "--member", "10.0.0.1:80:3", "--member", "10.0.0.2:8080", "--algorithm", "weighted-round-robin",
+                  "--set", "maintenance=yes", "--set", "connection_limit=100")
     server = api.resources["virtual-servers"]["web"]
     assert shown == f"virtual server web added ({server['id']})\n"
     assert server["maintenance"] is True and server["connection_limit"] == 100 and server["protocol"] == "TCP"
@@ -133,7 +149,7 @@ def test_pools_members_and_networks(lbapp, api):
     lbapp("add", "pool", "six", "--algorithm", "source_ip", "--member", "[fd00::1]:80:5")
     assert "[fd00::2]:80" in lbapp("add", "member", "six", "[fd00::2]:80", "--set", "weight=0")
     assert {name: one["weight"] for name, one in members(api, "six").items()} == {"fd00::1:80": 5, "fd00::2:80": 0}
-    lbapp("add", "virtual-server", "six", "--address", "fd00::100", "--port", "80", "--pool", "six")
+    lbapp("add", "vs", "six", "--address", "fd00::100", "--port", "80", "--pool", "six")
     assert api.resources["virtual-servers"]["six"]["default_pool_id"] == api.resources["pools"]["six"]["id"]
     assert "uses it" in lbapp("remove", "pool", "six", code=1)
     lbapp("remove", "member", "six", "[fd00::1]:80")
@@ -191,6 +207,11 @@ def test_a_refusal_names_the_field(lbapp):
         "lbapp: vip_address: expected an IPv4 or IPv6 address")
     assert lbapp("show", "pool", "none", code=1) == "lbapp: no pool none\n"
     assert lbapp("set", "member", "none", "10.0.0.1:80", "weight=1", code=1) == "lbapp: no pool none\n"
+
+
+def test_a_failure_of_the_controller_is_called_one(lbapp, api):
+    api.transport = httpx.MockTransport(lambda request: httpx.Response(500, json={"error": {"message": "see the log"}}))
+    assert lbapp("show", code=1) == "lbapp: the controller at http://127.0.0.1:8080 failed: see the log\n"
 
 
 # ------------------------------------------------------------------ show
@@ -327,7 +348,7 @@ def test_a_token_that_cannot_be_replaced_stays(lbapp):
 
 @pytest.fixture
 def started(monkeypatch):
-    settings = []
+    settings: list[launcher.Settings] = []
     monkeypatch.setattr(launcher, "run", settings.append)
     return settings
 
@@ -387,6 +408,14 @@ def test_what_goes_wrong_in_the_controller_is_one_line(lbapp, monkeypatch, error
 
     monkeypatch.setattr(launcher, "run", fail)
     assert lbapp("run", code=1, token=None) == message
+
+
+def test_being_told_to_stop_is_no_failure(lbapp, monkeypatch):
+    def stop(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launcher, "run", stop)
+    assert lbapp("run", token=None) == ""
 
 
 # ------------------------------------------------------------------ as a process
