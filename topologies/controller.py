@@ -7,6 +7,7 @@ Only ``lbapp run`` and HTTP are used here, as an operator would; nothing of the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -155,21 +156,21 @@ class ControllerProcess:
                 raise RuntimeError(f"lbapp run ended with {self.process.returncode}:\n{self.log_tail()}")
 
     def kill(self) -> None:
-        """Kill it at once, as a crash would, with every process it started."""
-        if self.process is not None and self.running:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def kill_alone(self) -> None:
-        """Kill it at once; what it started (the database) is left to fend for itself."""
+        """Kill it at once, as a crash would. Its database process lives on and is found again."""
         if self.process is not None and self.running:
             self.process.kill()
             self.process.wait()
 
     def stop(self) -> None:
-        """End it in an orderly way."""
+        """End it in an orderly way, and what it may have left after it was killed."""
         if self.process is not None:
             end(self.process, patience=10)
+        for pidfile in self.state.glob("*.pid"):
+            with contextlib.suppress(ValueError, OSError):
+                pid = int(pidfile.read_text())
+                # The number may be somebody else's by now.
+                if str(self.state).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGTERM)
 
     def log_tail(self, lines: int = 30) -> str:
         """The end of what it printed."""

@@ -209,9 +209,15 @@ class Lab:
         Raises:
             RuntimeError: not in time; with the end of the controller's log.
         """
+        wanted = {f"{number:016x}" for number in range(1, len(self.bridges) + 1)}
+
+        def connected() -> bool:
+            # Not from OVSDB, which tells up to 5 seconds later.
+            views = self.rest.get("/v1/switches")["switches"]
+            return wanted <= {view["dpid"] for view in views if view["connected"]}
+
         try:
-            wait_until(lambda: all(self.ovs.connected(bridge) for bridge in self.bridges), timeout,
-                       "all switches connected to the controller")
+            wait_until(connected, timeout, "all switches connected to the controller")
         except TimeoutError as error:
             raise RuntimeError(f"{error}\n{self.controller.log_tail()}") from None
 

@@ -47,13 +47,13 @@ class Story:
         self._scene += 1
         self.console.print(f"\n[bold cyan]{self._scene}. {escape(title)}[/]")
 
-    def say(self, text: str, indent: int = 3, soft_wrap: bool = False) -> None:
-        """A sentence; rich's markup is allowed."""
-        self.console.print(Padding(text, (0, 0, 0, indent), expand=False), soft_wrap=soft_wrap)
+    def say(self, text: str, indent: int = 3) -> None:
+        """A sentence; rich's markup is allowed. The terminal breaks long lines, so that they can be copied."""
+        self.console.print(" " * indent + text, soft_wrap=True)
 
     def command(self, where: str, line: str) -> None:
         """A command that was really run."""
-        self.say(f"[green]{escape(where)}$[/] [bold]{escape(line)}[/]", soft_wrap=True)
+        self.say(f"[green]{escape(where)}$[/] [bold]{escape(line)}[/]")
 
     def answer(self, text: str) -> None:
         """What it printed, shortened where it is long."""
@@ -61,7 +61,7 @@ class Story:
         if len(lines) > MOST_LINES:
             lines = [*lines[:MOST_LINES], f"... {len(lines) - MOST_LINES} more lines"]
         for line in lines:
-            self.say(f"[dim]{escape(line)}[/]", indent=5, soft_wrap=True)
+            self.say(f"[dim]{escape(line)}[/]", indent=5)
 
     def json(self, value: Any) -> None:
         """A JSON answer, one line a field."""
@@ -84,5 +84,5 @@ class Story:
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index == 0 else "right")
         for row in rows:
-            table.add_row(*(str(cell) for cell in row))
+            table.add_row(*(escape(str(cell)) for cell in row))
         self.console.print(Padding(table, (0, 0, 0, 3), expand=False))

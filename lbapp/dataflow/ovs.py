@@ -247,7 +247,7 @@ class Ovs:
         self.vsctl("--if-exists", "del-port", bridge, interface)
 
     def connected(self, bridge: str) -> bool:
-        """Whether a bridge has a controller on the line."""
+        """Whether a bridge has a controller on the line; OVSDB tells up to 5 seconds late."""
         return "true" in self.vsctl("--if-exists", "get", "Controller", bridge, "is_connected", wait=False)
 
     # ---------------------------------------------------------------- conntrack
