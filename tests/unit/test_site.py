@@ -65,7 +65,7 @@ def test_the_topologies_sites_are_read_and_survive_a_round_trip(file):
 
 
 def test_what_the_controller_shows_can_be_applied_again():
-    shown = {
+    shown: dict[str, list[dict[str, object]]] = {
         "networks": [{"id": "n", "revision": 1, "name": "lan", "cidr": "10.0.0.0/24", "address": "10.0.0.254",
                       "provisioning_status": "ACTIVE", "operating_status": "ONLINE"}],
         "pools": [{"id": "p", "name": "web", "lb_algorithm": "SOURCE_IP", "members": [
