@@ -121,6 +121,7 @@ class LoadBalancer(app_manager.RyuApp):
         self.switches: dict[int, Switch] = {}
         self.reconnects: Counter[int] = Counter()
         self.repairs: Counter[int] = Counter()
+        self._ticker: Any = None
         self.on_connect: Callable[[int], None] = lambda _: None
         # A restarted controller must not give a living connection's serial away again.
         self._serials = itertools.count(secrets.randbits(32))
@@ -133,7 +134,14 @@ class LoadBalancer(app_manager.RyuApp):
     def start(self) -> None:
         """Called by Ryu once all applications are there."""
         super().start()
-        self.threads.append(hub.spawn(self._ticks))
+        self._ticker = hub.spawn(self._ticks)
+
+    def stop(self) -> None:
+        """Called by Ryu at the end: end the greenlets that would go on for ever."""
+        hub.kill(self._ticker)
+        for switch in self.switches.values():
+            hub.kill(switch.worker)
+        super().stop()
 
     # -------------------------------------------------------------- configuration
 

@@ -69,9 +69,12 @@ def run(settings: Settings) -> None:
     from lbapp.service import Service  # after the process was patched
 
     service = Service(settings)
+    _stop_on_signals()
     try:
         service.open()
         _ryu(settings, service)
+    except KeyboardInterrupt:
+        logging.getLogger("lbapp").info("stopping; switches go on forwarding")
     finally:
         service.close()
 
@@ -122,7 +125,6 @@ def _ryu(settings: Settings, service: Any) -> None:
     cfg.CONF.set_default("maximum_unreplied_echo_requests", UNREPLIED_ECHO_REQUESTS)
     cfg.CONF.set_default("echo_request_interval", ECHO_SECONDS)
     wsgi.start_service = service.start_rest
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         manager.main(args=arguments, prog="lbapp run")
     except ImportError as error:
@@ -131,5 +133,17 @@ def _ryu(settings: Settings, service: Any) -> None:
         raise StartError(f"cannot listen: {error.strerror or error}") from error
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _stop_on_signals() -> None:
+    """Have SIGTERM and SIGINT end the main greenlet, and only it: the others are needed to close in order."""
+    import greenlet
+    from eventlet import hubs
+
+    main = greenlet.getcurrent()
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # once is enough
+        hubs.get_hub().schedule_call_global(0, main.throw, KeyboardInterrupt)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
