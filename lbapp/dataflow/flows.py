@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from msgspec import Struct
 
-from lbapp.config.model import Algorithm, Member, Network, Pool, State, VirtualServer
+from lbapp.config.model import Algorithm, Member, Network, Pool, Protocol, State, VirtualServer
 from lbapp.config.routing import Routes
 from lbapp.control.messages import Host
 from lbapp.control.selection import maglev_table, slot_blocks
@@ -33,6 +33,7 @@ from lbapp.dataflow.openflow import (
     Load,
     Match,
     Move,
+    MultipathFlow,
     MultipathSource,
     Nat,
     Output,
@@ -411,7 +412,13 @@ def _address(address: str, zone: Zones) -> Iterator[Flow]:
 def _source(fact: Source, zone: Zones) -> Flow:
     match = _transport(_ip(fact.address, "src"), fact.protocol, "src", fact.port)
     if fact.rules:
-        return rule(Table.CLASSIFY, Priority.SOURCE_RULES, match, kind=Kind.SOURCE, goto=Table.RULES_RETURN)
+        # What an action reads, Open vSwitch's cache tells apart: a packet for which there is no pair of rules must
+        # not leave an entry there that the first packets of a new connection would follow, untranslated.
+        ports = "tcp" if fact.protocol == TCP else "udp"
+        return rule(Table.CLASSIFY, Priority.SOURCE_RULES, match, (
+            Move("ipv6_dst" if ":" in fact.address else "ipv4_dst", Register.PEER_ADDRESS, 32),
+            Move(f"{ports}_dst", Register.PEER_PORTS, 16), Move(f"{ports}_src", Register.PEER_PORTS, 16, 0, 16)),
+            kind=Kind.SOURCE, goto=Table.RULES_RETURN)
     return rule(Table.CLASSIFY, Priority.SOURCE, match, (Conntrack(zone.service, table=Table.RETURN, nat=Nat()),),
                 kind=Kind.SOURCE)
 
@@ -523,15 +530,19 @@ def _entry(virtual_server: VirtualServer) -> tuple[Priority, Match]:
 
 def _decision(virtual_server: VirtualServer, pool: Pool, eligible: Sequence[Member],
               ) -> tuple[SelectGroup | None, Action, Sequence[tuple[int, int, int]]]:
-    """How the switch selects: a group of buckets, or slots of a hash over the client's address."""
+    """How the switch selects: a group of buckets, or slots of a hash over the client's address or the whole flow."""
     weights = [(member.number, member.weight) for member in eligible]
     number = virtual_server.number
     if pool.lb_algorithm is Algorithm.SOURCE_IP:
         return None, MultipathSource(Register.SLOT, 1 << SOURCE_HASH_BITS), slot_blocks(weights, SOURCE_HASH_BITS)
+    even = pool.lb_algorithm is Algorithm.ROUND_ROBIN
+    if virtual_server.protocol is Protocol.UDP and pool.lb_algorithm is not Algorithm.CONSISTENT_HASH:
+        # A select group would give all datagrams between two addresses to one member.
+        shares = [(key, 1 if even else weight) for key, weight in weights]
+        return None, MultipathFlow(Register.SLOT, 1 << SOURCE_HASH_BITS), slot_blocks(shares, SOURCE_HASH_BITS)
     if pool.lb_algorithm is Algorithm.CONSISTENT_HASH:
         buckets = tuple(_bucket(1, member) for member in maglev_table(weights, MAGLEV_SIZE))
     else:
-        even = pool.lb_algorithm is Algorithm.ROUND_ROBIN
         buckets = tuple(_bucket(1 if even else weight, member) for member, weight in weights)
     return SelectGroup(number, buckets), Group(number), ()
 

@@ -215,6 +215,20 @@ class MultipathSource(NamedTuple):
                            FIELDS[self.field].nxm)
 
 
+class MultipathFlow(NamedTuple):
+    """Write ``hash(addresses, ports) mod slots`` into a field (NXAST_MULTIPATH, symmetric_l3l4+udp, modulo_n).
+
+    A select group without further words hashes no ports of UDP; this does.
+    """
+
+    field: str
+    slots: int
+
+    def encode(self) -> bytes:
+        return struct.pack("!HHIHHH2xHHI2xHI", 0xFFFF, 32, NICIRA, 10, 3, 0, 0, self.slots - 1, 0, 31,
+                           FIELDS[self.field].nxm)
+
+
 NAT_SOURCE, NAT_DESTINATION = 1, 2
 
 
@@ -262,7 +276,7 @@ class Conntrack(NamedTuple):
 
 
 Action = (Output | OutputRegister | Group | SetField | SetTtl | DecrementTtl | Load | Move | Resubmit | FinTimeout
-          | MultipathSource | Conntrack)
+          | MultipathSource | MultipathFlow | Conntrack)
 
 
 def encode_actions(actions: Iterable[Action]) -> bytes:

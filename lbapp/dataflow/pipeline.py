@@ -34,6 +34,7 @@ from lbapp.dataflow.openflow import (
     Load,
     Match,
     Move,
+    MultipathFlow,
     MultipathSource,
     Output,
     OutputRegister,
@@ -80,6 +81,8 @@ class Register(enum.StrEnum):
     VIRTUAL_SERVER = "reg2"
     PORT = "reg3"
     SLOT = "reg4"
+    PEER_ADDRESS = "reg5"
+    PEER_PORTS = "reg6"
 
 
 class Label(enum.IntEnum):
@@ -234,7 +237,7 @@ DECLARATION: dict[Table, TableRule] = {
     Table.RULES: TableRule(_L3 | _L4 | {Register.VIRTUAL_SERVER}, _DELIVER | {FinTimeout}, frozenset()),
     Table.SERVE: TableRule(
         frozenset({"ct_state", "ct_mark", "ct_label", "eth_type", "ip_proto", "tcp_flags", Register.VIRTUAL_SERVER}),
-        frozenset({Output, Group, MultipathSource}), frozenset({Table.BOUND, Table.SOURCE_HASH})),
+        frozenset({Output, Group, MultipathSource, MultipathFlow}), frozenset({Table.BOUND, Table.SOURCE_HASH})),
     Table.SOURCE_HASH: TableRule(frozenset({Register.VIRTUAL_SERVER, Register.SLOT}), frozenset({Load}),
                                  frozenset({Table.BIND})),
     Table.BIND: TableRule(frozenset({Register.VIRTUAL_SERVER, Register.MEMBER, "eth_type"}), frozenset({Conntrack}),
