@@ -24,7 +24,7 @@ class Routes:
     def __init__(self, networks: Iterable[Network] = ()) -> None:
         self._networks = tuple(
             (netaddr.IPNetwork(network.cidr), network)
-            for network in sorted(networks, key=lambda n: -netaddr.IPNetwork(n.cidr).prefixlen)
+            for network in sorted(networks, key=lambda n: (-netaddr.IPNetwork(n.cidr).prefixlen, n.cidr))
         )
 
     def network_of(self, address: str) -> Network | None:
@@ -42,9 +42,12 @@ class Routes:
         """
         if not self._networks or self.network_of(address) is not None:
             return address
-        six = ":" in address
+        return self.gateway(":" in address) or address
+
+    def gateway(self, six: bool) -> str | None:
+        """The router to everywhere that no network contains: the first network's of the family that has one."""
         return next((network.gateway for _, network in self._networks
-                     if network.gateway is not None and (":" in network.gateway) == six), address)
+                     if network.gateway is not None and (":" in network.gateway) == six), None)
 
     def next_hop(self, virtual_server: VirtualServer, member: Member) -> str:
         """The neighbour that gets a virtual server's packets for a member."""

@@ -289,10 +289,10 @@ def member_version(member: Member) -> int:
     return 6 if ":" in member.address else 4
 
 
-def network_facts(network: Network) -> list[Fact]:
-    """The facts of a network in which the balancer has an address."""
+def network_facts(network: Network, routes: Routes) -> list[Fact]:
+    """The facts of a network in which the balancer has an address. Of several gateways one is used."""
     facts: list[Fact] = [Own(network.address, network.cidr), Answer(network.address)]
-    if network.gateway is not None:
+    if network.gateway is not None and network.gateway == routes.gateway(":" in network.gateway):
         facts += [Gateway(network.gateway), Neighbour(network.gateway)]
     return facts
 

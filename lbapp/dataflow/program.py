@@ -98,8 +98,8 @@ class SwitchProgram:
         if rebuild:
             change = Change()
             was, now = old.networks.values(), configuration.networks.values()
-            self._replace_facts([f for n in was for f in network_facts(n)],
-                                [f for n in now for f in network_facts(n)], change)
+            self._replace_facts([f for n in was for f in network_facts(n, self._routes)],
+                                [f for n in now for f in network_facts(n, routes)], change)
             if change:
                 yield change
         previous = (self._routes, self._wildcards)
@@ -121,7 +121,7 @@ class SwitchProgram:
         self._routes = Routes(configuration.networks.values())
         self._wildcards = _wildcards(configuration)
         for network in configuration.networks.values():
-            self._count_facts(network_facts(network))
+            self._count_facts(network_facts(network, self._routes))
         for identifier, server in configuration.virtual_servers.items():
             pool = configuration.pool_of(server)
             installed = _Installed(server, pool, self._eligible(server, pool, self._routes))
