@@ -164,7 +164,7 @@ def _report(screen: Console, samples: Sequence[Sample], names: Sequence[str],
     report.update_latest({"targets": measured, "meta": meta})
     for table in report.tables(summary, names):
         screen.print(table)
-    for line in report.busy_lines(samples):
+    for line in (*report.loss_lines(samples), *report.busy_lines(samples)):
         screen.print(line)
     report.plot(summary, names, report.RESULTS / "latest.png")
     screen.print(f"Written: latest.json, samples.json, latest.png in {report.RESULTS}", soft_wrap=True)

@@ -196,6 +196,29 @@ def new_connections(lab: Lab, site: Site, seconds: int) -> tuple[WrkResult, list
     return result, took
 
 
+KERNEL_COUNTERS = ("TCPSynRetrans", "TCPTimeouts", "PAWSTimewait", "ListenDrops", "TCPTimeWaitOverflow")
+"""What tells of packets that were lost or refused between clients and servers."""
+
+
+def parse_netstat(text: str) -> dict[str, int]:
+    """The kernel counters of interest in /proc/net/netstat; 0 for those it does not know."""
+    known: dict[str, int] = {}
+    lines = text.splitlines()
+    for names, values in zip(lines[::2], lines[1::2], strict=False):
+        known.update(zip(names.split()[1:], map(int, values.split()[1:]), strict=True))
+    return {name: known.get(name, 0) for name in KERNEL_COUNTERS}
+
+
+def kernel_counters(site: Site) -> dict[str, int]:
+    """Those counters, added up over all clients and servers."""
+    total = dict.fromkeys(KERNEL_COUNTERS, 0)
+    for namespace in (*(client.namespace for client in site.clients), *site.servers):
+        text = namespace.call(Path("/proc/thread-self/net/netstat").read_text)
+        for name, value in parse_netstat(text).items():
+            total[name] += value
+    return total
+
+
 def keep_alive(lab: Lab, site: Site, seconds: int) -> WrkResult:
     """64 connections that stay open."""
     each = CONNECTIONS // len(site.clients)

@@ -23,6 +23,8 @@ from bench.rounds import METRICS, Sample, Spread
 RESULTS = Path(__file__).resolve().parent / "results"
 RATES = ("new_conn_per_s", "keepalive_req_per_s", "big_mb_per_s", "up_gbit_per_s", "down_gbit_per_s", "p99_ms")
 COSTS = ("controller_us_per_conn", "messages_per_conn", "flow_mods_per_conn", "packet_ins_per_conn")
+SYN_SHARE = 0.0005
+"""More SYNs sent again than this share of the connections, and the reader is told."""
 COLOURS = {"bare": "#9aa0a6", "nft": "#5f6368", "haproxy-tcp": "#e8710a", "haproxy-http": "#f9ab00"}
 OURS = "#1a73e8"
 
@@ -79,6 +81,17 @@ def goal_lines(goals: Sequence[Goal]) -> list[str]:
     lines = [f"  {words[goal.met]}  {goal.text}: {goal.measured}" for goal in goals if goal.met is not None]
     unknown = sum(goal.met is None for goal in goals)
     return [*lines, f"  [dim]{unknown} not measured in this run[/dim]"] if unknown else lines
+
+
+def loss_lines(samples: Sequence[Sample]) -> list[str]:
+    """A warning where clients had to send SYNs again: each time a connection waited for a second."""
+    lost = {}
+    for sample in samples:
+        again = sample.detail.get("kernel", {}).get("TCPSynRetrans", 0)
+        if again > SYN_SHARE * sample.detail.get("requests", 0):
+            lost[sample.target] = max(again, lost.get(sample.target, 0))
+    return [f"[yellow]{target}: up to {again} SYNs were sent again while new connections were measured; "
+            "connections waited for them.[/yellow]" for target, again in lost.items()]
 
 
 def busy_lines(samples: Sequence[Sample]) -> list[str]:

@@ -97,11 +97,13 @@ def _measure(lab: Lab, site: load.Site, target: Target, seconds: int, sample: Sa
     controller = site.controller
     before = controller.messages() if controller else None
     cpu = controller.cpu_seconds() if controller else 0.0
+    kernel = load.kernel_counters(site)
     result, took = load.new_connections(lab, site, seconds)
     metrics["new_conn_per_s"] = result.per_second
     metrics["p99_ms"] = load.percentile(took, 99)
     detail.update(requests=result.requests, errors=result.errors, probes=len(took), p50_ms=load.percentile(took, 50),
                   request_p99_ms=result.percentile_ms(99))
+    detail["kernel"] = {name: value - kernel[name] for name, value in load.kernel_counters(site).items()}
     if controller and before:
         time.sleep(site.settle_seconds)  # what belongs to these connections but comes late, such as flow-removed
         made = result.requests + len(took)

@@ -76,6 +76,13 @@ def test_iperf_failures_say_why(output: str, reason: str) -> None:
         load.parse_iperf(output)
 
 
+def test_kernel_counters_are_found_by_name() -> None:
+    text = ("TcpExt: SyncookiesSent ListenDrops TCPSynRetrans\nTcpExt: 1 2 3\n"
+            "IpExt: InNoRoutes\nIpExt: 7\n")
+    assert load.parse_netstat(text) == {"TCPSynRetrans": 3, "TCPTimeouts": 0, "PAWSTimewait": 0, "ListenDrops": 2,
+                                        "TCPTimeWaitOverflow": 0}
+
+
 def test_the_small_object_has_the_size_it_is_said_to_have() -> None:
     assert len(load.small_object()) == load.SMALL_BYTES == 128
 
@@ -211,6 +218,14 @@ def test_work_of_others_is_told() -> None:
     quiet, busy = rounds.Sample("nft", 1), rounds.Sample("bare", 1, others_cores=0.7)
     assert report.busy_lines([quiet]) == []
     assert "1 of 2 measurements" in report.busy_lines([quiet, busy])[0]
+
+
+def test_lost_syns_are_told() -> None:
+    fine = rounds.Sample("nft", 1, detail={"requests": 10_000, "kernel": {"TCPSynRetrans": 5}})
+    lost = rounds.Sample("bare", 1, detail={"requests": 10_000, "kernel": {"TCPSynRetrans": 6}})
+    assert report.loss_lines([fine, rounds.Sample("nft", 2, error="no")]) == []
+    (line,) = report.loss_lines([fine, lost])
+    assert "bare: up to 6 SYNs" in line
 
 
 # ------------------------------------------------------------------ the command
