@@ -51,6 +51,7 @@ MAX_PACKET_IN = 65535
 SOURCE_HASH_BITS = 8
 MAGLEV_SIZE = 251
 """Prime, and below the 256 hash values that Open vSwitch divides among a select group's buckets."""
+HASH_VALUES = 256
 MAX_BLOCKS = 40
 """Rules that a hash over the client's address may cost a virtual server; beyond, the controller selects."""
 CT_INVALID = ("ct_state", 0x30, 0x30)
@@ -543,8 +544,24 @@ def _decision(virtual_server: VirtualServer, pool: Pool, eligible: Sequence[Memb
     if pool.lb_algorithm is Algorithm.CONSISTENT_HASH:
         buckets = tuple(_bucket(1, member) for member in maglev_table(weights, MAGLEV_SIZE))
     else:
+        if not even and sum(weight for _, weight in weights) > HASH_VALUES * min(weight for _, weight in weights):
+            weights = _in_hash_values(weights)
         buckets = tuple(_bucket(1 if even else weight, member) for member, weight in weights)
     return SelectGroup(number, buckets), Group(number), ()
+
+
+def _in_hash_values(weights: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Weights as shares of the 256 values that Open vSwitch's dp_hash has.
+
+    It takes the lightest bucket as one value; a pool that needs more values than there are would make
+    it fall back to a hash that needs an upcall for each connection, and keeps to the weights less well.
+    """
+    if len(weights) > HASH_VALUES:
+        return weights
+    shares = dict.fromkeys((member for member, _ in weights), 0)
+    for _, mask, member in slot_blocks(weights, SOURCE_HASH_BITS):
+        shares[member] += HASH_VALUES - mask
+    return list(shares.items())
 
 
 def _bucket(weight: int, member: int) -> Bucket:
