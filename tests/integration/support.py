@@ -64,6 +64,10 @@ def configure(lab: Lab, pools: list[dict[str, Any]], servers: list[dict[str, Any
         pools, servers, networks: as in a site file.
         offline: names of virtual servers that are not expected to serve.
     """
+    for host in lab.servers:
+        # Several virtual servers share a member's port here: a client's port that comes back on another one
+        # within a minute would meet the member's memory of the first.
+        host.run("sysctl", "-qw", "net.ipv4.tcp_max_tw_buckets=0")
     lab.apply({"networks": list(networks), "pools": pools, "virtual_servers": servers})
     settle(lab, offline)
 
