@@ -52,6 +52,8 @@ SOURCE_HASH_BITS = 8
 MAGLEV_SIZE = 251
 """Prime, and below the 256 hash values that Open vSwitch divides among a select group's buckets."""
 HASH_VALUES = 256
+MAX_BUCKETS = 1000
+"""What fits in one group-mod of 64 KB; the controller selects for larger pools."""
 MAX_BLOCKS = 40
 """Rules that a hash over the client's address may cost a virtual server; beyond, the controller selects."""
 CT_INVALID = ("ct_state", 0x30, 0x30)
@@ -498,7 +500,8 @@ def virtual_server_flows(virtual_server: VirtualServer, pool: Pool | None, eligi
     flows = [rule(Table.VIRTUAL_SERVER, priority, match,
                   (load, Conntrack(zone.service, table=Table.SERVE, nat=Nat())), kind=kind, owner=number)]
     new: Match = (("ct_mark", 0), of_this)
-    if virtual_server.maintenance or pool is None or not eligible or not virtual_server.switch_decides(pool):
+    if (virtual_server.maintenance or pool is None or not virtual_server.switch_decides(pool)
+            or not 0 < len(eligible) <= MAX_BUCKETS):
         flows.append(rule(Table.SERVE, Priority.NEW, new, query, kind=Kind.QUERY, owner=number))
         return flows, None
     group, choice, blocks = _decision(virtual_server, pool, eligible)
