@@ -50,6 +50,7 @@ class ControllerRuntime:
         self._readings = readings
         self._started = time.monotonic()
         self._routes: tuple[Configuration | None, Routes] = (None, Routes())
+        self._hops: dict[str, set[str]] = {}
 
     # -------------------------------------------------------------- statuses
 
@@ -62,17 +63,20 @@ class ControllerRuntime:
             return provisioning, "DISABLED"
         if vs.maintenance or pool is None:
             return provisioning, "OFFLINE"
-        return provisioning, self.pool_status(pool)[1]
+        return provisioning, self._pool_status(pool, {vs.next_hop} if vs.next_hop is not None else set())
 
     def pool_status(self, pool: Pool) -> tuple[str, str]:
         """DEGRADED: some of the members that should take connections cannot be reached."""
+        return "ACTIVE", self._pool_status(pool, self._next_hops(pool))
+
+    def _pool_status(self, pool: Pool, hops: set[str]) -> str:
         if not pool.admin_state_up:
-            return "ACTIVE", "DISABLED"
+            return "DISABLED"
         wanted = [member for member in pool.members if member.takes_new]
-        online = sum(self._reachable(member) for member in wanted)
+        online = sum(self._reachable(member, hops) for member in wanted)
         if not online:
-            return "ACTIVE", "OFFLINE"
-        return "ACTIVE", "ONLINE" if online == len(wanted) else "DEGRADED"
+            return "OFFLINE"
+        return "ONLINE" if online == len(wanted) else "DEGRADED"
 
     def member_status(self, pool: Pool, member: Member) -> tuple[str, str]:
         """ONLINE and OFFLINE say whether the member answers on its network."""
@@ -80,14 +84,29 @@ class ControllerRuntime:
             return "ACTIVE", "DISABLED"
         if member.draining or not member.weight:
             return "ACTIVE", "DRAINING"
-        return "ACTIVE", "ONLINE" if self._reachable(member) else "OFFLINE"
+        return "ACTIVE", "ONLINE" if self._reachable(member, self._next_hops(pool)) else "OFFLINE"
 
-    def _reachable(self, member: Member) -> bool:
-        """Whether some switch knows the way; members behind a virtual server's own next hop always count."""
-        if self._routes[0] is not self._configuration:
-            self._routes = self._configuration, Routes(self._configuration.networks.values())
-        hop = self._routes[1].towards(member.address)
-        return any(self._application.control.host(switch, hop) is not None for switch in self._application.switches)
+    def _compiled(self) -> Routes:
+        """The configuration's routes, and the next hops of its pools' virtual servers, made once for each."""
+        configuration = self._configuration
+        if self._routes[0] is not configuration:
+            self._routes = configuration, Routes(configuration.networks.values())
+            self._hops = {}
+            for server in configuration.virtual_servers.values():
+                if server.next_hop is not None and server.default_pool_id is not None:
+                    self._hops.setdefault(server.default_pool_id, set()).add(server.next_hop)
+        return self._routes[1]
+
+    def _next_hops(self, pool: Pool) -> set[str]:
+        """The next hops of the virtual servers that use a pool and have one of their own."""
+        self._compiled()
+        return self._hops.get(pool.id, set())
+
+    def _reachable(self, member: Member, hops: set[str]) -> bool:
+        """Whether some switch knows a way: by one of these next hops, or where there are none, by its address."""
+        ways = hops or {self._compiled().towards(member.address)}
+        return any(self._application.control.host(switch, hop) is not None
+                   for switch in self._application.switches for hop in ways)
 
     def _provisioning(self, switch: Any, vs: VirtualServer, pool: Pool | None) -> str:
         if switch.session.needs_repair:
