@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from lbapp.dataflow.openflow import ANY, encode_match
-from lbapp.dataflow.pipeline import COOKIE_MAGIC, COOKIE_MASK, Kind, Table, kind_of, owner_of
+from lbapp.dataflow.pipeline import COOKIE_MAGIC, COOKIE_MASK, Kind, Priority, Table, kind_of, owner_of
 
 _REG1 = b"\x00\x01\x02\x04"
 
@@ -41,8 +41,9 @@ class RuleCounters:
         self.rules += 1
         if kind is Kind.QUERY:
             self.punted[owner_of(cookie)] += packets
-        elif kind is Kind.FORWARD:
-            self.forwarded[owner_of(cookie)] = (packets, size)
+        elif kind is Kind.FORWARD and entry[12] << 8 | entry[13] != Priority.SPECIAL:  # that one is of no one member
+            before = self.forwarded.get(owner_of(cookie), (0, 0))
+            self.forwarded[owner_of(cookie)] = (before[0] + packets, before[1] + size)
         elif entry[2] == Table.BIND and packets:
             member = _register(entry)
             if member:

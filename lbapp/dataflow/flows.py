@@ -106,6 +106,7 @@ class SourceNat(Struct, frozen=True):
     member: int
     virtual_server: int
     address: str
+    routed: bool
 
 
 class Neighbour(Struct, frozen=True):
@@ -281,7 +282,7 @@ def facts_of(virtual_server: VirtualServer, pool: Pool | None, routes: Routes, w
         if virtual_server.snat:
             own = routes.source_address(member)
             if own is not None:
-                facts.append(SourceNat(member.number, virtual_server.number, own))
+                facts.append(SourceNat(member.number, virtual_server.number, own, routed))
         if member_version(member) in wildcards:
             facts.append(Local(member.address))
     return facts
@@ -322,9 +323,10 @@ def flows_of(fact: Fact, zone: Zones, host: Host | None) -> Iterator[Flow]:
             yield rule(Table.CLASSIFY, Priority.SOURCE_FRAGMENT, (*_ip(address, "src"), ("ip_frag", 2, 2)),
                        (Conntrack(zone.service, table=Table.RETURN, nat=Nat()),), kind=Kind.SOURCE)
         case Forward() if host is not None:
-            yield _forward(fact, host)
-        case SourceNat(member, virtual_server, address):
+            yield from _forward(fact, host)
+        case SourceNat(member, virtual_server, address, routed):
             data = packed(address)
+            named = virtual_server | routed << Label.ROUTED - Label.VIRTUAL_SERVER
             yield rule(Table.SNAT, Priority.NORMAL,
                        (("eth_type", ETH_IPV4 if len(data) == 4 else ETH_IPV6), ("ct_mark", member),
                         of_virtual_server(virtual_server)),
@@ -332,7 +334,7 @@ def flows_of(fact: Fact, zone: Zones, host: Host | None) -> Iterator[Flow]:
                         Conntrack(zone.snat, commit=True, table=Table.FORWARD,
                                   nat=Nat(NAT_SOURCE, data, SNAT_PORTS),
                                   execute=(Load("ct_mark", member),
-                                           Load("ct_label", virtual_server, Label.VIRTUAL_SERVER, 24)))),
+                                           Load("ct_label", named, Label.VIRTUAL_SERVER, 32)))),
                        kind=Kind.SOURCE, owner=member)
         case Neighbour(address):
             yield from _neighbour(address)
@@ -358,13 +360,21 @@ def _deliver(host: Host, routed: bool) -> tuple[Action, ...]:
             Load("nxm_in_port", 0), Output(host.port))
 
 
-def _forward(fact: Forward, host: Host) -> Flow:
+def _forward(fact: Forward, host: Host) -> Iterator[Flow]:
     version = (("eth_type", ETH_IPV6 if ":" in fact.next_hop else ETH_IPV4),)
+    deliver = _deliver(host, fact.routed)
     if fact.virtual_server:
-        return rule(Table.FORWARD, Priority.SPECIAL, (*version, of_virtual_server(fact.virtual_server)),
-            _deliver(host, fact.routed), kind=Kind.FORWARD)
-    return rule(Table.FORWARD, Priority.NORMAL, (*version, ("ct_mark", fact.member)), _deliver(host, fact.routed),
-                kind=Kind.FORWARD, owner=fact.member)
+        yield rule(Table.FORWARD, Priority.SPECIAL, (*version, of_virtual_server(fact.virtual_server)), deliver,
+                   kind=Kind.FORWARD, owner=fact.virtual_server)
+        return
+    # Virtual servers on both sides of the balancer may share a member: each connection says what it is.
+    here = (*version, ("ct_mark", fact.member))
+    if fact.routed:
+        yield rule(Table.FORWARD, Priority.ROUTED, (*here, label_bit(Label.ROUTED)), deliver, kind=Kind.FORWARD,
+                   owner=fact.member)
+    # The fallback is for connections that are older than the networks of the configuration.
+    yield rule(Table.FORWARD, Priority.FALLBACK if fact.routed else Priority.NORMAL, here, deliver, kind=Kind.FORWARD,
+               owner=fact.member)
 
 
 def _answer(address: str) -> Iterator[Flow]:

@@ -197,7 +197,9 @@ class Priority(enum.IntEnum):
     NEW = 501
     NO_SERVER = 490
     SPECIAL = 401
+    ROUTED = 20
     NORMAL = 10
+    FALLBACK = 5
     # ROUTE
     OWN_ADDRESS = 502
     OWN_ADDRESS_OTHER = 491

@@ -76,6 +76,7 @@ class SwitchProgram:
         self._wildcards: frozenset[int] = frozenset()
         self._facts: dict[Fact, int] = {}
         self._by_hop: dict[str, set[Fact]] = defaultdict(set)
+        self._by_member: dict[int, set[Forward]] = defaultdict(set)
         self._installed: dict[str, _Installed] = {}
         self._decided_by_hop: dict[str, set[str]] = defaultdict(set)
         self._routed_hosts: dict[str, Host] = {}
@@ -103,9 +104,11 @@ class SwitchProgram:
             if change:
                 yield change
         previous = (self._routes, self._wildcards)
-        for identifier in changed:
+        contested = self._contested(changed)
+        for together in ([contested] if contested else []) + [[one] for one in changed if one not in contested]:
             change = Change()
-            self._change_virtual_server(identifier, previous, (routes, wildcards), change)
+            for identifier in together:
+                self._change_virtual_server(identifier, previous, (routes, wildcards), change)
             if change:
                 yield change
         self._routes, self._wildcards = routes, wildcards
@@ -114,6 +117,16 @@ class SwitchProgram:
                 change = self._route_to(address)
                 if change:
                     yield change
+
+    def _contested(self, changed: list[str]) -> dict[str, None]:
+        """Virtual servers one of which takes the address and port that another gives up: to be changed as one,
+        for what the one deletes may be what the other adds."""
+        servers = self._configuration.virtual_servers
+        old = {one: self._installed[one].virtual_server.key for one in changed if one in self._installed}
+        new = {one: servers[one].key for one in changed if one in servers}
+        moved = {one for one in changed if old.get(one) != new.get(one)}
+        keys = {old[one] for one in moved if one in old} & {new[one] for one in moved if one in new}
+        return {one: None for one in changed if old.get(one) in keys or new.get(one) in keys} if keys else {}
 
     def begin(self, configuration: Configuration) -> None:
         """Take over the first configuration without saying what changed: the caller compares :meth:`flows`."""
@@ -244,8 +257,8 @@ class SwitchProgram:
                 self._facts[fact] = count
                 continue
             del self._facts[fact]
-            change.delete += flows_of(fact, self.zones, _NOWHERE)
             self._index_fact(fact, present=False)
+            change.delete += self._abandoned(fact)
         for fact in fresh:
             change.add += flows_of(fact, self.zones, self._host_of(fact))
 
@@ -260,9 +273,25 @@ class SwitchProgram:
                 self._index_fact(fact, present=True)
         return fresh
 
+    def _abandoned(self, fact: Fact) -> list[Flow]:
+        """The rules of a fact that is gone, but for those that another fact has taken over in their place."""
+        flows = list(flows_of(fact, self.zones, _NOWHERE))
+        if not isinstance(fact, Forward):
+            return flows
+        taken = {_place(flow) for other in self._by_member.get(fact.member, ())
+                 for flow in flows_of(other, self.zones, self._host_of(other))}
+        return [flow for flow in flows if _place(flow) not in taken]
+
     def _index_fact(self, fact: Fact, *, present: bool) -> None:
         if not isinstance(fact, Forward | Gateway):
             return
+        if isinstance(fact, Forward) and fact.member:
+            if present:
+                self._by_member[fact.member].add(fact)
+            else:
+                self._by_member[fact.member].discard(fact)
+                if not self._by_member[fact.member]:
+                    del self._by_member[fact.member]
         hop = fact.next_hop if isinstance(fact, Forward) else fact.address
         if present:
             self._by_hop[hop].add(fact)
