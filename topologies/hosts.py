@@ -19,7 +19,10 @@ from typing import Any
 
 from topologies.namespace import Namespace, wait_until
 
-HTTP_PORT = 80
+HTTP_PORTS = (80, 8080, 8081)
+"""One for each virtual server that has the same members. Behind one port, a client that uses its
+own port for two virtual servers would mean the same connection to the member."""
+
 ECHO_PORT = 5300
 
 _NGINX = """\
@@ -126,7 +129,7 @@ class LabHost(Namespace):
 
     # ------------------------------------------------------------------ servers
 
-    def nginx(self, root: Path | None = None, ports: tuple[int, ...] = (HTTP_PORT,)) -> subprocess.Popen[Any]:
+    def nginx(self, root: Path | None = None, ports: tuple[int, ...] = HTTP_PORTS) -> subprocess.Popen[Any]:
         """Start nginx and wait until it listens, on all addresses.
 
         ``/`` answers with the server's name, ``/about`` with JSON that tells server, addresses
