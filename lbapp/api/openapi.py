@@ -146,7 +146,7 @@ def document() -> JsonObject:
         "/v1/config": {
             "get": _operation("The whole configuration", "200", _ref("Site"), []),
             "put": _operation("Replace the whole configuration in one transaction", "200", _ref("Difference"),
-                              [_DRY_RUN], _content(_ref("Site")), bulk)},
+                              [_DRY_RUN, _IF_MATCH], _content(_ref("Site")), bulk)},
         "/v1/switches": {"get": _operation("The switches", "200", {
             "type": "object", "properties": {"switches": {"type": "array", "items": _ref("SwitchView")}}},
             [], None, ("400",))},

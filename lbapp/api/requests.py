@@ -104,12 +104,12 @@ def merged(target: Any, patch: Any) -> Any:
     return result
 
 
-def entity_tag(revision: int) -> str:
+def entity_tag(revision: int | str) -> str:
     """A revision as an entity tag."""
     return f'"{revision}"'
 
 
-def check_if_match(request: webob.Request, revision: int) -> None:
+def check_if_match(request: webob.Request, revision: int | str) -> None:
     """Refuse a change whose ``If-Match`` names another revision than the current one.
 
     Raises:

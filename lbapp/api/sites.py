@@ -9,6 +9,7 @@ already stays untouched, so that applying a document twice changes nothing the s
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import msgspec
 import webob
 
 from lbapp.api.errors import ApiError, editable, from_store, invalid
-from lbapp.api.requests import flag_of, json_object, query, resource_of, values_of
+from lbapp.api.requests import check_if_match, entity_tag, flag_of, json_object, query, resource_of, values_of
 from lbapp.api.resources import Answer, apply, ok
 from lbapp.config.model import Configuration, Member, Network, Pool, VirtualServer
 from lbapp.config.rows import Resource, identified, with_members
@@ -200,7 +201,8 @@ class Sites:
     def show(self, request: webob.Request) -> Answer:
         """GET."""
         query(request)
-        return ok(document_of(self.store.configuration))
+        text = msgspec.json.encode(document_of(self.store.configuration))
+        return ok(text, ETag=entity_tag(_digest(text)))
 
     def replace(self, request: webob.Request) -> Answer:
         """PUT: one transaction, or with ``dry_run=true`` only the difference."""
@@ -211,6 +213,8 @@ class Sites:
 
         def changes(snapshot: Snapshot) -> list[Change]:
             nonlocal difference
+            if "If-Match" in request.headers:
+                check_if_match(request, _digest(msgspec.json.encode(document_of(snapshot.configuration))))
             wanted, difference = site.changes(snapshot, prefixes)
             return wanted
 
@@ -222,6 +226,11 @@ class Sites:
         else:
             _reworded(lambda: apply(self.store, changes, prefixes))
         return ok(difference)
+
+
+def _digest(text: bytes) -> str:
+    """Tells documents apart: the whole configuration has no revision of its own that rows written by hand count in."""
+    return hashlib.sha256(text).hexdigest()[:32]
 
 
 def _reworded(action: Any) -> None:

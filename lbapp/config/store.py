@@ -77,6 +77,7 @@ class Store:
         self._revive = revive
         self._mirror = Mirror()
         self._snapshot = Snapshot()
+        self._rejected: Mapping[str, str] = {}
         self._subscribers: list[Callback] = []
         self._writing = threading.Lock()
         self._news = threading.Condition()
@@ -128,7 +129,7 @@ class Store:
     @property
     def rejected(self) -> Mapping[str, str]:
         """Rows left out because they do not validate: row id to reason."""
-        return self._mirror.rejected
+        return self._rejected
 
     def subscribe(self, callback: Callback) -> Callable[[], None]:
         """Have each new configuration passed to ``callback``, in order.
@@ -214,7 +215,8 @@ class Store:
             return False
         if kind == "constraint violation" and "index on" in details:
             columns = details.partition("index on ")[2].partition(".")[0]
-            raise Conflict(f"not unique in the database: {columns}")
+            # Not seen in the snapshot, so it is a row left out of it, or one written just now.
+            raise Conflict(f"not unique in the database: {columns}; the log names the rows that are left out")
         if kind == "referential integrity violation":
             raise Conflict("in use by, or refers to, a row that changed at the same time")
         if kind == "constraint violation":
@@ -270,6 +272,7 @@ class Store:
         before = self._snapshot
         after = self._mirror.take(before, updates, whole)
         with self._news:
+            self._rejected = dict(self._mirror.rejected)
             self._snapshot = after
             self._news.notify_all()
         if after.configuration is before.configuration:

@@ -38,7 +38,8 @@ class RestProcess:
         self.token = (directory / "token").read_text().strip()
         scheme = "https" if verify else "http"
         self.client = httpx.Client(base_url=f"{scheme}://127.0.0.1:{self.port}", timeout=SECONDS, trust_env=False,
-                                   verify=ssl.create_default_context(cafile=verify), headers={"Authorization": f"Bearer {self.token}"})
+                                   verify=ssl.create_default_context(cafile=verify),
+                                   headers={"Authorization": f"Bearer {self.token}"})
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> httpx.Response:
         """One request; ``body`` is sent as JSON."""

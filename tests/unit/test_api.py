@@ -1,6 +1,10 @@
 # SPDX-FileCopyrightText: The lbapp authors
 # SPDX-License-Identifier: Apache-2.0
-"""Resources over real HTTP: every method, every refusal, and that a refusal changes nothing."""
+"""Resources over real HTTP: every method, every refusal, and that a refusal changes nothing.
+
+Runs lbapp/api/resources.py, lbapp/api/members.py, lbapp/api/requests.py and lbapp/api/errors.py in
+a process of their own (tests/unit/rest_server.py).
+"""
 
 from __future__ import annotations
 

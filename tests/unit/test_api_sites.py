@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The lbapp authors
 # SPDX-License-Identifier: Apache-2.0
-"""The whole configuration as one document: applied, compared, refused as a whole."""
+"""The whole configuration as one document: applied, compared, refused as a whole (lbapp/api/sites.py)."""
 
 from __future__ import annotations
 
@@ -94,6 +94,17 @@ def test_a_dry_run_refuses_what_applying_would_refuse(rest):
     for path in ("/v1/config?dry_run=true", "/v1/config"):
         assert error_of(rest.ask("PUT", path, bad), 409)["field"] == "virtual_servers[1].vip_address"
     assert rest.ask("GET", "/v1/config").json() == {"networks": [], "pools": [], "virtual_servers": []}
+
+
+def test_a_document_may_say_what_it_was_made_from(rest):
+    rest.ask("PUT", "/v1/config", DOCUMENT)
+    shown = rest.ask("GET", "/v1/config")
+    assert rest.ask("GET", "/v1/config").headers["ETag"] == shown.headers["ETag"]
+    rest.ask("PATCH", "/v1/pools/a", {"description": "by someone else"})
+    for path in ("/v1/config", "/v1/config?dry_run=true"):
+        error_of(rest.ask("PUT", path, {}, If_Match=shown.headers["ETag"]), 409)
+    fresh = rest.ask("GET", "/v1/config")
+    assert rest.ask("PUT", "/v1/config", DOCUMENT, If_Match=fresh.headers["ETag"]).json()["updated"] == ["pool/a"]
 
 
 def _with(path: str, value: object) -> dict:
