@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import ssl
 import struct
 from typing import Any, Protocol
 
+import eventlet
 from ryu.controller import controller, ofp_event
 from ryu.controller.handler import DEAD_DISPATCHER
 from ryu.lib import hub
@@ -30,6 +32,7 @@ CHUNK = 262144
 HELLO, ERROR, EXPERIMENTER, PACKET_IN, FLOW_REMOVED, PORT_STATUS, MULTIPART_REPLY = 0, 1, 4, 10, 11, 12, 19
 OURS_FIRST = frozenset({ERROR, EXPERIMENTER, PACKET_IN, FLOW_REMOVED, MULTIPART_REPLY})
 HANDSHAKE_SECONDS = 5.0
+MAX_CONNECTIONS = 256
 YIELD_EVERY = 2048
 YIELD_BYTES = 65536
 """A switch that reports all its rules must not keep others waiting."""
@@ -221,7 +224,7 @@ def datapath_class(receiver: Receiver) -> type[controller.Datapath]:
 
 
 def install(receiver: Receiver) -> None:
-    """Make Ryu use the fast Datapath for every switch that connects from now on."""
+    """Make Ryu use the fast Datapath, and a listener of ours, for every switch that connects from now on."""
     fast = datapath_class(receiver)
 
     def serve(connection: Any, address: Any) -> None:
@@ -229,3 +232,52 @@ def install(receiver: Receiver) -> None:
             datapath.serve()
 
     controller.datapath_connection_factory = serve
+    controller.OpenFlowController.server_loop = _listen
+
+
+def tls_context(certificate: str, key: str, ca: str | None) -> ssl.SSLContext:
+    """What switches are greeted with; with ``ca`` they have to show a certificate of it.
+
+    Raises:
+        OSError: a file is missing or not what it should be.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    if ca is not None:
+        context.load_verify_locations(ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def _listen(_controller: Any, tcp_port: int, tls_port: int) -> None:
+    """Ryu's server loop, bounded; its own fails at the second switch that comes with TLS."""
+    conf = controller.CONF
+    context = None
+    if conf.ctl_privkey is not None and conf.ctl_cert is not None:
+        context = tls_context(conf.ctl_cert, conf.ctl_privkey, conf.ca_certs)
+    host = conf.ofp_listen_host
+    listener = eventlet.listen((host, tls_port if context else tcp_port),
+                               family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    room = hub.Semaphore(MAX_CONNECTIONS)
+
+    def handle(connection: Any, address: Any) -> None:
+        try:
+            if context is not None:
+                connection.settimeout(HANDSHAKE_SECONDS)
+                connection = context.wrap_socket(connection, server_side=True)
+            controller.datapath_connection_factory(connection, address)
+        except OSError as error:
+            LOG.warning("%s: no connection: %s", address, error)
+            with contextlib.suppress(OSError):
+                connection.close()
+        finally:
+            room.release()
+
+    while True:
+        connection, address = listener.accept()
+        if room.locked():
+            LOG.warning("%s: refused, %d switches are connected already", address, MAX_CONNECTIONS)
+            connection.close()
+            continue
+        room.acquire()
+        hub.spawn(handle, connection, address)
