@@ -511,7 +511,7 @@ def virtual_server_flows(virtual_server: VirtualServer, pool: Pool | None, eligi
                   (load, Conntrack(zone.service, table=Table.SERVE, nat=Nat())), kind=kind, owner=number)]
     new: Match = (("ct_mark", 0), of_this)
     if (virtual_server.maintenance or pool is None or not virtual_server.switch_decides(pool)
-            or not 0 < len(eligible) <= MAX_BUCKETS):
+            or not 0 < len(eligible) <= _most_members(virtual_server, pool)):
         flows.append(rule(Table.SERVE, Priority.NEW, new, query, kind=Kind.QUERY, owner=number))
         return flows, None
     group, choice, blocks = _decision(virtual_server, pool, eligible)
@@ -540,6 +540,19 @@ def _entry(virtual_server: VirtualServer) -> tuple[Priority, Match]:
         match = (("eth_type", ETH_IPV4 if virtual_server.version == 4 else ETH_IPV6), ("eth_dst", VIRTUAL_MAC))
         priority = Priority.WILDCARD if virtual_server.wildcard_port else Priority.EXACT_PORT
     return priority, _transport(match, virtual_server.protocol.number, "dst", virtual_server.protocol_port)
+
+
+def _hashed(virtual_server: VirtualServer, pool: Pool) -> bool:
+    """Whether the switch hashes into slots of rules, rather than leaving the choice to a group."""
+    return pool.lb_algorithm is Algorithm.SOURCE_IP or (
+        virtual_server.protocol is Protocol.UDP and pool.lb_algorithm is not Algorithm.CONSISTENT_HASH)
+
+
+def _most_members(virtual_server: VirtualServer, pool: Pool) -> int:
+    """The members that the switch can select among."""
+    if pool.lb_algorithm is Algorithm.CONSISTENT_HASH:
+        return MAGLEV_SIZE
+    return 1 << SOURCE_HASH_BITS if _hashed(virtual_server, pool) else MAX_BUCKETS
 
 
 def _decision(virtual_server: VirtualServer, pool: Pool, eligible: Sequence[Member],
