@@ -1,0 +1,191 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a switch should hold, and the changes that lead there: one after the other, whatever happens."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from lbapp.config.model import Algorithm, Configuration, Decision, Member, Protocol
+from lbapp.control.messages import Host
+from lbapp.dataflow.openflow import GROUP_DELETE, Load, add_flow, delete_flow, encode_match, group_mod
+from lbapp.dataflow.pipeline import Priority, Register, Table
+from lbapp.dataflow.program import Change, SwitchProgram
+from tests import sites
+from tests.fake_switch import FakeSwitch
+
+SWITCH = 1
+
+
+def apply(switch: FakeSwitch, change: Change) -> None:
+    """A change as a session sends it: groups, deletes, adds, groups deleted."""
+    messages = [group_mod(command, group) for command, group in change.groups]
+    messages += [delete_flow(flow.table, flow.priority, encode_match(flow.match)) for flow in change.delete]
+    messages += [add_flow(flow) for flow in change.add]
+    messages += [group_mod(GROUP_DELETE, group) for group in change.delete_groups]
+    switch.receive(b"".join(messages))
+    assert not switch.outbox, "refused"
+
+
+def content(switch: FakeSwitch) -> tuple[dict, dict]:
+    return ({key: (rule.cookie, rule.instructions) for key, rule in switch.rules.items()}, dict(switch.groups))
+
+
+def whole(program: SwitchProgram) -> tuple[dict, dict]:
+    """What a program says a switch should hold, in a switch of its own."""
+    switch = FakeSwitch()
+    groups, flows = list(program.groups()), list(program.flows())
+    switch.receive(b"".join([*(group_mod(0, group) for group in groups), *(add_flow(flow) for flow in flows)]))
+    assert not switch.outbox
+    assert len(switch.rules) == len(flows), "two rules in one place"
+    assert len(switch.groups) == len(groups)
+    return content(switch)
+
+
+def differences(one: tuple[dict, dict], other: tuple[dict, dict]) -> list:
+    """Rules and groups that only one of two switches has."""
+    return [(key, side) for a, b in zip(one, other, strict=True)
+            for side, x, y in (("only first", a, b), ("only second", b, a)) for key in x if x[key] != y.get(key)]
+
+
+class ProgramMachine(RuleBasedStateMachine):
+    """Configurations and neighbours come and go; the switch that took every change equals a fresh one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hosts: dict[str, Host] = {address: sites.host(2) for address in sites.HOPS}
+        self.switch = FakeSwitch()
+        self.program = SwitchProgram(SWITCH, self.hosts)
+        self.configuration = Configuration()
+
+    @initialize()
+    def start(self) -> None:
+        self.switch.receive(b"".join(add_flow(flow) for flow in self.program.flows()))
+
+    @rule(configuration=sites.configurations())
+    def configure(self, configuration: Configuration) -> None:
+        self.configuration = configuration
+        for change in self.program.configure(configuration):
+            assert change
+            apply(self.switch, change)
+
+    @rule(address=st.sampled_from(sites.HOPS), number=st.none() | st.integers(2, 4))
+    def host(self, address: str, number: int | None) -> None:
+        if number is None:
+            self.hosts.pop(address, None)
+        else:
+            self.hosts[address] = sites.host(number)
+        apply(self.switch, self.program.host_changed(address))
+
+    @invariant()
+    def same(self) -> None:
+        fresh = SwitchProgram(SWITCH, self.hosts)
+        fresh.begin(self.configuration)
+        expected = whole(fresh)
+        assert differences(whole(self.program), expected) == []
+        assert differences(content(self.switch), expected) == []
+
+
+ProgramMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=10, deadline=None)
+TestProgram = ProgramMachine.TestCase
+
+
+# ------------------------------------------------------------------ cases that went wrong, or nearly
+
+
+def run(*configurations: Configuration, hosts: dict[str, Host] | None = None) -> SwitchProgram:
+    """Take configurations one after the other; the switch must hold what a fresh program says."""
+    known = sites.reachable(configurations[0]) if hosts is None else hosts
+    switch, program = FakeSwitch(), SwitchProgram(SWITCH, known)
+    switch.receive(b"".join(add_flow(flow) for flow in program.flows()))
+    for configuration in configurations:
+        for other in configurations:
+            known.update(sites.reachable(other))
+        for change in program.configure(configuration):
+            apply(switch, change)
+    fresh = SwitchProgram(SWITCH, known)
+    fresh.begin(configurations[-1])
+    assert differences(content(switch), whole(fresh)) == []
+    return program
+
+
+def test_two_virtual_servers_swap_their_addresses():
+    one, two = "10.0.0.100", "10.0.0.101"
+    run(sites.configuration([sites.server("a", 1, one), sites.server("b", 2, two)], [sites.pool()]),
+        sites.configuration([sites.server("a", 1, two), sites.server("b", 2, one)], [sites.pool()]))
+
+
+def test_an_address_passes_from_one_that_is_removed():
+    for order in (("a", "b"), ("b", "a")):
+        numbers = {"a": 1, "b": 2}
+        vips = {"a": "10.0.0.100", "b": "10.0.0.101"}
+        run(sites.configuration([sites.server(n, numbers[n], vips[n]) for n in order], [sites.pool()]),
+            sites.configuration([sites.server("b", 2, vips["a"])], [sites.pool()]))
+
+
+def test_a_shared_member_gets_another_address():
+    before = sites.pool(of=sites.members(2))
+    after = sites.pool(of=sites.members(2, prefix="10.0.1."))
+    servers = [sites.server("a", 1), sites.server("b", 2, port=81)]
+    run(sites.configuration(servers, [before]), sites.configuration(servers, [after]))
+
+
+def test_a_member_that_is_shared_by_both_sides_has_rules_for_both():
+    inside, outside = sites.server("a", 1), sites.server("b", 2, "192.168.1.100")
+    site = sites.configuration([inside, outside], [sites.pool(of=sites.members(1))], (*sites.LAN, *sites.OUTSIDE))
+    program = run(site)
+    rules = [flow for flow in program.flows() if flow.table == Table.FORWARD and ("ct_mark", 1) in flow.match]
+    assert {flow.priority for flow in rules} == {Priority.ROUTED, Priority.NORMAL, Priority.FALLBACK}
+    run(site, sites.configuration([inside], [sites.pool(of=sites.members(1))], (*sites.LAN, *sites.OUTSIDE)))
+    run(site, sites.configuration([outside], [sites.pool(of=sites.members(1))], (*sites.LAN, *sites.OUTSIDE)))
+
+
+def test_of_two_gateways_one_is_used():
+    networks = (sites.OUTSIDE[0], sites.network("more", "192.168.2.0/24", "192.168.2.254", "192.168.2.1"))
+    for chosen in (networks, networks[::-1]):
+        program = run(sites.configuration(networks=chosen))
+        assert sum(flow.table == Table.ROUTE and flow.priority == Priority.GATEWAY for flow in program.flows()) == 1
+    run(sites.configuration(networks=networks), sites.configuration(networks=networks[:1]))
+    run(sites.configuration(networks=networks), sites.configuration(networks=networks[1:]))
+
+
+@pytest.mark.parametrize("algorithm", [Algorithm.ROUND_ROBIN, Algorithm.WEIGHTED_ROUND_ROBIN, Algorithm.SOURCE_IP,
+                                       Algorithm.CONSISTENT_HASH])
+@pytest.mark.parametrize("protocol", Protocol)
+@pytest.mark.parametrize("count", [41, 257, 1001])
+def test_large_pools(algorithm, protocol, count):
+    many = tuple(Member(address=f"10.1.{n // 250}.{n % 250 + 1}", protocol_port=80, number=n + 1, id=str(n))
+                 for n in range(count))
+    run(sites.configuration([sites.server(protocol=protocol, decision=Decision.SWITCH)],
+                            [sites.pool(algorithm=algorithm, of=many)]))
+
+
+def test_a_member_that_cannot_be_reached_gets_nothing():
+    site = sites.configuration([sites.server(decision=Decision.SWITCH)], [sites.pool(of=sites.members(3))])
+    hosts = {"10.0.0.11": sites.host(2), "10.0.0.13": sites.host(3)}
+    program = SwitchProgram(SWITCH, hosts)
+    program.begin(site)
+    (group,) = program.groups()
+    assert [bucket.actions[0] for bucket in group.buckets] == [Load(Register.MEMBER, number) for number in (1, 3)]
+    hosts.clear()
+    assert program.host_changed("10.0.0.11").delete_groups == [group]
+    assert list(program.groups()) == []
+
+
+def test_nothing_changes_nothing():
+    site = next(iter(sites.covering().values()))
+    program = SwitchProgram(SWITCH, sites.reachable(site))
+    assert list(program.configure(site))
+    assert list(program.configure(site)) == []
+
+
+def test_facts_are_forgotten_with_the_configuration():
+    for site in sites.covering().values():
+        program = SwitchProgram(SWITCH, sites.reachable(site))
+        program.begin(site)
+        list(program.configure(Configuration()))
+        assert not any((program._facts, program._by_hop, program._by_member, program._installed,
+                        program._decided_by_hop))
