@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The lbapp authors
 # SPDX-License-Identifier: Apache-2.0
-"""The whole configuration as one document: applied, compared, refused as a whole (lbapp/api/sites.py)."""
+"""The whole configuration as one document: applied, compared, refused as a whole: lbapp/api/sites.py"""
 
 from __future__ import annotations
 

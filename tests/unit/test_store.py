@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The store against a real ovsdb-server: transactions, checks across resources, other processes.
 
-With it what it is made of: lbapp/config/changes.py, lbapp/config/snapshot.py, lbapp/config/mirror.py.
+With it what it is made of: lbapp/config/changes.py, lbapp/config/snapshot.py and lbapp/config/mirror.py
 """
 
 from __future__ import annotations
