@@ -43,7 +43,7 @@ from lbapp.dataflow.openflow import (
     SetField,
     SetTtl,
 )
-from lbapp.dataflow.pipeline import VIRTUAL_MAC, Kind, Label, Priority, Register, Table, Zones, rule
+from lbapp.dataflow.pipeline import VIRTUAL_MAC, Kind, Label, Priority, Register, Table, Zones, group_number, rule
 
 TCP, UDP, ICMP, ICMP6 = 6, 17, 1, 58
 ETH_IPV4, ETH_IPV6, ETH_ARP = 0x0800, 0x86DD, 0x0806
@@ -59,6 +59,8 @@ MAX_BLOCKS = 40
 CT_INVALID = ("ct_state", 0x30, 0x30)
 CT_REPLY = ("ct_state", 0x28, 0x38)
 """+trk+inv, and +trk+rpl-inv."""
+ANY_FRAGMENT = ("ip_frag", 1, 1)
+"""The first one as well: Open vSwitch hides the ports of all fragments, unless told otherwise."""
 TARGET_LINK_LAYER_ADDRESS = 2
 SOLICITED_OVERRIDE = 0x60000000
 SNAT_PORTS = (1024, 65535)
@@ -86,7 +88,7 @@ class Source(Struct, frozen=True):
 
 
 class FragmentSource(Struct, frozen=True):
-    """Fact: later fragments from here, which carry no ports, may belong to replies of a connection."""
+    """Fact: fragments from here, of which no ports are seen, may belong to replies of a connection."""
 
     address: str
 
@@ -210,6 +212,7 @@ def base_flows(zone: Zones, probe: bytes) -> Iterator[Flow]:
         known = Conntrack(zone.service, table=Table.RETURN, nat=Nat())
         yield base(Table.RULES_RETURN, Priority.DEFAULT, (("eth_type", ether),), known)
         yield base(Table.UNSNAT, Priority.REPLY, (("eth_type", ether), CT_REPLY), known)
+    yield base(Table.UNSNAT, Priority.DEFAULT, (), goto=Table.VIRTUAL_SERVER)
     for ether in (ETH_IPV4, ETH_IPV6):
         for flag in (0x01, 0x04):
             closing = (("eth_type", ether), ("ip_proto", TCP), label_bit(Label.TRACKED), ("tcp_flags", flag, flag))
@@ -295,7 +298,7 @@ def member_version(member: Member) -> int:
 
 def network_facts(network: Network, routes: Routes) -> list[Fact]:
     """The facts of a network in which the balancer has an address. Of several gateways one is used."""
-    facts: list[Fact] = [Own(network.address, network.cidr), Answer(network.address)]
+    facts: list[Fact] = [Own(network.address, network.cidr), Answer(network.address), Local(network.address)]
     if network.gateway is not None and network.gateway == routes.gateway(":" in network.gateway):
         facts += [Gateway(network.gateway), Neighbour(network.gateway)]
     return facts
@@ -320,7 +323,7 @@ def flows_of(fact: Fact, zone: Zones, host: Host | None) -> Iterator[Flow]:
         case Source():
             yield _source(fact, zone)
         case FragmentSource(address):
-            yield rule(Table.CLASSIFY, Priority.SOURCE_FRAGMENT, (*_ip(address, "src"), ("ip_frag", 2, 2)),
+            yield rule(Table.CLASSIFY, Priority.SOURCE_FRAGMENT, (*_ip(address, "src"), ANY_FRAGMENT),
                        (Conntrack(zone.service, table=Table.RETURN, nat=Nat()),), kind=Kind.SOURCE)
         case Forward() if host is not None:
             yield from _forward(fact, host)
@@ -416,7 +419,7 @@ def _address(address: str, zone: Zones) -> Iterator[Flow]:
         errors = [(("ip_proto", ICMP), ("icmpv4_type", kind)) for kind in (3, 11)]
     for error in errors:
         yield rule(Table.VIRTUAL_SERVER, Priority.ADDRESS_SERVICE, (*here, *error), (through,), kind=Kind.ADDRESS)
-    yield rule(Table.VIRTUAL_SERVER, Priority.FRAGMENT, (*here, ("ip_frag", 2, 2)), (through,), kind=Kind.ADDRESS)
+    yield rule(Table.VIRTUAL_SERVER, Priority.FRAGMENT, (*here, ANY_FRAGMENT), (through,), kind=Kind.ADDRESS)
     for protocol in (TCP, UDP):
         yield rule(Table.VIRTUAL_SERVER, Priority.PORT_DENIED, _transport(here, protocol), (to_controller(),),
                    kind=Kind.DENIED)
@@ -573,7 +576,7 @@ def _decision(virtual_server: VirtualServer, pool: Pool, eligible: Sequence[Memb
         if not even and sum(weight for _, weight in weights) > HASH_VALUES * min(weight for _, weight in weights):
             weights = _in_hash_values(weights)
         buckets = tuple(_bucket(1 if even else weight, member) for member, weight in weights)
-    return SelectGroup(number, buckets), Group(number), ()
+    return SelectGroup(group_number(number), buckets), Group(group_number(number)), ()
 
 
 def _in_hash_values(weights: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -154,6 +154,16 @@ def owner_of(value: int) -> int:
     return value >> 24 & OWNER_MASK
 
 
+def group_number(virtual_server: int) -> int:
+    """The group of a virtual server: other applications' groups on the switch have other numbers."""
+    return COOKIE_MAGIC << 24 | virtual_server
+
+
+def is_group_of_ours(number: int) -> bool:
+    """Whether :func:`group_number` gave a group its number."""
+    return number >> 24 == COOKIE_MAGIC
+
+
 class Zones(NamedTuple):
     """A switch's conntrack zones. Bridges of one userspace Open vSwitch share conntrack: each has its own."""
 
@@ -228,7 +238,8 @@ DECLARATION: dict[Table, TableRule] = {
     Table.CLASSIFY: TableRule(_L3 | _L4 | _ICMP | _ARP, _ANSWER | {Conntrack},
                               frozenset({Table.RULES_RETURN, Table.VIRTUAL_SERVER, Table.ND_ANSWER, Table.L2})),
     Table.RULES_RETURN: TableRule(_L3 | _L4, _DELIVER | {Conntrack, FinTimeout}, frozenset()),
-    Table.UNSNAT: TableRule(frozenset({"ct_state", "eth_type"}), frozenset({Conntrack}), frozenset()),
+    Table.UNSNAT: TableRule(frozenset({"ct_state", "eth_type"}), frozenset({Conntrack}),
+                             frozenset({Table.VIRTUAL_SERVER})),
     Table.RETURN: TableRule(frozenset({"ct_state", "ct_label", "eth_type", "ip_proto", "tcp_flags"}),
                             frozenset({Output}), frozenset({Table.RESTORE, Table.VIRTUAL_SERVER})),
     Table.RESTORE: TableRule(frozenset({"ct_label", "eth_type"}),

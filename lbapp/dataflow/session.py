@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from lbapp.config.model import Configuration
 from lbapp.config.routing import Routes
 from lbapp.control.messages import Host
+from lbapp.dataflow.carrier import oxm_field
 from lbapp.dataflow.counters import ConnectionCounters, RuleCounters, request_body
+from lbapp.dataflow.flows import address_text
 from lbapp.dataflow.openflow import (
     BUNDLE_COMMIT,
     BUNDLE_COMMITTED,
@@ -33,7 +35,15 @@ from lbapp.dataflow.openflow import (
     group_mod,
     message,
 )
-from lbapp.dataflow.pipeline import ANY_CONNECTION, Kind, connection_cookie, kind_of
+from lbapp.dataflow.pipeline import (
+    ANY_CONNECTION,
+    Kind,
+    Priority,
+    connection_cookie,
+    is_group_of_ours,
+    kind_of,
+    owner_of,
+)
 from lbapp.dataflow.program import Change, SwitchProgram
 
 OFPT_MULTIPART_REQUEST = 18
@@ -52,6 +62,28 @@ _CONNECTIONS = frozenset({Kind.CONNECTION_IN, Kind.CONNECTION_OUT})
 
 class ProtocolError(ValueError):
     """A switch sent something that cannot be."""
+
+
+class _Adopted:
+    """What a switch's rules say of where somebody is, by what these rules are for."""
+
+    def __init__(self) -> None:
+        self.members: dict[int, Host] = {}
+        self.next_hops: dict[int, Host] = {}
+        self.gateways: dict[bool, Host] = {}
+        self.routed: dict[bytes, Host] = {}
+
+    def add(self, kind: Kind, priority: int, owner: int, match: bytes, host: Host) -> None:
+        """Take a rule of FORWARD or ROUTE that leads to a host."""
+        oxms = match[4:match[2] << 8 | match[3]]
+        if kind is Kind.FORWARD:
+            (self.next_hops if priority == Priority.SPECIAL else self.members)[owner] = host
+        elif priority == Priority.GATEWAY:
+            self.gateways[b"\x80\x00\x0a\x02\x86\xdd" in oxms] = host
+        elif priority == Priority.HOST:
+            address = oxm_field(oxms, 0x80001804) or oxm_field(oxms, 0x80003610)
+            if address is not None:
+                self.routed[address] = host
 
 
 class SwitchSession:
@@ -82,7 +114,7 @@ class SwitchSession:
         self._answers: list[ConnectionCounters] = []
         self._held: dict[tuple[int, int, bytes], tuple[int, bytes]] = {}
         self._held_groups: set[int] = set()
-        self._adopted: dict[int, Host] = {}
+        self._adopted = _Adopted()
         self._wanted: Configuration | None = None
         self._error = False
 
@@ -153,7 +185,9 @@ class SwitchSession:
             elif kind == OFPMP_FLOW:
                 self._read_flow(data[offset:offset + length])
             elif kind == OFPMP_GROUP_DESC:
-                self._held_groups.add(int.from_bytes(data[offset + 4:offset + 8], "big"))
+                group = int.from_bytes(data[offset + 4:offset + 8], "big")
+                if is_group_of_ours(group):
+                    self._held_groups.add(group)
             offset += length
         if not flags & OFPMPF_MORE:
             self._waiting.discard(xid)
@@ -171,14 +205,21 @@ class SwitchSession:
         return not self._waiting
 
     def adopted_hosts(self, configuration: Configuration) -> dict[str, Host]:
-        """Where the switch's own rules say that members are (address -> Host)."""
-        hosts = {}
+        """Where the switch's own rules say that members, next hops, gateways and routed hosts are (address -> Host)."""
+        adopted = self._adopted
         routes = Routes(configuration.networks.values())
+        hosts = {address_text(address): host for address, host in adopted.routed.items()}
+        for six, host in adopted.gateways.items():
+            gateway = routes.gateway(six)
+            if gateway is not None:
+                hosts[gateway] = host
+        for server in configuration.virtual_servers.values() if adopted.next_hops else ():
+            if server.next_hop is not None and server.number in adopted.next_hops:
+                hosts[server.next_hop] = adopted.next_hops[server.number]
         for pool in configuration.pools.values():
             for member in pool.members:
-                host = self._adopted.get(member.number)
-                if host is not None:
-                    hosts[routes.towards(member.address)] = host
+                if member.number in adopted.members:
+                    hosts[routes.towards(member.address)] = adopted.members[member.number]
         return hosts
 
     def _read_flow(self, entry: bytes) -> None:
@@ -194,10 +235,10 @@ class SwitchSession:
             return
         match = entry[48:end]
         self._held[table, priority, canonical_match(match)] = cookie, match
-        if kind is Kind.FORWARD:
+        if kind is Kind.FORWARD or kind is Kind.ROUTE:
             host = _host_of(entry[end:])
             if host is not None:
-                self._adopted[cookie >> 24 & 0xFFFFFF] = host
+                self._adopted.add(kind, priority, owner_of(cookie), match, host)
 
     # -------------------------------------------------------------- writing
 
@@ -222,7 +263,7 @@ class SwitchSession:
         while len(stale) > BUNDLE_SIZE:
             yield self._apply(Change(), stale[:BUNDLE_SIZE])
             del stale[:BUNDLE_SIZE]
-        self._held, self._held_groups, self._adopted = {}, set(), {}
+        self._held, self._held_groups, self._adopted = {}, set(), _Adopted()
         yield self._apply(change, stale)
         self._wanted = configuration
         self.ready = True
