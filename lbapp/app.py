@@ -404,9 +404,8 @@ class LoadBalancer(app_manager.RyuApp):
                 continue
             if isinstance(command, Probe):
                 switch.counters["probes"] += 1
-                network = switch.encoder.routes.network_of(command.address)
-                sender = network.address if network is not None and ":" not in command.address else None
-                switch.datapath.send(carrier.probe(switch.id, command.address, sender))
+                # No sender address: hosts would take the balancer's address to be at the probe's MAC.
+                switch.datapath.send(carrier.probe(switch.id, command.address, None))
             elif isinstance(command, HostChanged):
                 self._release(switch, command)
                 self._queue(switch, ("host", command.address))
