@@ -113,7 +113,7 @@ class SwitchSession:
         self._asked: dict[int, ConnectionCounters] = {}
         self._answers: list[ConnectionCounters] = []
         self._held: dict[tuple[int, int, bytes], tuple[int, bytes]] = {}
-        self._held_groups: set[int] = set()
+        self._held_groups: dict[int, bytes] = {}
         self._adopted = _Adopted()
         self._wanted: Configuration | None = None
         self._error = False
@@ -187,7 +187,7 @@ class SwitchSession:
             elif kind == OFPMP_GROUP_DESC:
                 group = int.from_bytes(data[offset + 4:offset + 8], "big")
                 if is_group_of_ours(group):
-                    self._held_groups.add(group)
+                    self._held_groups[group] = data[offset + 8:offset + length]
             offset += length
         if not flags & OFPMPF_MORE:
             self._waiting.discard(xid)
@@ -246,8 +246,10 @@ class SwitchSession:
         """Make the switch hold what it should, and no more of ours. Yields after each bundle (the number sent)."""
         self.program.begin(configuration)
         change = Change()
-        groups = {group.group for group in self.program.groups()}
-        change.groups = [(GROUP_ADD_OR_MODIFY, group) for group in self.program.groups()]
+        held_groups = self._held_groups
+        for group in self.program.groups():
+            if held_groups.pop(group.group, None) != b"".join([bucket.encode() for bucket in group.buckets]):
+                change.groups.append((GROUP_ADD_OR_MODIFY, group))
         held = self._held
         for number, flow in enumerate(self.program.flows()):
             if not number % BUNDLE_SIZE:
@@ -258,12 +260,12 @@ class SwitchSession:
             if len(change) >= BUNDLE_SIZE:
                 yield self._apply(change)
                 change = Change()
-        change.delete_groups = [SelectGroup(group, ()) for group in self._held_groups - groups]
+        change.delete_groups = [SelectGroup(group, ()) for group in held_groups]
         stale = [delete_flow(table, priority, match) for (table, priority, _), (_, match) in held.items()]
         while len(stale) > BUNDLE_SIZE:
             yield self._apply(Change(), stale[:BUNDLE_SIZE])
             del stale[:BUNDLE_SIZE]
-        self._held, self._held_groups, self._adopted = {}, set(), _Adopted()
+        self._held, self._held_groups, self._adopted = {}, {}, _Adopted()
         yield self._apply(change, stale)
         self._wanted = configuration
         self.ready = True
