@@ -100,7 +100,7 @@ class Lab:
             raise
 
     def _start_network(self) -> None:
-        setLogLevel("warning")
+        setLogLevel("output")
         # Mininet would set limits of the whole machine.
         Mininet.inited = True
         for switch in self.topo.switches():
@@ -221,10 +221,32 @@ class Lab:
         except TimeoutError as error:
             raise RuntimeError(f"{error}\n{self.controller.log_tail()}") from None
 
-    def apply(self, site: Path | dict[str, Any]) -> Any:
-        """Make a site (a file or its content) the whole configuration: ``PUT /v1/config``."""
+    def apply(self, site: Path | dict[str, Any], wait: float = 10.0) -> Any:
+        """Make a site (a file or its content) the whole configuration: ``PUT /v1/config``.
+
+        Args:
+            site: the document.
+            wait: seconds that the switches may take to have it; 0 does not wait.
+
+        Raises:
+            RestError: it was refused.
+            TimeoutError: the switches do not have it in time.
+        """
         document = yaml.safe_load(site.read_text()) if isinstance(site, Path) else site
-        return self.rest.put("/v1/config", document)
+        answer = self.rest.put("/v1/config", document)
+        if wait:
+            self.wait_provisioned(wait)
+        return answer
+
+    def wait_provisioned(self, timeout: float = 10.0) -> None:
+        """Wait until no virtual server is ``PENDING_UPDATE``.
+
+        Raises:
+            TimeoutError: not in time.
+        """
+        wait_until(lambda: all(server["provisioning_status"] != "PENDING_UPDATE"
+                               for server in self.rest.get("/v1/virtual-servers")["virtual_servers"]), timeout,
+                   "the switches have the configuration", every=0.02)
 
     def forward_plainly(self) -> None:
         """Make the switches ordinary learning switches: for the laboratory without a controller."""

@@ -91,7 +91,8 @@ class Namespace:
             CommandError: not root, or the kernel refuses.
         """
         holder = subprocess.Popen([*_with_us(), "unshare", "--net", "sleep", "infinity"],
-                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                  start_new_session=True)  # a Ctrl-C on the terminal is for us alone
         outside = Path("/proc/self/ns/net").stat().st_ino
         try:
             def inside() -> bool:
