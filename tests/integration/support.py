@@ -82,6 +82,8 @@ def settle(lab: Lab, offline: Iterable[str] = (), within: float = 10.0) -> None:
                    and (one["name"] in silent or one["operating_status"] == "ONLINE") for one in listed)
 
     wait_until(settled, within, "the configuration is in the switches and the members were found")
+    # Open vSwitch's cache follows its rules a moment later: what is measured next is not to begin in between.
+    lab.ovs.appctl("revalidator/wait")
 
 
 def member_path(lab: Lab, pool_name: str, name: str) -> str:
