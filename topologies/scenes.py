@@ -32,7 +32,7 @@ WEIGHTS = {"s1": 3, "s2": 2, "s3": 1}
 REQUESTS_EACH = 200
 RATE_SECONDS = 2
 DIRECT_PORT = 8000
-DOWNLOAD_LIMIT = "25M"
+DOWNLOAD_LIMIT = "12M"
 MESSAGES = ("packet_ins", "packet_outs", "flow_mods", "flows_removed")
 MANY_SIGMAS = 5
 """An observed share may be this many standard deviations off: once in a million runs by chance."""
