@@ -246,6 +246,11 @@ class Lab:
                 preexec_fn=die_with_parent, start_new_session=True, env={**os.environ, **(env or {})})
         process = Process(label, popen, log)
         self._processes.append(process)
+        # Until ip has entered the namespace, the process is still in ours: who joins it by its id would miss.
+        inside, end = namespace.inode, time.monotonic() + GRACE_SECONDS
+        with contextlib.suppress(OSError):  # it has ended already; whoever needs it will say so
+            while Path(f"/proc/{popen.pid}/ns/net").stat().st_ino != inside and time.monotonic() < end:
+                time.sleep(0.001)
         return process
 
     def run(self, argv: Sequence[str], *, text: str | None = None, timeout: float = 30.0,

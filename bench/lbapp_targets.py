@@ -94,11 +94,13 @@ class Installation:
         lab.on_close(self.process.stop)
         try:
             self.process.start(READY_SECONDS)
-        except RuntimeError:
-            raise BenchError(f"lbapp run is not ready: {tail(self.process.log_tail(), 3)}") from None
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+            raise BenchError(f"lbapp run is not ready ({why}): {tail(self.process.log_tail(), 3)}") from None
         self.rest = self.process.rest
         self.controller = RunningController(self.process, self.ovs)
-        self.wait(lambda: self.ovs.connected(BRIDGE), "the switch to connect to the controller")
+        # Open vSwitch's own is_connected is up to five seconds old.
+        self.wait(lambda: self.get("/v1/switches")["switches"], "the switch connected to the controller")
 
     def _join(self, label: str, namespaces: Sequence[Namespace], addresses: Sequence[str]) -> None:
         for index, (namespace, address) in enumerate(zip(namespaces, addresses, strict=True), 1):
@@ -112,6 +114,13 @@ class Installation:
             processes.wait_until(condition, patience, what)
         except TimeoutError as error:
             raise BenchError(f"{error}: {tail(self.process.log_tail(), 3)}") from None
+
+    def get(self, path: str) -> Any:
+        """A REST call that has to succeed."""
+        try:
+            return self.rest.get(path)
+        except (RestError, httpx.HTTPError) as error:
+            raise BenchError(str(error)) from None
 
     def post(self, path: str, body: Any) -> Any:
         """A REST call that has to succeed."""

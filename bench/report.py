@@ -85,7 +85,7 @@ def goal_lines(goals: Sequence[Goal]) -> list[str]:
 
 def loss_lines(samples: Sequence[Sample]) -> list[str]:
     """A warning where clients had to send SYNs again: each time a connection waited for a second."""
-    lost = {}
+    lost: dict[str, int] = {}
     for sample in samples:
         again = sample.detail.get("kernel", {}).get("TCPSynRetrans", 0)
         if again > SYN_SHARE * sample.detail.get("requests", 0):

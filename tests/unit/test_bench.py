@@ -392,6 +392,7 @@ def test_a_lab_leaves_nothing_behind() -> None:
         here.ip(["addr add 10.0.0.1/24 dev eth0"], one)
         here.ip(["addr add 10.0.0.2/24 dev eth0"], other)
         process = here.spawn(other, "server", [sys.executable, "-m", "http.server", "--bind", "10.0.0.2", "8000"])
+        assert Path(f"/proc/{process.pid}/ns/net").stat().st_ino == other.inode
         here.wait_port(one, "10.0.0.2", 8000, process)
         directory, pid, names = here.directory, process.pid, [one.name, other.name]
         assert one.call(lambda: Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()) == ["1024", "65535"]
