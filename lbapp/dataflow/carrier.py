@@ -19,7 +19,9 @@ from lbapp.control.messages import Closed, Error, Host, Query, Reason, Reply
 from lbapp.dataflow import frames
 from lbapp.dataflow.flows import ETH_IPV4, ETH_IPV6, TCP, commit, packed
 from lbapp.dataflow.openflow import (
+    FIELDS,
     FLOOD,
+    MAX_LENGTH,
     SEND_FLOW_REMOVED,
     Action,
     DecrementTtl,
@@ -53,6 +55,7 @@ FIN_IDLE_TIMEOUT = 2
 FIN_HARD_TIMEOUT = 10
 _IN_PORT = 0x80000004
 _CT_MARK, _CT_LABEL, _REG2 = 0x0001D604, 0x0001D810, 0x00010404
+_CT_DESTINATION, _CT_DESTINATION6, _CT_PORT = (FIELDS[name].nxm for name in ("ct_nw_dst", "ct_ipv6_dst", "ct_tp_dst"))
 
 
 class PacketIn(NamedTuple):
@@ -206,9 +209,12 @@ class ReplyEncoder:
         if reply.translation is not None and self.is_rules(asked.virtual_server):
             return self._rules(reply, frame)
         before, after = self.commit_template(asked.virtual_server, reply.member, reply.tracked)
+        length = 28 + len(before) + len(after) + len(frame)
+        if length > MAX_LENGTH:
+            return None  # as in packet_out
         return b"".join((
-            struct.pack("!BBHIIIH6x", 4, 13, 28 + len(before) + len(after) + len(frame), 0, 0xFFFFFFFF, asked.in_port,
-                        4 + len(before) + len(after)), before, asked.serial.to_bytes(4, "big"), after, frame))
+            struct.pack("!BBHIIIH6x", 4, 13, length, 0, 0xFFFFFFFF, asked.in_port, length - 24 - len(frame)),
+            before, asked.serial.to_bytes(4, "big"), after, frame))
 
     def commit_template(self, virtual_server: int, member: int, tracked: bool) -> tuple[bytes, bytes]:
         """The encoded actions of a commit, before and after the four bytes of the serial."""
@@ -299,8 +305,18 @@ def _to_port(port: int) -> bytes:
 
 
 def refuse(punted: PacketIn, packet: frames.Packet) -> bytes | None:
-    """The packet-out that refuses a punted packet's sender at once."""
-    answer = frames.refusal(punted.frame, packet, VIRTUAL_MAC)
+    """The packet-out that refuses a punted packet's sender at once.
+
+    The packet may have been translated before it was punted: conntrack knows whom its sender meant.
+    """
+    if packet.source_mac == VIRTUAL_MAC:
+        return None  # its source was translated as well: who sent it is not to be seen any more
+    frame = punted.frame
+    address = oxm_field(punted.match, _CT_DESTINATION if len(packet.signature.destination) == 4 else _CT_DESTINATION6)
+    port = oxm_field(punted.match, _CT_PORT)
+    if address is not None and port is not None:
+        frame, packet = frames.with_destination(frame, packet, address, int.from_bytes(port, "big"))
+    answer = frames.refusal(frame, packet, VIRTUAL_MAC)
     return None if answer is None else packet_out(OFPP_CONTROLLER, _to_port(punted.in_port), answer)
 
 

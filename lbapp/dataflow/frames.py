@@ -116,6 +116,18 @@ def with_checksum(frame: bytes, packet: Packet) -> bytes:
     return frame[:at] + checksum.to_bytes(2, "big") + frame[at + 2:]
 
 
+def with_destination(frame: bytes, packet: Packet, address: bytes, port: int) -> tuple[bytes, Packet]:
+    """The frame as it was before its destination was translated; its transport checksum is left as it is."""
+    at, size = (30, 4) if len(address) == 4 else (38, 16)
+    header = frame[14:at] + address + frame[at + size:packet.offset]
+    if size == 4:
+        header = header[:10] + b"\0\0" + header[12:]
+        header = header[:10] + (0xFFFF - ones_sum(header)).to_bytes(2, "big") + header[12:]
+    ports = frame[packet.offset:packet.offset + 2] + port.to_bytes(2, "big")
+    signature = packet.signature._replace(destination=address, destination_port=port)
+    return frame[:14] + header + ports + frame[packet.offset + 4:], packet._replace(signature=signature)
+
+
 def _ip_header(source: bytes, destination: bytes, protocol: int, payload: int) -> bytes:
     if len(source) == 16:
         return struct.pack("!IHBB", 6 << 28, payload, protocol, 64) + source + destination

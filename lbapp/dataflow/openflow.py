@@ -29,6 +29,8 @@ FLOOD = 0xFFFFFFFB
 CONTROLLER = 0xFFFFFFFD
 ANY = 0xFFFFFFFF
 NO_BUFFER = 0xFFFFFFFF
+MAX_LENGTH = 0xFFFF
+"""Of a message. Segments that a host leaves to be cut up later can come close to it."""
 SAME_PORT16 = 0xFFF8
 """OFPP_IN_PORT in Nicira's 16-bit actions."""
 
@@ -372,10 +374,12 @@ def group_mod(command: int, group: SelectGroup, xid: int = 0) -> bytes:
 
 
 def packet_out(in_port: int, actions: bytes, frame: bytes, xid: int = 0) -> bytes:
-    """A packet-out with encoded actions."""
-    return b"".join((
-        struct.pack("!BBHIIIH6x", VERSION, OFPT_PACKET_OUT, 24 + len(actions) + len(frame), xid, NO_BUFFER, in_port,
-                    len(actions)), actions, frame))
+    """A packet-out with encoded actions; nothing where the frame is too large for one (its sender repeats it)."""
+    length = 24 + len(actions) + len(frame)
+    if length > MAX_LENGTH:
+        return b""
+    return b"".join((struct.pack("!BBHIIIH6x", VERSION, OFPT_PACKET_OUT, length, xid, NO_BUFFER, in_port, len(actions)),
+                     actions, frame))
 
 
 BUNDLE_OPEN, BUNDLE_COMMIT, BUNDLE_COMMITTED, BUNDLE_DISCARD = 0, 4, 5, 6
