@@ -113,7 +113,13 @@ class Ovs:
 
     def appctl(self, *arguments: str) -> str:
         """``ovs-appctl`` to ovs-vswitchd."""
-        return self.command("ovs-appctl", f"--timeout={COMMAND_TIMEOUT_S - 5}", *arguments)
+        # A private instance, perhaps of another process, has its control socket under a name of its own.
+        own = self._control("ovs-vswitchd")
+        target = ("-t", str(own)) if own.exists() else ()
+        return self.command("ovs-appctl", f"--timeout={COMMAND_TIMEOUT_S - 5}", *target, *arguments)
+
+    def _control(self, program: str) -> Path:
+        return self.rundir / f"{program}.ctl"
 
     # ------------------------------------------------------------------ daemons
 
@@ -339,14 +345,6 @@ class PrivateOvs(Ovs):
                                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         except FileNotFoundError as error:
             raise OvsError(f"{error.filename} is not installed") from None
-
-    def _control(self, program: str) -> Path:
-        return self.rundir / f"{program}.ctl"
-
-    def appctl(self, *arguments: str) -> str:
-        """``ovs-appctl`` to ovs-vswitchd."""
-        return self.command("ovs-appctl", f"--timeout={COMMAND_TIMEOUT_S - 5}", "-t",
-                            str(self._control("ovs-vswitchd")), *arguments)
 
     def switch_running(self) -> bool:
         """Whether this instance's ovs-vswitchd lives."""
