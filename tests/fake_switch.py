@@ -565,8 +565,8 @@ def _prefixes(headers: Headers) -> tuple[str, str] | None:
 
 def _tuple(headers: Headers) -> tuple[int, ...] | None:
     names = _prefixes(headers)
-    if names is None:
-        return None
+    if names is None or headers["ip_frag"]:
+        return None  # fragments are not put together here
     family, transport = names
     return (headers["ip_proto"], headers[f"{family}_src"], headers[f"{transport}_src"], headers[f"{family}_dst"],
             headers[f"{transport}_dst"])
