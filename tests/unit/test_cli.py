@@ -20,7 +20,7 @@ from lbapp.cli import cli
 from lbapp.client import Client
 from tests.fake_api import TOKEN, FakeApi
 
-SITE = Path(__file__).parents[2] / "topologies" / "single.yaml"
+SITE = Path(__file__).parent / "site.yaml"
 DPID = "00000000000000a1"
 
 
