@@ -29,6 +29,7 @@ from lbapp.dataflow.openflow import (
     Flow,
     Load,
     Output,
+    Resubmit,
     SetField,
     add_flow,
     encode_actions,
@@ -251,11 +252,12 @@ class ReplyEncoder:
 
     def _rules(self, reply: Reply, frame: bytes) -> bytes:
         flows = self.connection_rules(reply)
-        inbound = flows[0]
-        actions = tuple(action for action in inbound.actions if not isinstance(action, FinTimeout))
-        parts = [add_flow(flow) for flow in reversed(flows)] if reply.install else []
-        parts.append(packet_out(reply.query.in_port, encode_actions(actions), frame))
-        return b"".join(parts)
+        if not reply.install:
+            actions = encode_actions(action for action in flows[0].actions if not isinstance(action, FinTimeout))
+            return packet_out(reply.query.in_port, actions, frame)
+        # The packet goes by its new rule: where a full table refused that, it goes nowhere (and Refused answers it).
+        return b"".join([*map(add_flow, reversed(flows)),
+                         packet_out(reply.query.in_port, encode_actions((Resubmit(Table.RULES),)), frame)])
 
     def connection_rules(self, reply: Reply) -> tuple[Flow, Flow]:
         """One rule for each direction of a connection (``state: rules``): inbound, outbound."""
