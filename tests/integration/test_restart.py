@@ -111,7 +111,7 @@ def test_the_controller_dies_and_comes_back(site: Lab, alone: bool) -> None:
         sizes = [one.size for one in going]
         wait_until(lambda: not any(map(lab.ovs.connected, lab.bridges)), 10, "the switch has noticed")
         for client in lab.clients:
-            assert set(client.who(f"http://{VIP}/", 30)) == ALL, "the switch goes on deciding"
+            assert set(client.who(f"http://{VIP}/", 45)) == ALL, "the switch goes on deciding"
             assert client.who(f"http://[{VIP6}]/", 10).total() == 10
         assert [one.ask() for one in (*punted, *rules)] == [one.server for one in (*punted, *rules)]
         begun = time.monotonic()
@@ -152,7 +152,7 @@ def test_a_change_made_while_a_switch_was_away_reaches_it(site: Lab) -> None:
                     if one["name"] == "s1")
         lab.rest.patch(path, {"admin_state_up": False})
         lab.rest.delete("/v1/virtual-servers/echo")
-        assert "s1" in lab.client("c1").who(f"http://{VIP}/", 40), "it has not heard of it yet"
+        assert "s1" in lab.client("c1").who(f"http://{VIP}/", 45), "it has not heard of it yet"
     finally:
         lab.ovs.set_controller("lb1", "tcp:127.0.0.1:6653")
     lab.wait_connected()
@@ -174,7 +174,7 @@ def test_the_switch_dies_and_comes_back(site: Lab) -> None:
     assert took <= BACK_WITHIN, f"{took:.1f} s from the start of ovs-vswitchd"
     assert set(standing(lab)) == before, "all rules are there again, and no other"
     for client in lab.clients:
-        assert set(client.who(f"http://{VIP}/", 40)) == ALL
+        assert set(client.who(f"http://{VIP}/", 45)) == ALL
         assert None not in client.udp(VIP, 53, 6)
 
 

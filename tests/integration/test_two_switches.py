@@ -68,7 +68,7 @@ def _found_everywhere(lab: Lab) -> None:
 def test_clients_here_servers_there(site: Lab, vip: str, way: str) -> None:
     url = f"http://[{vip}]:{PORTS[way]}/" if ":" in vip else f"http://{vip}:{PORTS[way]}/"
     for client in site.clients:
-        assert set(client.who(url, 30)) == ALL
+        assert set(client.who(url, 45)) == ALL
     if ":" not in vip:
         assert set(site.client("c1").udp(vip, 53, 30)) == ALL
 
