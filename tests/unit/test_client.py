@@ -2,10 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import http.server
 import socket
-import ssl
 import subprocess
+import sys
 import threading
 
 import httpx
@@ -200,33 +199,42 @@ def test_nobody_listens_and_somebody_else_does():
         client.stats()
 
 
+TLS_SERVER = """
+import http.server, ssl, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"uptime_seconds": 1}')
+
+    def log_message(self, *args):
+        pass
+
+server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(sys.argv[1], sys.argv[2])
+server.socket = context.wrap_socket(server.socket, server_side=True)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
 def test_https_verifies_the_certificate(tmp_path):
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
                     "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=127.0.0.1",
                     "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b'{"uptime_seconds": 1}')
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key)
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            url = f"https://127.0.0.1:{server.server_port}"
-            with Client(url) as client, pytest.raises(Unreachable, match=r"no TLS connection .*--ca"):
-                client.stats()
-            with Client(url, ca=certificate) as client:
-                assert client.stats() == {"uptime_seconds": 1}
-        finally:
-            server.shutdown()
-            thread.join(5)
+    # In a process of its own: eventlet, once imported by any test, gives every TLS context sockets of its kind.
+    server = subprocess.Popen([sys.executable, "-c", TLS_SERVER, certificate, key], stdout=subprocess.PIPE, text=True)
+    try:
+        url = f"https://127.0.0.1:{int(server.stdout.readline())}"
+        with Client(url) as client, pytest.raises(Unreachable, match=r"no TLS connection .*--ca"):
+            client.stats()
+        with Client(url, ca=certificate) as client:
+            assert client.stats() == {"uptime_seconds": 1}
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
