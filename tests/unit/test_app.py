@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 import time
 import types
@@ -13,6 +14,9 @@ import pytest
 import tests.fake_frames  # noqa: F401  (prepares eventlet for Ryu)
 
 # isort: split
+from ryu.controller.handler import DEAD_DISPATCHER, MAIN_DISPATCHER
+from ryu.lib import hub
+
 from lbapp import app as module
 from lbapp.app import LoadBalancer, Switch
 from lbapp.config.model import Algorithm, Configuration, State
@@ -57,7 +61,8 @@ class Bench:
         return self.receive(packet_in(cookie(kind, number), 20, parse(data) | {"in_port": 7} | metadata))
 
 
-def messages(data: bytes) -> list[bytes]:
+def messages(data: bytes | None) -> list[bytes]:
+    assert data is not None
     parts = []
     while data:
         length = data[2] << 8 | data[3]
@@ -68,12 +73,12 @@ def messages(data: bytes) -> list[bytes]:
 
 def serial_of(answer: bytes | None) -> int:
     """The serial in the cookie of the first rule."""
-    assert answer is not None
     return int.from_bytes(messages(answer)[0][12:16], "big")
 
 
-def outward(data: bytes) -> tuple[list, dict]:
+def outward(data: bytes | None) -> tuple[list, dict]:
     """The actions and the frame of a packet-out."""
+    assert data is not None
     length = data[16] << 8 | data[17]
     return decode_actions(data[24:24 + length]), parse(data[24 + length:])
 
@@ -223,7 +228,7 @@ def test_a_final_reap_deletes_and_another_asks():
     bench.app._perform([Reap(2, 5, 1, 1, final=True)])  # a switch that is gone
     assert len(bench.sent) == count
     with pytest.raises(TypeError):
-        bench.app._perform([SwitchDown(1)])
+        bench.app._perform([SwitchDown(1)])  # type: ignore[list-item]
 
 
 def test_reap_of_a_dead_connection_ends_it_and_of_a_live_one_keeps_it():
@@ -264,7 +269,7 @@ def test_counting_connections_that_close():
 
 def test_serials_begin_anywhere_and_stay_within_32_bits():
     bench = Bench(RULES)
-    bench.app._serials = iter((2**32 - 1, 2**32))
+    bench.app._serials = itertools.count(2**32 - 1)
     serials = [serial_of(bench.punt(frame("10.0.0.1", "10.0.0.100", sport=n))) for n in (2000, 2001)]
     assert serials == [2**32 - 1, 0]
 
@@ -283,13 +288,13 @@ def settle(app: LoadBalancer, switch: FakeSwitch, datapath) -> None:
         while switch.outbox:
             data = switch.outbox.pop(0)
             app.receive(datapath, data[1], data)
-        module.hub.sleep(0)
+        hub.sleep(0)
 
 
 def test_a_switch_comes_and_goes_and_comes_again():
     app, switch = LoadBalancer(wsgi=None), FakeSwitch()
     site = sites.configuration([sites.server()], [sites.pool()])
-    connected = event(switch, module.MAIN_DISPATCHER, app)
+    connected = event(switch, MAIN_DISPATCHER, app)
     app._state_changed(connected)
     settle(app, switch, connected.datapath)
     assert not switch.rules  # a switch must not be held against a configuration that was not read
@@ -298,23 +303,23 @@ def test_a_switch_comes_and_goes_and_comes_again():
     state = app.switches[1]
     assert state.session.ready and state.session.synchronised is site and switch.rules
     before = dict(switch.rules)
-    app._state_changed(types.SimpleNamespace(state=module.DEAD_DISPATCHER, datapath=connected.datapath))
+    app._state_changed(types.SimpleNamespace(state=DEAD_DISPATCHER, datapath=connected.datapath))
     assert app.switches == {} and switch.rules == before
-    again = event(switch, module.MAIN_DISPATCHER, app)
+    again = event(switch, MAIN_DISPATCHER, app)
     app._state_changed(again)
     settle(app, switch, again.datapath)
     assert switch.rules == before and app.reconnects[1] == 1
     # Another connection with the same datapath id takes the place of the first.
-    third = event(switch, module.MAIN_DISPATCHER, app)
+    third = event(switch, MAIN_DISPATCHER, app)
     app._state_changed(third)
-    app._state_changed(types.SimpleNamespace(state=module.DEAD_DISPATCHER, datapath=again.datapath))
+    app._state_changed(types.SimpleNamespace(state=DEAD_DISPATCHER, datapath=again.datapath))
     assert app.switches[1].datapath is third.datapath
     settle(app, switch, third.datapath)
     app.configure(sites.configuration())
     settle(app, switch, third.datapath)
     assert len(switch.rules) < len(before) and app.switches[1].session.synchronised is app.configuration
     for state in app.switches.values():
-        module.hub.kill(state.worker)
+        hub.kill(state.worker)
 
 
 def test_a_port_that_goes_down_is_asked_behind():

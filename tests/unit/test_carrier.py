@@ -207,7 +207,8 @@ def test_a_frame_that_fits_in_no_packet_out_is_let_go():
     assert carrier.forward_to(HOST, big) == b""
 
 
-def messages(data: bytes) -> list[bytes]:
+def messages(data: bytes | None) -> list[bytes]:
+    assert data is not None
     parts = []
     while data:
         length = data[2] << 8 | data[3]
@@ -228,11 +229,12 @@ def test_rules_pair_both_directions(protocol):
         assert flow.cookie == connection_cookie(kind, 0xA1B2C3D4)
         assert any(isinstance(action, FinTimeout) for action in flow.actions) == (protocol is Protocol.TCP)
     assert (inbound.table, outbound.table) == (Table.RULES, Table.RULES_RETURN)
-    ip = lambda text: netaddr.IPAddress(text).packed  # noqa: E731
-    assert dict(inbound.match) == {"eth_type": 0x800, "ip_proto": protocol.number, "ipv4_src": ip("10.0.0.1"),
-                                   "ipv4_dst": ip("10.0.0.100"), f"{name}_src": 40000, f"{name}_dst": 80}
-    assert dict(outbound.match) == {"eth_type": 0x800, "ip_proto": protocol.number, "ipv4_src": ip("10.0.0.13"),
-                                    "ipv4_dst": ip("10.0.0.1"), f"{name}_src": 8080, f"{name}_dst": 40000}
+    client, vip, member = (netaddr.IPAddress(text).packed for text in ("10.0.0.1", "10.0.0.100", "10.0.0.13"))
+    common = (("eth_type", 0x800), ("ip_proto", protocol.number))
+    assert inbound.match == (*common, ("ipv4_src", client), ("ipv4_dst", vip), (f"{name}_src", 40000),
+                             (f"{name}_dst", 80))
+    assert outbound.match == (*common, ("ipv4_src", member), ("ipv4_dst", client), (f"{name}_src", 8080),
+                              (f"{name}_dst", 40000))
     first, second, out = messages(made.encode(answer, data, known))
     # The way back is there before the packet can be answered.
     assert (first[24], second[24], out[1]) == (Table.RULES_RETURN, Table.RULES, 13)
@@ -260,7 +262,8 @@ def test_refuse_answers_for_whom_the_client_meant():
     sent = parse(data[40:])
     assert (sent["ipv4_src"], sent["tcp_src"], sent["tcp_seq"], sent["tcp_flags"]) == (0x0A000064, 80, 77, 4)
     plain = carrier.decode_packet_in(punt(SYN, Kind.FULL))
-    assert parse(carrier.refuse(plain, frames.parse(SYN))[40:])["ipv4_src"] == 0x0A000064
+    data = carrier.refuse(plain, frames.parse(SYN))
+    assert data is not None and parse(data[40:])["ipv4_src"] == 0x0A000064
     hidden = frame("10.0.0.254", "10.0.0.13", eth_src="02:6c:62:00:00:01")
     assert carrier.refuse(carrier.decode_packet_in(punt(hidden, Kind.GONE)), frames.parse(hidden)) is None
 
@@ -269,7 +272,9 @@ def test_refuse_over_ipv6():
     translated = frame("fd00::1", "fd00::13", 17, dport=8080)
     vip = int(netaddr.IPAddress("fd00::100"))
     punted = carrier.decode_packet_in(punt(translated, Kind.GONE, ct_ipv6_dst=vip, ct_tp_dst=80))
-    sent = parse(carrier.refuse(punted, frames.parse(translated))[40:])
+    data = carrier.refuse(punted, frames.parse(translated))
+    assert data is not None
+    sent = parse(data[40:])
     assert (sent["ipv6_src"], sent["icmpv6_type"], sent["icmpv6_code"]) == (vip, 1, 4)
 
 

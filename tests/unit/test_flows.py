@@ -111,7 +111,7 @@ def test_the_blocks_of_a_source_hash_cover_every_slot_once(weights):
     blocks = [flow for flow in rules(site)[0] if flow.table == Table.SOURCE_HASH]
     assert 0 < len(blocks) <= MAX_BLOCKS
     for flow in blocks:
-        _, value, mask = flow.match[1]
+        value, mask = (int(part) for part in flow.match[1][1:])
         slots.update(slot for slot in range(1 << SOURCE_HASH_BITS) if slot & mask == value)
     assert set(slots.values()) == {1} and len(slots) == 1 << SOURCE_HASH_BITS
 

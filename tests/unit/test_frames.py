@@ -11,11 +11,11 @@ import netaddr
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ryu.lib.packet import arp, ethernet, icmp, icmpv6, ipv4, ipv6, packet, tcp
+from ryu.lib.packet import arp, ethernet, icmp, icmpv6, ipv4, ipv6, packet, packet_utils, tcp
 
 from lbapp.control.messages import Host
 from lbapp.dataflow import frames
-from tests.fake_frames import build, frame, mac_number, packet_utils, parse, transport
+from tests.fake_frames import build, frame, mac_number, parse, transport
 
 MAC = bytes.fromhex("026c62000001")
 PAIRS = [("10.0.0.1", "10.0.0.100"), ("fd00::1", "fd00::100")]
@@ -106,11 +106,11 @@ def test_a_udp_length_that_cannot_be_is_malformed(length):
 @given(st.sampled_from([frame(*pair, protocol, payload=b"hello") for pair in PAIRS for protocol in (6, 17)]),
        st.integers(0, 80), st.lists(st.tuples(st.integers(0, 79), st.integers(0, 255)), max_size=4))
 def test_anything_is_a_packet_or_malformed(data, cut, changes):
-    mangled = bytearray(data[:cut])
+    changed = bytearray(data[:cut])
     for at, value in changes:
-        if at < len(mangled):
-            mangled[at] = value
-    mangled = bytes(mangled)
+        if at < len(changed):
+            changed[at] = value
+    mangled = bytes(changed)
     frames.neighbour(mangled, 1)
     frames.destination(mangled)
     with contextlib.suppress(frames.MalformedError):

@@ -19,7 +19,7 @@ import tests.fake_frames  # noqa: F401  (prepares eventlet for Ryu)
 from ryu import cfg
 from ryu import log as ryu_log
 from ryu.app import wsgi
-from ryu.cmd import manager
+from ryu.controller import ofp_handler  # noqa: F401  (its own imports want this order)
 
 from lbapp import launcher
 from lbapp.launcher import Settings, StartError
@@ -33,7 +33,10 @@ def settings(tmp_path: Path, **more) -> Settings:
 
 @pytest.fixture
 def ryu(monkeypatch):
-    """Ryu's entry, which remembers how it was called and fails as it is told to."""
+    """Ryu's entry, which remembers how it was called and fails as it is told to.
+
+    Importing the real one patches the process for eventlet.
+    """
     calls = types.SimpleNamespace(arguments=None, error=None)
 
     def main(args, prog):
@@ -41,7 +44,7 @@ def ryu(monkeypatch):
         if calls.error is not None:
             raise calls.error
 
-    monkeypatch.setattr(manager, "main", main)
+    monkeypatch.setitem(sys.modules, "ryu.cmd.manager", types.SimpleNamespace(main=main))
     monkeypatch.setattr(wsgi, "start_service", wsgi.start_service)
     monkeypatch.setattr(ryu_log, "init_log", ryu_log.init_log)
     monkeypatch.setattr(ryu_log, "early_init_log", ryu_log.early_init_log)

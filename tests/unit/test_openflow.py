@@ -52,7 +52,8 @@ def test_ryu_knows_all_fields_but_these():
 @given(st.data())
 def test_a_match_is_ryus(data):
     names = data.draw(st.lists(st.sampled_from(EXPRESSIBLE), unique=True, max_size=6))
-    ours, theirs = [], []
+    ours: list[tuple] = []
+    theirs: list[tuple] = []
     for name in names:
         size = of.FIELDS[name].size
         value = data.draw(st.integers(0, 256**size - 1))

@@ -5,14 +5,17 @@
 from __future__ import annotations
 
 import types
+from typing import cast
 
 import pytest
 
 import tests.fake_frames  # noqa: F401  (prepares eventlet for Ryu)
 
 # isort: split
+from ryu.lib import hub
+
 from lbapp import readings as module
-from lbapp.dataflow.ovs import OvsError
+from lbapp.dataflow.ovs import Ovs, OvsError
 from lbapp.dataflow.pipeline import Label, zones
 from lbapp.readings import Readings
 
@@ -54,7 +57,7 @@ class Commands:
 
 def made(commands: Commands, **application) -> Readings:
     readings = Readings(types.SimpleNamespace(switches={}, **application))
-    readings._ovs = commands
+    readings._ovs = cast(Ovs, commands)
     return readings
 
 
@@ -156,7 +159,7 @@ def watched(commands: Commands, monkeypatch, *, counting: bool = True) -> list:
         if seconds and next(turns, StopError) is StopError:
             raise StopError
 
-    monkeypatch.setattr(module.hub, "sleep", sleep)
+    monkeypatch.setattr(hub, "sleep", sleep)
     readings = made(commands, control=types.SimpleNamespace(counting=counting),
                     live=lambda switch, connections: told.append((switch, connections)))
     readings._application.switches = {1: None, 2: None}

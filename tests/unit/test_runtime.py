@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import msgspec
 import pytest
 
@@ -14,6 +16,7 @@ from lbapp.api.views import ConnectionView, StatisticsView, SwitchView
 from lbapp.config.model import Configuration, Decision, Protocol, State
 from lbapp.dataflow.conntrack import Entry
 from lbapp.dataflow.ovs import OvsError
+from lbapp.readings import Readings as RealReadings
 from lbapp.runtime import ControllerRuntime, endpoint
 from tests import sites
 from tests.fake_frames import frame
@@ -43,7 +46,7 @@ class Readings:
 
 def made(site: Configuration, readings: Readings | None = None) -> tuple[Bench, ControllerRuntime]:
     bench = Bench(site)
-    return bench, ControllerRuntime(bench.app, readings or Readings())
+    return bench, ControllerRuntime(bench.app, cast(RealReadings, readings or Readings()))
 
 
 def commit(bench: Bench) -> None:

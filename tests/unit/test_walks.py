@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import types
 from collections import Counter
+from typing import Any
 
 import netaddr
 import pytest
@@ -23,7 +24,7 @@ from tests.fake_switch import FakeSwitch
 
 VIRTUAL = int.from_bytes(VIRTUAL_MAC, "big")
 CLIENT_PORT = 101
-SWITCH_DECIDES = {"decision": Decision.SWITCH}
+SWITCH_DECIDES: dict[str, Any] = {"decision": Decision.SWITCH}
 
 
 class World:
