@@ -104,6 +104,8 @@ class Readings:
         if time.monotonic() - self._counted < FRESH_SECONDS:
             return
         sessions = [switch.session for switch in self._application.switches.values() if switch.session.ready]
+        if not sessions:
+            return
         for session in sessions:
             session.read_counters()
         until = time.monotonic() + ANSWER_SECONDS

@@ -47,7 +47,7 @@ def _hints(lab: Lab, console: Console) -> None:
 servers {lab.servers[0].name} to {lab.servers[-1].name}; site: {lab.topo.SITE.name}
 
   c1 curl {lab.topo.VIP}                     a virtual server; :8080 is decided by the controller, :8081 by rules
-  c1 curl -g 'http://[{lab.topo.VIP6}]/'
+  c1 curl -g 'http://{escape(f"[{lab.topo.VIP6}]")}/'
   sh lbapp show
   sh curl -H "Authorization: Bearer $(lbapp token)" {API}/v1/virtual-servers
   dpctl dump-flows
