@@ -16,7 +16,7 @@ import time
 import types
 import warnings
 
-from lbapp.config.model import Configuration, Member, Pool, VirtualServer
+from lbapp.config.model import Algorithm, Configuration, Decision, Member, Pool, Protocol, State, VirtualServer
 from lbapp.control.messages import Host, NeighbourSeen, SwitchUp
 from lbapp.dataflow.pipeline import Kind, cookie
 
@@ -47,11 +47,8 @@ def application(state: str, algorithm: str) -> tuple[object, object]:
     from lbapp.app import LoadBalancer, Switch
 
     app = LoadBalancer(wsgi=None)
-    pool = Pool(name="p", id="p", lb_algorithm=algorithm, members=tuple(
+    pool = Pool(name="p", id="p", lb_algorithm=Algorithm(algorithm), members=tuple(
         Member(address=f"10.0.0.{n}", protocol_port=80, number=n, id=str(n)) for n in (2, 3, 4, 5, 6)))
-    from lbapp.config.model import Algorithm, Decision, Protocol, State
-
-    pool = Pool(name="p", id="p", lb_algorithm=Algorithm(algorithm), members=pool.members)
     server = VirtualServer(name="v", id="v", number=1, vip_address="10.0.0.100", protocol=Protocol.TCP,
                            protocol_port=80, default_pool_id="p", state=State(state), decision=Decision.CONTROLLER)
     app.configure(Configuration(virtual_servers={"v": server}, pools={"p": pool}))

@@ -59,8 +59,9 @@ TICK = 0.1
 BATCH_SECONDS = 0.1
 BATCH_SIZE = 256
 """Closed connections reach the control segment together: after this time, or this many."""
-HELD_PACKETS = 256
-"""Packets that wait for their host's address to be found (routing), over all hosts of a switch."""
+HELD_HOSTS, HELD_PACKETS, HELD_SECONDS = 64, 4, 3.0
+"""Packets that wait for their host's address to be found (routing): for how many hosts of a switch (the oldest
+makes room), how many of each, and for how long they are of use."""
 RECENT_RULES = 4096
 """Connections whose rules may still turn out not to fit in the switch's table."""
 WORK_QUEUE = 100_000
@@ -101,7 +102,7 @@ class Switch:
         self.counters: Counter[str] = Counter()
         self.punts: Counter[int] = Counter()
         self.closed: list[Closed] = []
-        self.held: dict[str, deque[bytes]] = {}
+        self.held: OrderedDict[str, deque[tuple[float, bytes]]] = OrderedDict()
         self.recent: OrderedDict[int, tuple[carrier.PacketIn, frames.Packet]] = OrderedDict()
 
 
@@ -266,16 +267,16 @@ class LoadBalancer(app_manager.RyuApp):
         host = self.control.host(switch.id, text)
         if host is not None:
             return carrier.forward_to(host, punted.frame)
-        if sum(map(len, switch.held.values())) < HELD_PACKETS:
-            switch.held.setdefault(text, deque(maxlen=4)).append(punted.frame)
-        else:
-            switch.counters["lookups_dropped"] += 1
-        self._perform(self.control.want(switch.id, text, time.monotonic()))
+        now = time.monotonic()
+        if text not in switch.held and len(switch.held) >= HELD_HOSTS:
+            switch.counters["lookups_dropped"] += len(switch.held.popitem(last=False)[1])
+        switch.held.setdefault(text, deque(maxlen=HELD_PACKETS)).append((now, punted.frame))
+        self._perform(self.control.want(switch.id, text, now))
         return b""
 
     def _release(self, switch: Switch, change: HostChanged) -> None:
-        for frame in switch.held.pop(change.address, ()):
-            if change.host is not None:
+        for held, frame in switch.held.pop(change.address, ()):
+            if change.host is not None and time.monotonic() - held < HELD_SECONDS:
                 switch.datapath.send(carrier.forward_to(change.host, frame))
 
     # -------------------------------------------------------------- switches
@@ -328,6 +329,8 @@ class LoadBalancer(app_manager.RyuApp):
 
     def _error(self, switch: Switch, data: bytes) -> bytes | None:
         if switch.session.on_error(data):
+            if not switch.session.needs_repair:
+                return b""
             LOG.error("switch %016x refused a change of rules (error type %d code %d); it will be read again",
                       switch.id, data[8] << 8 | data[9], data[10] << 8 | data[11])
             self._queue(switch, ("repair", None))

@@ -125,7 +125,7 @@ class ControllerRuntime:
         return [SwitchView(
             dpid=f"{switch.id:016x}", address=endpoint(*switch.datapath.address[:2]), connected=True,
             connected_seconds=round(now - switch.connected, 1), flows=switch.session.counters.rules,
-            groups=sum(1 for _ in switch.session.program.groups()), features=FEATURES,
+            groups=switch.session.group_count, features=FEATURES,
             hosts={address: HostView(mac=host.mac.hex(":"), port=host.port)
                    for address, host in dict(self._application.control.hosts(switch.id)).items()},
         ) for switch in list(self._application.switches.values())]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ryu.base import app_manager
@@ -20,6 +21,7 @@ from lbapp.api.controller import register
 from lbapp.api.server import Server, serve
 from lbapp.config.database import EmbeddedDatabase
 from lbapp.config.store import Store
+from lbapp.dataflow.ryu_shim import tls_context
 from lbapp.readings import Readings
 from lbapp.runtime import ControllerRuntime
 
@@ -47,10 +49,12 @@ class Service:
         """Open the database and the token file, before anything listens.
 
         Raises:
-            OSError: the OpenFlow address is in use or not of this host.
+            OSError: the OpenFlow address is in use or not of this host; a certificate cannot be read.
         """
         settings = self._settings
         _check_free(settings.openflow)
+        if settings.openflow_certificate is not None:
+            _check_tls(settings.openflow_certificate, settings.openflow_key, settings.openflow_ca)
         settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         remote = settings.database
         revive = None
@@ -87,6 +91,15 @@ class Service:
         self._server = serve(guard, *settings.api, certificate, key)
         LOG.info("REST on %s://%s:%d, OpenFlow on %s:%d", "https" if certificate else "http", *settings.api,
                  *settings.openflow)
+
+
+def _check_tls(certificate: Path, key: Path | None, ca: Path | None) -> None:
+    """Ryu reads certificates in a greenlet of its own, whose failure would only be logged."""
+    try:
+        tls_context(str(certificate), str(key), None if ca is None else str(ca))
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be used for OpenFlow over TLS: {error.strerror or error}",
+                      str(error.filename or certificate)) from None
 
 
 def _check_free(address: tuple[str, int]) -> None:

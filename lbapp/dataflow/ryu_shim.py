@@ -26,10 +26,13 @@ from ryu.controller.handler import DEAD_DISPATCHER
 from ryu.lib import hub
 from ryu.ofproto import ofproto_parser
 
+from lbapp.dataflow.lengths import LengthError, check_match, check_multipart, check_queues
+
 LOG = logging.getLogger("lbapp.openflow")
 
 CHUNK = 262144
 HELLO, ERROR, EXPERIMENTER, PACKET_IN, FLOW_REMOVED, PORT_STATUS, MULTIPART_REPLY = 0, 1, 4, 10, 11, 12, 19
+QUEUE_CONFIG_REPLY = 23
 OURS_FIRST = frozenset({ERROR, EXPERIMENTER, PACKET_IN, FLOW_REMOVED, MULTIPART_REPLY})
 HANDSHAKE_SECONDS = 5.0
 MAX_CONNECTIONS = 256
@@ -52,50 +55,34 @@ class Receiver(Protocol):
         """
 
 
-class MalformedMessageError(ValueError):
-    """A message whose own lengths contradict each other."""
-
-
 def check_lengths(kind: int, data: bytes) -> None:
     """Refuse what would make Ryu's parsers read beyond the message or loop for ever.
 
     Raises:
-        MalformedMessageError: naming the message and the length.
+        LengthError: naming the message and the length.
     """
     if kind == HELLO:
         _check_list(data, 8, "hello element", pad=True)
     elif kind == PACKET_IN:
-        _check_match(data, 24, "packet-in")
+        check_match(data, 24, len(data), "packet-in")
     elif kind == FLOW_REMOVED:
-        _check_match(data, 48, "flow-removed")
+        check_match(data, 48, len(data), "flow-removed")
     elif kind == MULTIPART_REPLY:
-        if len(data) < 16:
-            raise MalformedMessageError(f"multipart reply of {len(data)} bytes")
+        check_multipart(data)
+    elif kind == QUEUE_CONFIG_REPLY:
+        check_queues(data)
     elif len(data) < {6: 32, PORT_STATUS: 80, ERROR: 12, EXPERIMENTER: 16}.get(kind, 8):
-        raise MalformedMessageError(f"message type {kind} of {len(data)} bytes")
+        raise LengthError(f"message type {kind} of {len(data)} bytes")
 
 
 def _check_list(data: bytes, offset: int, what: str, *, pad: bool) -> None:
     while offset < len(data):
         if offset + 4 > len(data):
-            raise MalformedMessageError(f"{what} cut short")
+            raise LengthError(f"{what} cut short")
         length = data[offset + 2] << 8 | data[offset + 3]
         if length < 4 or offset + length > len(data):
-            raise MalformedMessageError(f"{what} of {length} bytes")
+            raise LengthError(f"{what} of {length} bytes")
         offset += length + 7 & ~7 if pad else length
-
-
-def _check_match(data: bytes, offset: int, what: str) -> None:
-    if len(data) < offset + 8:
-        raise MalformedMessageError(f"{what} of {len(data)} bytes")
-    length = data[offset + 2] << 8 | data[offset + 3]
-    if length < 4 or offset + length > len(data):
-        raise MalformedMessageError(f"{what} with a match of {length} bytes")
-    at, end = offset + 4, offset + length
-    while at < end:
-        if at + 4 > end or at + 4 + data[at + 3] > end or not data[at + 3]:
-            raise MalformedMessageError(f"{what} with a field cut short")
-        at += 4 + data[at + 3]
 
 
 def datapath_class(receiver: Receiver) -> type[controller.Datapath]:
@@ -127,7 +114,7 @@ def datapath_class(receiver: Receiver) -> type[controller.Datapath]:
         def _recv_loop(self) -> None:
             try:
                 self._receive()
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 LOG.warning("%s: %s; connection closed", self.address, error)
             except Exception:
                 LOG.exception("%s: message could not be handled; connection closed", self.address)
@@ -152,9 +139,9 @@ def datapath_class(receiver: Receiver) -> type[controller.Datapath]:
                     version, kind = pending[offset], pending[offset + 1]
                     length = pending[offset + 2] << 8 | pending[offset + 3]
                     if length < 8:
-                        raise MalformedMessageError(f"OpenFlow message of {length} bytes")
+                        raise LengthError(f"OpenFlow message of {length} bytes")
                     if kind > 35 or not 1 <= version <= 6:
-                        raise MalformedMessageError(f"not OpenFlow (version {version}, type {kind})")
+                        raise LengthError(f"not OpenFlow (version {version}, type {kind})")
                     if size - offset < length:
                         break
                     data = pending[offset:offset + length]

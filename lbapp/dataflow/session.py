@@ -107,6 +107,7 @@ class SwitchSession:
         self._xids = itertools.cycle(range(FIRST_XID, LAST_XID + 1))
         self._bundles = itertools.cycle(range(1, 2**31))
         self._open: dict[int, int] = {}
+        self._groups: set[int] = set()
         self._waiting: set[int] = set()
         self._counting: set[int] = set()
         self._counters = RuleCounters()
@@ -247,13 +248,16 @@ class SwitchSession:
         self.program.begin(configuration)
         change = Change()
         held_groups = self._held_groups
-        for group in self.program.groups():
+        for number, group in enumerate(self.program.groups()):
+            if not number % BUNDLE_SIZE:
+                yield 0  # let others have their turn
+            self._groups.add(group.group)
             if held_groups.pop(group.group, None) != b"".join([bucket.encode() for bucket in group.buckets]):
                 change.groups.append((GROUP_ADD_OR_MODIFY, group))
         held = self._held
         for number, flow in enumerate(self.program.flows()):
             if not number % BUNDLE_SIZE:
-                yield 0  # let others have their turn
+                yield 0
             key = (flow.table, flow.priority, canonical_match(encode_match(flow.match)))
             if held.pop(key, (None,))[0] != flow.cookie:
                 change.add.append(flow)
@@ -304,8 +308,16 @@ class SwitchSession:
         return True
 
     def on_error(self, data: bytes) -> bool:
-        """Take an error; true where it answers a bundle of ours. The switch is then read again by the caller."""
+        """Take an error; true where it answers a request or bundle of ours. See :attr:`needs_repair`."""
         xid = int.from_bytes(data[4:8], "big")
+        if self._asked.pop(xid, None) is not None:
+            return True  # the control segment asks again
+        if xid in self._counting:
+            self._counting.discard(xid)
+            return True  # the last reading stays
+        if xid in self._waiting:
+            self._error = True
+            return True
         bundle = next((bundle for bundle, known in self._open.items() if known == xid), None)
         if bundle is None:
             return False
@@ -315,8 +327,13 @@ class SwitchSession:
         return True
 
     @property
+    def group_count(self) -> int:
+        """How many groups of ours the switch has."""
+        return len(self._groups)
+
+    @property
     def needs_repair(self) -> bool:
-        """Whether a bundle failed, so that the switch has to be read and reconciled again."""
+        """Whether a bundle or a reading failed, so that the switch has to be read and reconciled again."""
         return self._error
 
     def _settle(self) -> None:
@@ -326,6 +343,8 @@ class SwitchSession:
     def _apply(self, change: Change, encoded: list[bytes] | None = None) -> int:
         """Send a change as one bundle: groups before the rules that name them, deletes before adds."""
         messages = [group_mod(command, group) for command, group in change.groups]
+        self._groups.update(group.group for _, group in change.groups)
+        self._groups.difference_update(group.group for group in change.delete_groups)
         messages += encoded or []
         messages += [delete_flow(flow.table, flow.priority, encode_match(flow.match)) for flow in change.delete]
         messages += [add_flow(flow) for flow in change.add]

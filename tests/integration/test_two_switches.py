@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -140,7 +141,8 @@ def test_a_member_that_moves_is_found_again(site: Lab, where: str) -> None:
     with moved(lab, member, where):
         begun = time.monotonic()
         for way, port in PORTS.items():
-            wait_until(lambda port=port: _served(client, port) == ALL, FOUND_WITHIN, f"s1 serves again, {way}")
+            served = partial(_served, client, port)
+            wait_until(lambda: served() == ALL, FOUND_WITHIN, f"s1 serves again, {way}")  # noqa: B023
             took[way] = time.monotonic() - begun
         wait_until(lambda: "s1" in client.udp(VIP, 53, 6), FOUND_WITHIN, "and by UDP")
         wait_until(lambda: _port_of(lab, where, member) == 30, FOUND_WITHIN, "its own switch knows its port")

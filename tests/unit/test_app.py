@@ -20,7 +20,7 @@ from ryu.lib import hub
 from lbapp import app as module
 from lbapp.app import LoadBalancer, Switch
 from lbapp.config.model import Algorithm, Configuration, State
-from lbapp.control.messages import HostChanged, NeighbourSeen, Reap, SwitchDown, SwitchUp
+from lbapp.control.messages import Host, HostChanged, NeighbourSeen, Reap, SwitchDown, SwitchUp
 from lbapp.dataflow import ryu_shim
 from lbapp.dataflow.openflow import message
 from lbapp.dataflow.pipeline import ANY_CONNECTION, VIRTUAL_MAC, Kind, connection_cookie, cookie
@@ -207,14 +207,25 @@ def test_a_packet_for_a_host_that_must_be_looked_up_waits_for_it():
 
 
 def test_held_packets_are_bounded(monkeypatch):
-    monkeypatch.setattr(module, "HELD_PACKETS", 8)
+    monkeypatch.setattr(module, "HELD_HOSTS", 5)
     bench = Bench(sites.configuration([], [], sites.LAN))
     for number in range(1, 30):
         for _ in range(6):
             bench.punt(frame("192.168.7.7", f"10.0.0.{number}"), Kind.LOOKUP, 0)
-    assert sum(map(len, bench.switch.held.values())) <= 8
-    bench.app._release(bench.switch, HostChanged(1, "10.0.0.1", None))
-    assert "10.0.0.1" not in bench.switch.held
+    assert list(bench.switch.held) == [f"10.0.0.{number}" for number in range(25, 30)]
+    assert {len(held) for held in bench.switch.held.values()} == {module.HELD_PACKETS}
+    assert bench.switch.counters["lookups_dropped"] == 24 * module.HELD_PACKETS
+    bench.app._release(bench.switch, HostChanged(1, "10.0.0.29", None))
+    assert "10.0.0.29" not in bench.switch.held
+
+
+def test_a_packet_that_was_held_too_long_is_let_go(monkeypatch):
+    monkeypatch.setattr(module, "HELD_SECONDS", 0.0)
+    bench = Bench(sites.configuration([], [], sites.LAN))
+    bench.punt(frame("192.168.7.7", "10.0.0.77"), Kind.LOOKUP, 0)
+    sent = len(bench.sent)
+    bench.app._release(bench.switch, HostChanged(1, "10.0.0.77", Host(bytes((2, 0, 0, 0, 0, 9)), 7)))
+    assert len(bench.sent) == sent and not bench.switch.held
 
 
 def test_a_final_reap_deletes_and_another_asks():

@@ -1,5 +1,8 @@
 # SPDX-FileCopyrightText: The lbapp authors
 # SPDX-License-Identifier: Apache-2.0
+"""The command as it is typed: lbapp/cli.py with lbapp/command_line.py, lbapp/assignments.py, lbapp/applying.py,
+lbapp/showing.py, lbapp/display.py and lbapp/tokens.py behind it."""
+
 from __future__ import annotations
 
 import json

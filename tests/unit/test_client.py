@@ -228,6 +228,7 @@ def test_https_verifies_the_certificate(tmp_path):
 
     # In a process of its own: eventlet, once imported by any test, gives every TLS context sockets of its kind.
     server = subprocess.Popen([sys.executable, "-c", TLS_SERVER, certificate, key], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
     try:
         url = f"https://127.0.0.1:{int(server.stdout.readline())}"
         with Client(url) as client, pytest.raises(Unreachable, match=r"no TLS connection .*--ca"):

@@ -329,3 +329,15 @@ def test_a_pool_whose_algorithm_changes_moves_between_switch_and_controller():
     for algorithm in (*Algorithm, *reversed(Algorithm)):
         wire.configure(sites.configuration([sites.server()], [sites.pool(algorithm=algorithm)]))
         assert wire.holds() and not wire.errors
+
+
+def test_an_error_in_answer_to_a_reading_ends_the_waiting():
+    sent: list[bytes] = []
+    session = SwitchSession(1, {}, sent.append)
+    session.read_counters()
+    xid = sent[-1][4:8]
+    assert session.counting
+    assert session.on_error(b"\x04\x01\0\x0c" + xid + bytes(4)) and not session.counting and not session.needs_repair
+    session.read()
+    assert session.on_error(b"\x04\x01\0\x0c" + sent[-1][4:8] + bytes(4)) and session.needs_repair
+    assert not session.on_error(b"\x04\x01\0\x0c\0\0\0\1" + bytes(4))
