@@ -72,8 +72,15 @@ def configure(lab: Lab, pools: list[dict[str, Any]], servers: list[dict[str, Any
     settle(lab, offline)
 
 
-def settle(lab: Lab, offline: Iterable[str] = (), within: float = 10.0) -> None:
-    """Wait until the switches have the configuration, and all but the ``offline`` virtual servers serve."""
+def settle(lab: Lab, offline: Iterable[str] = (), within: float = 10.0, cached: bool = True) -> None:
+    """Wait until the switches have the configuration, and all but the ``offline`` virtual servers serve.
+
+    Args:
+        lab: the laboratory.
+        offline: names of virtual servers that are not expected to serve.
+        within: seconds.
+        cached: Open vSwitch's cache is to follow as well.
+    """
     silent = set(offline)
 
     def settled() -> bool:
@@ -82,8 +89,9 @@ def settle(lab: Lab, offline: Iterable[str] = (), within: float = 10.0) -> None:
                    and (one["name"] in silent or one["operating_status"] == "ONLINE") for one in listed)
 
     wait_until(settled, within, "the configuration is in the switches and the members were found")
-    # Open vSwitch's cache follows its rules a moment later: what is measured next is not to begin in between.
-    lab.ovs.appctl("revalidator/wait")
+    if cached:
+        # It follows the rules a moment later: what is measured next is not to begin in between.
+        lab.ovs.appctl("revalidator/wait")
 
 
 def member_path(lab: Lab, pool_name: str, name: str) -> str:
@@ -93,11 +101,11 @@ def member_path(lab: Lab, pool_name: str, name: str) -> str:
     return f"/v1/pools/{pool_name}/members/{identifier}"
 
 
-def change_member(lab: Lab, pool_name: str, name: str, **fields: Any) -> None:
-    """Change a member by PATCH, and wait until the switches have it."""
+def change_member(lab: Lab, pool_name: str, name: str, cached: bool = True, **fields: Any) -> None:
+    """Change a member by PATCH, and wait until the switches have it (``cached``: see :func:`settle`)."""
     lab.rest.patch(member_path(lab, pool_name, name), fields)
     offline = [one["name"] for one in lab.rest.get("/v1/virtual-servers?limit=1000")["virtual_servers"]]
-    settle(lab, offline)
+    settle(lab, offline, cached=cached)
 
 
 def statistics(lab: Lab, name: str) -> dict[str, Any]:
