@@ -100,6 +100,8 @@ def put_in_order(lab: Lab) -> Lab:
     lab.start_servers()
     lab.start_controller()
     lab.apply(EMPTY_SITE)
+    # A UDP client's port that comes back would meet its connection with a member that is no more.
+    lab.ovs.appctl("dpctl/flush-conntrack")
     return lab
 
 
