@@ -48,7 +48,7 @@ from lbapp.control.messages import (
     ToSwitch,
 )
 from lbapp.dataflow import carrier, frames, ryu_shim
-from lbapp.dataflow.flows import address_text
+from lbapp.dataflow.matches import address_text
 from lbapp.dataflow.openflow import delete_by_cookie
 from lbapp.dataflow.pipeline import ANY_CONNECTION, COOKIE_MAGIC, Kind, connection_cookie
 from lbapp.dataflow.session import SwitchSession

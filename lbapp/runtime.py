@@ -24,7 +24,7 @@ from lbapp.api.views import (
 )
 from lbapp.config.model import Configuration, Member, Pool, State, VirtualServer
 from lbapp.config.routing import Routes
-from lbapp.dataflow.flows import address_text
+from lbapp.dataflow.matches import address_text
 from lbapp.dataflow.ovs import OvsError
 from lbapp.readings import Readings
 

@@ -17,7 +17,7 @@ from lbapp.config.model import Configuration, Member, VirtualServer
 from lbapp.config.routing import Routes
 from lbapp.control.messages import Closed, Error, Host, Query, Reason, Reply
 from lbapp.dataflow import frames
-from lbapp.dataflow.flows import ETH_IPV4, ETH_IPV6, TCP, commit, packed
+from lbapp.dataflow.matches import ETH_IPV4, ETH_IPV6, TCP, packed
 from lbapp.dataflow.openflow import (
     FIELDS,
     FLOOD,
@@ -50,6 +50,7 @@ from lbapp.dataflow.pipeline import (
     probe_mac,
     zones,
 )
+from lbapp.dataflow.serving import commit
 
 OFPP_CONTROLLER = 0xFFFFFFFD
 FIN_IDLE_TIMEOUT = 2

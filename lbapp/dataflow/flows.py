@@ -1,167 +1,70 @@
 # SPDX-FileCopyrightText: The lbapp authors
 # SPDX-License-Identifier: Apache-2.0
-"""The rules that make a switch a load balancer: facts of a configuration, and the rules of each.
+"""The rules that make a switch a load balancer: those that always stand, and those of each fact.
 
-A *fact* is a small value that several virtual servers may share ("this address is ours", "this
-member is behind that neighbour"). Sharing is counted by ``program.py``; this module only knows
-which facts a virtual server needs and which rules a fact means. Pure functions, no state.
+What a fact is, and which a virtual server needs, is in ``facts.py``; the rules of a virtual
+server alone are in ``serving.py``. Pure functions, no state.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from msgspec import Struct
-
-from lbapp.config.model import Algorithm, Member, Network, Pool, Protocol, State, VirtualServer
-from lbapp.config.routing import Routes
 from lbapp.control.messages import Host
-from lbapp.control.selection import maglev_table, slot_blocks
+from lbapp.dataflow.facts import (
+    Address,
+    Answer,
+    Fact,
+    Forward,
+    FragmentSource,
+    Gateway,
+    Local,
+    Neighbour,
+    Own,
+    Source,
+    SourceNat,
+)
+from lbapp.dataflow.matches import (
+    ANY_FRAGMENT,
+    CT_INVALID,
+    CT_REPLY,
+    ETH_ARP,
+    ETH_IPV4,
+    ETH_IPV6,
+    ICMP,
+    ICMP6,
+    TCP,
+    UDP,
+    ip_match,
+    label_bit,
+    of_virtual_server,
+    packed,
+    to_controller,
+    transport_match,
+)
 from lbapp.dataflow.openflow import (
-    CONTROLLER,
     IN_PORT,
-    NAT_DESTINATION,
     NAT_SOURCE,
     NORMAL,
     Action,
-    Bucket,
     Conntrack,
     DecrementTtl,
     Flow,
-    Group,
     Load,
     Match,
     Move,
-    MultipathFlow,
-    MultipathSource,
     Nat,
     Output,
     OutputRegister,
-    Resubmit,
-    SelectGroup,
     SetField,
     SetTtl,
 )
-from lbapp.dataflow.pipeline import VIRTUAL_MAC, Kind, Label, Priority, Register, Table, Zones, group_number, rule
+from lbapp.dataflow.pipeline import VIRTUAL_MAC, Kind, Label, Priority, Register, Table, Zones, rule
 
-TCP, UDP, ICMP, ICMP6 = 6, 17, 1, 58
-ETH_IPV4, ETH_IPV6, ETH_ARP = 0x0800, 0x86DD, 0x0806
-MAX_PACKET_IN = 65535
-SOURCE_HASH_BITS = 8
-MAGLEV_SIZE = 251
-"""Prime, and below the 256 hash values that Open vSwitch divides among a select group's buckets."""
-HASH_VALUES = 256
-MAX_BUCKETS = 1000
-"""What fits in one group-mod of 64 KB; the controller selects for larger pools."""
-MAX_BLOCKS = 40
-"""Rules that a hash over the client's address may cost a virtual server; beyond, the controller selects."""
-CT_INVALID = ("ct_state", 0x30, 0x30)
-CT_REPLY = ("ct_state", 0x28, 0x38)
-"""+trk+inv, and +trk+rpl-inv."""
-ANY_FRAGMENT = ("ip_frag", 1, 1)
-"""The first one as well: Open vSwitch hides the ports of all fragments, unless told otherwise."""
 TARGET_LINK_LAYER_ADDRESS = 2
 SOLICITED_OVERRIDE = 0x60000000
 SNAT_PORTS = (1024, 65535)
-
-
-class Address(Struct, frozen=True):
-    """Fact: a virtual address is served here. ``denied`` ports of it are refused."""
-
-    address: str
-
-
-class Answer(Struct, frozen=True):
-    """Fact: ARP and neighbour solicitations for an address are answered."""
-
-    address: str
-
-
-class Source(Struct, frozen=True):
-    """Fact: packets from here may be replies of a connection. ``port`` 0: from any port."""
-
-    address: str
-    protocol: int
-    port: int
-    rules: bool
-
-
-class FragmentSource(Struct, frozen=True):
-    """Fact: fragments from here, of which no ports are seen, may belong to replies of a connection."""
-
-    address: str
-
-
-class Forward(Struct, frozen=True):
-    """Fact: a member (or with ``virtual_server`` all of a virtual server's members) is reached by a next hop."""
-
-    member: int
-    virtual_server: int
-    next_hop: str
-    routed: bool
-
-
-class SourceNat(Struct, frozen=True):
-    """Fact: connections of a virtual server to a member have their source translated."""
-
-    member: int
-    virtual_server: int
-    address: str
-    routed: bool
-
-
-class Neighbour(Struct, frozen=True):
-    """Fact: the controller wants to hear where an address is."""
-
-    address: str
-
-
-class Own(Struct, frozen=True):
-    """Fact: the balancer's own address in a network (answered, and the source of translated connections)."""
-
-    address: str
-    cidr: str
-
-
-class Gateway(Struct, frozen=True):
-    """Fact: a router leads to everywhere that no network of ours contains."""
-
-    address: str
-
-
-class Local(Struct, frozen=True):
-    """Fact: an address that a wildcard virtual server leaves alone (003, "other known local address")."""
-
-    address: str
-
-
-Fact = Address | Answer | Source | FragmentSource | Forward | SourceNat | Neighbour | Own | Gateway | Local
-
-
-def packed(address: str) -> bytes:
-    """The bytes of an address."""
-    return ipaddress.ip_address(address).packed
-
-
-def address_text(data: bytes) -> str:
-    """The canonical text of an address."""
-    return str(ipaddress.ip_address(data))
-
-
-def _ip(address: str, side: str) -> Match:
-    data = packed(address)
-    return (("eth_type", ETH_IPV4 if len(data) == 4 else ETH_IPV6), (f"ipv{4 if len(data) == 4 else 6}_{side}", data))
-
-
-def _transport(match: Match, protocol: int, side: str = "", port: int = 0) -> Match:
-    match = (*match, ("ip_proto", protocol))
-    return (*match, (f"{'tcp' if protocol == TCP else 'udp'}_{side}", port)) if port else match
-
-
-def to_controller() -> Output:
-    """Punt the whole frame."""
-    return Output(CONTROLLER, MAX_PACKET_IN)
 
 
 def _restore(routed: bool) -> tuple[Action, ...]:
@@ -171,16 +74,6 @@ def _restore(routed: bool) -> tuple[Action, ...]:
         Move("ct_label", Register.PORT, 16, Label.CLIENT_PORT, 0), Load("nxm_in_port", 0),
         OutputRegister(Register.PORT),
     )
-
-
-def label_bit(bit: Label, value: int = 1) -> tuple[str, int, int]:
-    """A match on one bit of ct_label."""
-    return ("ct_label", value << bit, 1 << bit)
-
-
-def of_virtual_server(number: int) -> tuple[str, int, int]:
-    """A match on the virtual server that ct_label names."""
-    return ("ct_label", number << Label.VIRTUAL_SERVER, ((1 << 24) - 1) << Label.VIRTUAL_SERVER)
 
 
 def base_flows(zone: Zones, probe: bytes) -> Iterator[Flow]:
@@ -243,67 +136,6 @@ def base_flows(zone: Zones, probe: bytes) -> Iterator[Flow]:
     yield base(Table.L2, Priority.DEFAULT, (), Output(NORMAL))
 
 
-# ------------------------------------------------------------------ facts of a configuration
-
-
-def member_source(virtual_server: VirtualServer, member: Member) -> Source | None:
-    """Where replies of a member come from; None where they need no undoing (transparent wildcard)."""
-    if virtual_server.translate_address:
-        address = member.address
-    elif virtual_server.wildcard_address:
-        return None
-    else:
-        address = virtual_server.vip_address
-    port = virtual_server.protocol_port
-    if virtual_server.translate_port and member.protocol_port:
-        port = member.protocol_port
-    return Source(address, virtual_server.protocol.number, port, virtual_server.state is State.RULES)
-
-
-def facts_of(virtual_server: VirtualServer, pool: Pool | None, routes: Routes, wildcards: frozenset[int]) -> list[Fact]:
-    """The facts a virtual server needs. ``wildcards``: IP versions that have a wildcard virtual server."""
-    if not virtual_server.admin_state_up:
-        return []
-    facts: list[Fact] = []
-    if not virtual_server.wildcard_address:
-        facts.append(Address(virtual_server.vip_address))
-        if virtual_server.arp:
-            facts.append(Answer(virtual_server.vip_address))
-    if virtual_server.next_hop is not None:
-        facts.append(Neighbour(virtual_server.next_hop))
-    for member in pool.members if pool is not None else ():
-        source = member_source(virtual_server, member)
-        if source is not None:
-            facts += [source, FragmentSource(source.address)]
-        next_hop = routes.next_hop(virtual_server, member)
-        routed = routes.routed(virtual_server, member)
-        if virtual_server.next_hop is not None:
-            facts.append(Forward(0, virtual_server.number, next_hop, routed))
-        else:
-            facts.append(Forward(member.number, 0, next_hop, routed))
-            facts.append(Neighbour(next_hop))
-        if virtual_server.snat:
-            own = routes.source_address(member)
-            if own is not None:
-                facts.append(SourceNat(member.number, virtual_server.number, own, routed))
-        if member_version(member) in wildcards:
-            facts.append(Local(member.address))
-    return facts
-
-
-def member_version(member: Member) -> int:
-    """4 or 6."""
-    return 6 if ":" in member.address else 4
-
-
-def network_facts(network: Network, routes: Routes) -> list[Fact]:
-    """The facts of a network in which the balancer has an address. Of several gateways one is used."""
-    facts: list[Fact] = [Own(network.address, network.cidr), Answer(network.address), Local(network.address)]
-    if network.gateway is not None and network.gateway == routes.gateway(":" in network.gateway):
-        facts += [Gateway(network.gateway), Neighbour(network.gateway)]
-    return facts
-
-
 # ------------------------------------------------------------------ rules of a fact
 
 
@@ -323,7 +155,7 @@ def flows_of(fact: Fact, zone: Zones, host: Host | None) -> Iterator[Flow]:
         case Source():
             yield _source(fact, zone)
         case FragmentSource(address):
-            yield rule(Table.CLASSIFY, Priority.SOURCE_FRAGMENT, (*_ip(address, "src"), ANY_FRAGMENT),
+            yield rule(Table.CLASSIFY, Priority.SOURCE_FRAGMENT, (*ip_match(address, "src"), ANY_FRAGMENT),
                        (Conntrack(zone.service, table=Table.RETURN, nat=Nat()),), kind=Kind.SOURCE)
         case Forward() if host is not None:
             yield from _forward(fact, host)
@@ -348,13 +180,13 @@ def flows_of(fact: Fact, zone: Zones, host: Host | None) -> Iterator[Flow]:
                        (("eth_type", ETH_IPV6 if ":" in address else ETH_IPV4), ("eth_dst", VIRTUAL_MAC)),
                        _deliver(host, routed=True), kind=Kind.ROUTE)
         case Local(address):
-            yield rule(Table.VIRTUAL_SERVER, Priority.LOCAL_ADDRESS, _ip(address, "dst"), kind=Kind.ADDRESS,
+            yield rule(Table.VIRTUAL_SERVER, Priority.LOCAL_ADDRESS, ip_match(address, "dst"), kind=Kind.ADDRESS,
                        goto=Table.ROUTE)
 
 
 def host_route(address: str, host: Host) -> Flow:
     """The rule that routes to a host of one of our networks."""
-    return rule(Table.ROUTE, Priority.HOST, (*_ip(address, "dst"), ("eth_dst", VIRTUAL_MAC)),
+    return rule(Table.ROUTE, Priority.HOST, (*ip_match(address, "dst"), ("eth_dst", VIRTUAL_MAC)),
                 _deliver(host, routed=True), kind=Kind.ROUTE)
 
 
@@ -402,7 +234,7 @@ def _echo(table: Table, priority: Priority, address: str) -> Flow:
     version = 4 if len(data) == 4 else 6
     request, reply = (8, 0) if version == 4 else (128, 129)
     kind = f"icmpv{version}_type"
-    return rule(table, priority, (*_ip(address, "dst"), ("ip_proto", ICMP if version == 4 else ICMP6),
+    return rule(table, priority, (*ip_match(address, "dst"), ("ip_proto", ICMP if version == 4 else ICMP6),
                                   (kind, request), (f"icmpv{version}_code", 0)), (
         Move("eth_src", "eth_dst", 48), SetField("eth_src", VIRTUAL_MAC),
         Move(f"ipv{version}_src", f"ipv{version}_dst", len(data) * 8), SetField(f"ipv{version}_src", data),
@@ -410,7 +242,7 @@ def _echo(table: Table, priority: Priority, address: str) -> Flow:
 
 
 def _address(address: str, zone: Zones) -> Iterator[Flow]:
-    here = _ip(address, "dst")
+    here = ip_match(address, "dst")
     through = Conntrack(zone.service, table=Table.SERVE, nat=Nat())
     yield _echo(Table.VIRTUAL_SERVER, Priority.ADDRESS_SERVICE, address)
     if ":" in address:
@@ -421,12 +253,12 @@ def _address(address: str, zone: Zones) -> Iterator[Flow]:
         yield rule(Table.VIRTUAL_SERVER, Priority.ADDRESS_SERVICE, (*here, *error), (through,), kind=Kind.ADDRESS)
     yield rule(Table.VIRTUAL_SERVER, Priority.FRAGMENT, (*here, ANY_FRAGMENT), (through,), kind=Kind.ADDRESS)
     for protocol in (TCP, UDP):
-        yield rule(Table.VIRTUAL_SERVER, Priority.PORT_DENIED, _transport(here, protocol), (to_controller(),),
+        yield rule(Table.VIRTUAL_SERVER, Priority.PORT_DENIED, transport_match(here, protocol), (to_controller(),),
                    kind=Kind.DENIED)
 
 
 def _source(fact: Source, zone: Zones) -> Flow:
-    match = _transport(_ip(fact.address, "src"), fact.protocol, "src", fact.port)
+    match = transport_match(ip_match(fact.address, "src"), fact.protocol, "src", fact.port)
     if fact.rules:
         # What an action reads, Open vSwitch's cache tells apart: a packet for which there is no pair of rules must
         # not leave an entry there that the first packets of a new connection would follow, untranslated.
@@ -448,9 +280,9 @@ def _neighbour(address: str) -> Iterator[Flow]:
 
 
 def _own(address: str, cidr: str, zone: Zones) -> Iterator[Flow]:
-    here = _ip(address, "dst")
+    here = ip_match(address, "dst")
     for protocol in (TCP, UDP):
-        yield rule(Table.CLASSIFY, Priority.OWN_SOURCE, _transport(here, protocol),
+        yield rule(Table.CLASSIFY, Priority.OWN_SOURCE, transport_match(here, protocol),
                    (Conntrack(zone.snat, table=Table.UNSNAT, nat=Nat()),), kind=Kind.ADDRESS)
     yield _echo(Table.ROUTE, Priority.OWN_ADDRESS, address)
     yield rule(Table.ROUTE, Priority.OWN_ADDRESS_OTHER, here, kind=Kind.ADDRESS)
@@ -460,138 +292,3 @@ def _own(address: str, cidr: str, zone: Zones) -> Iterator[Flow]:
         ("eth_type", ETH_IPV4 if version == 4 else ETH_IPV6), ("eth_dst", VIRTUAL_MAC),
         (f"ipv{version}_dst", network.network_address.packed, network.netmask.packed)), (to_controller(),),
         kind=Kind.LOOKUP)
-
-
-# ------------------------------------------------------------------ rules of a virtual server
-
-
-def commit(virtual_server: VirtualServer, member: Member, zone: Zones, *, routed: bool, tracked: bool = False,
-           serial: int = 0) -> Conntrack:
-    """The action that creates a connection's state: translation, mark and return path, in one."""
-    nat = None
-    if virtual_server.translate_address:
-        port = member.protocol_port if virtual_server.translate_port else 0
-        nat = Nat(NAT_DESTINATION, packed(member.address), (port, port))
-    elif virtual_server.translate_port and member.protocol_port and not virtual_server.wildcard_address:
-        nat = Nat(NAT_DESTINATION, packed(virtual_server.vip_address), (member.protocol_port, member.protocol_port))
-    flags = tracked | virtual_server.snat << 1 | routed << 2
-    return Conntrack(zone.service, commit=True, table=Table.BOUND, nat=nat, execute=(
-        Load("ct_mark", member.number),
-        Move("eth_src", "ct_label", 48, 0, Label.CLIENT_MAC),
-        Move("nxm_in_port", "ct_label", 16, 0, Label.CLIENT_PORT),
-        Load("ct_label", serial, Label.SERIAL, 32),
-        Load("ct_label", virtual_server.number | flags << 24, Label.VIRTUAL_SERVER, 32),
-    ))
-
-
-def virtual_server_flows(virtual_server: VirtualServer, pool: Pool | None, eligible: Sequence[Member], routes: Routes,
-                         zone: Zones) -> tuple[list[Flow], SelectGroup | None]:
-    """The rules of one virtual server, and the group where a group decides.
-
-    Args:
-        virtual_server: the virtual server.
-        pool: its pool.
-        eligible: members that can have new connections on this switch.
-        routes: the balancer's networks.
-        zone: the switch's conntrack zones.
-    """
-    if not virtual_server.admin_state_up:
-        return [], None
-    number = virtual_server.number
-    kind = Kind.VIRTUAL_SERVER
-    entry = _entry(virtual_server)
-    load = Load(Register.VIRTUAL_SERVER, number)
-    query = (to_controller(),)
-    of_this = (Register.VIRTUAL_SERVER, number)
-    if virtual_server.state is State.RULES:
-        priority, match = entry
-        return [
-            rule(Table.VIRTUAL_SERVER, priority, match, (load,), kind=kind, owner=number, goto=Table.RULES),
-            rule(Table.RULES, Priority.NORMAL, (of_this,), query, kind=Kind.QUERY, owner=number),
-        ], None
-    priority, match = entry
-    flows = [rule(Table.VIRTUAL_SERVER, priority, match,
-                  (load, Conntrack(zone.service, table=Table.SERVE, nat=Nat())), kind=kind, owner=number)]
-    new: Match = (("ct_mark", 0), of_this)
-    if (virtual_server.maintenance or pool is None or not virtual_server.switch_decides(pool)
-            or not 0 < len(eligible) <= _most_members(virtual_server, pool)):
-        flows.append(rule(Table.SERVE, Priority.NEW, new, query, kind=Kind.QUERY, owner=number))
-        return flows, None
-    group, choice, blocks = _decision(virtual_server, pool, eligible)
-    if len(blocks) > MAX_BLOCKS:
-        flows.append(rule(Table.SERVE, Priority.NEW, new, query, kind=Kind.QUERY, owner=number))
-        return flows, None
-    flows.append(rule(Table.SERVE, Priority.NEW, new, (choice,), kind=kind, owner=number,
-                      goto=Table.SOURCE_HASH if blocks else None))
-    for value, mask, member_number in blocks:
-        flows.append(rule(Table.SOURCE_HASH, Priority.NORMAL, (
-            of_this, (Register.SLOT, value, mask | 0xFFFFFF00)), (Load(Register.MEMBER, member_number),),
-            kind=kind, owner=number, goto=Table.BIND))
-    ether = ETH_IPV4 if virtual_server.version == 4 else ETH_IPV6
-    flows += [rule(Table.BIND, Priority.NORMAL, (("eth_type", ether), of_this, (Register.MEMBER, member.number)),
-                   (commit(virtual_server, member, zone, routed=routes.routed(virtual_server, member)),),
-                   kind=kind, owner=number) for member in eligible]
-    return flows, group
-
-
-def _entry(virtual_server: VirtualServer) -> tuple[Priority, Match]:
-    """How a client's packet finds its virtual server: the most specific one wins."""
-    if not virtual_server.wildcard_address:
-        match = _ip(virtual_server.vip_address, "dst")
-        priority = Priority.EXACT_ADDRESS if virtual_server.wildcard_port else Priority.EXACT
-    else:
-        match = (("eth_type", ETH_IPV4 if virtual_server.version == 4 else ETH_IPV6), ("eth_dst", VIRTUAL_MAC))
-        priority = Priority.WILDCARD if virtual_server.wildcard_port else Priority.EXACT_PORT
-    return priority, _transport(match, virtual_server.protocol.number, "dst", virtual_server.protocol_port)
-
-
-def _hashed(virtual_server: VirtualServer, pool: Pool) -> bool:
-    """Whether the switch hashes into slots of rules, rather than leaving the choice to a group."""
-    return pool.lb_algorithm is Algorithm.SOURCE_IP or (
-        virtual_server.protocol is Protocol.UDP and pool.lb_algorithm is not Algorithm.CONSISTENT_HASH)
-
-
-def _most_members(virtual_server: VirtualServer, pool: Pool) -> int:
-    """The members that the switch can select among."""
-    if pool.lb_algorithm is Algorithm.CONSISTENT_HASH:
-        return MAGLEV_SIZE
-    return 1 << SOURCE_HASH_BITS if _hashed(virtual_server, pool) else MAX_BUCKETS
-
-
-def _decision(virtual_server: VirtualServer, pool: Pool, eligible: Sequence[Member],
-              ) -> tuple[SelectGroup | None, Action, Sequence[tuple[int, int, int]]]:
-    """How the switch selects: a group of buckets, or slots of a hash over the client's address or the whole flow."""
-    weights = [(member.number, member.weight) for member in eligible]
-    number = virtual_server.number
-    if pool.lb_algorithm is Algorithm.SOURCE_IP:
-        return None, MultipathSource(Register.SLOT, 1 << SOURCE_HASH_BITS), slot_blocks(weights, SOURCE_HASH_BITS)
-    even = pool.lb_algorithm is Algorithm.ROUND_ROBIN
-    if virtual_server.protocol is Protocol.UDP and pool.lb_algorithm is not Algorithm.CONSISTENT_HASH:
-        # A select group would give all datagrams between two addresses to one member.
-        shares = [(key, 1 if even else weight) for key, weight in weights]
-        return None, MultipathFlow(Register.SLOT, 1 << SOURCE_HASH_BITS), slot_blocks(shares, SOURCE_HASH_BITS)
-    if pool.lb_algorithm is Algorithm.CONSISTENT_HASH:
-        buckets = tuple(_bucket(1, member) for member in maglev_table(weights, MAGLEV_SIZE))
-    else:
-        if not even and sum(weight for _, weight in weights) > HASH_VALUES * min(weight for _, weight in weights):
-            weights = _in_hash_values(weights)
-        buckets = tuple(_bucket(1 if even else weight, member) for member, weight in weights)
-    return SelectGroup(group_number(number), buckets), Group(group_number(number)), ()
-
-
-def _in_hash_values(weights: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Weights as shares of the 256 values that Open vSwitch's dp_hash has.
-
-    It takes the lightest bucket as one value; a pool that needs more values than there are would make
-    it fall back to a hash that needs an upcall for each connection, and keeps to the weights less well.
-    """
-    if len(weights) > HASH_VALUES:
-        return weights
-    shares = dict.fromkeys((member for member, _ in weights), 0)
-    for _, mask, member in slot_blocks(weights, SOURCE_HASH_BITS):
-        shares[member] += HASH_VALUES - mask
-    return list(shares.items())
-
-
-def _bucket(weight: int, member: int) -> Bucket:
-    return Bucket(weight, (Load(Register.MEMBER, member), Resubmit(Table.BIND)))

@@ -15,7 +15,7 @@ the client's MAC and port stand there, so that rules never grow with connections
 
 The second style (``state: rules``) has one rule pair a connection, in RULES and RULES_RETURN.
 
-Every rule is made in ``flows.py`` and is held against :data:`DECLARATION` by the tests. This
+Every rule is made in ``flows.py`` and ``serving.py`` and is held against :data:`DECLARATION` by the tests. This
 module does no I/O and knows nothing of the configuration.
 """
 

@@ -16,19 +16,11 @@ from dataclasses import dataclass, field
 from lbapp.config.model import Configuration, Member, Pool, VirtualServer
 from lbapp.config.routing import Routes
 from lbapp.control.messages import Host
-from lbapp.dataflow.flows import (
-    Fact,
-    Forward,
-    Gateway,
-    base_flows,
-    facts_of,
-    flows_of,
-    host_route,
-    network_facts,
-    virtual_server_flows,
-)
+from lbapp.dataflow.facts import Fact, Forward, Gateway, facts_of, network_facts
+from lbapp.dataflow.flows import base_flows, flows_of, host_route
 from lbapp.dataflow.openflow import GROUP_ADD, GROUP_MODIFY, Flow, SelectGroup
 from lbapp.dataflow.pipeline import probe_mac, zones
+from lbapp.dataflow.serving import virtual_server_flows
 
 _NOWHERE = Host(bytes(6), 0)
 """Stands in for a neighbour where only a rule's match matters (to delete it)."""

@@ -19,7 +19,7 @@ from lbapp.config.routing import Routes
 from lbapp.control.messages import Host
 from lbapp.dataflow.carrier import oxm_field
 from lbapp.dataflow.counters import ConnectionCounters, RuleCounters, request_body
-from lbapp.dataflow.flows import address_text
+from lbapp.dataflow.matches import address_text
 from lbapp.dataflow.openflow import (
     BUNDLE_COMMIT,
     BUNDLE_COMMITTED,

@@ -1,6 +1,10 @@
 # SPDX-FileCopyrightText: The lbapp authors
 # SPDX-License-Identifier: Apache-2.0
-"""The rules of every configuration: declared, unambiguous, forward only, few."""
+"""The rules of every configuration: declared, unambiguous, forward only, few.
+
+What is under test: lbapp/dataflow/facts.py, lbapp/dataflow/flows.py, lbapp/dataflow/serving.py and the pieces they
+share, lbapp/dataflow/matches.py.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,10 @@ from hypothesis import given, settings
 
 from lbapp.config.model import Algorithm, Configuration, Decision, Protocol
 from lbapp.dataflow import pipeline
-from lbapp.dataflow.flows import MAX_BLOCKS, SOURCE_HASH_BITS
 from lbapp.dataflow.openflow import GROUP_ADD, Conntrack, Flow, Resubmit, SelectGroup, add_flow, group_mod
 from lbapp.dataflow.pipeline import Kind, Table, kind_of, owner_of
 from lbapp.dataflow.program import SwitchProgram
+from lbapp.dataflow.serving import MAX_BLOCKS, SOURCE_HASH_BITS
 from tests import sites
 from tests.fake_switch import FakeSwitch
 
