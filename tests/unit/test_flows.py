@@ -3,7 +3,7 @@
 """The rules of every configuration: declared, unambiguous, forward only, few.
 
 What is under test: lbapp/dataflow/facts.py, lbapp/dataflow/flows.py, lbapp/dataflow/serving.py and the pieces they
-share, lbapp/dataflow/matches.py.
+share in lbapp/dataflow/matches.py here.
 """
 
 from __future__ import annotations
