@@ -56,9 +56,8 @@ from lbapp.dataflow.session import SwitchSession
 LOG = logging.getLogger("lbapp")
 
 TICK = 0.1
-BATCH_SECONDS = 0.1
 BATCH_SIZE = 256
-"""Closed connections reach the control segment together: after this time, or this many."""
+"""Closed connections reach the control segment together: at each tick, or this many."""
 HELD_HOSTS, HELD_PACKETS, HELD_SECONDS = 64, 4, 3.0
 """Packets that wait for their host's address to be found (routing): for how many hosts of a switch (the oldest
 makes room), how many of each, and for how long they are of use."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from lbapp.config.model import Configuration, Member, VirtualServer
+from lbapp.config.model import Configuration, Member, State, VirtualServer
 from lbapp.config.routing import Routes
 from lbapp.control.messages import Closed, Error, Host, Query, Reason, Reply
 from lbapp.dataflow import frames
@@ -36,7 +36,6 @@ from lbapp.dataflow.openflow import (
     packet_out,
 )
 from lbapp.dataflow.pipeline import (
-    COOKIE_MAGIC,
     OWNER_MASK,
     VIRTUAL_MAC,
     Kind,
@@ -56,7 +55,7 @@ OFPP_CONTROLLER = 0xFFFFFFFD
 FIN_IDLE_TIMEOUT = 2
 FIN_HARD_TIMEOUT = 10
 _IN_PORT = 0x80000004
-_CT_MARK, _CT_LABEL, _REG2 = 0x0001D604, 0x0001D810, 0x00010404
+_CT_MARK, _CT_LABEL, _REG2 = (FIELDS[name].nxm for name in ("ct_mark", "ct_label", Register.VIRTUAL_SERVER))
 _CT_DESTINATION, _CT_DESTINATION6, _CT_PORT = (FIELDS[name].nxm for name in ("ct_nw_dst", "ct_ipv6_dst", "ct_tp_dst"))
 
 
@@ -241,7 +240,7 @@ class ReplyEncoder:
     def is_rules(self, virtual_server: int) -> bool:
         """Whether a virtual server's connections are rule pairs."""
         server = self._servers.get(virtual_server)
-        return server is not None and server.state.value == "rules"
+        return server is not None and server.state is State.RULES
 
     def _member(self, virtual_server: int, member: int) -> Member:
         key = (virtual_server, member)
@@ -335,13 +334,8 @@ def forward_to(host: Host, frame: bytes) -> bytes:
         SetField("eth_src", VIRTUAL_MAC), SetField("eth_dst", host.mac), DecrementTtl(), Output(host.port))), frame)
 
 
-def is_ours(cookie: int) -> bool:
-    """Whether a rule with this cookie is of this application."""
-    return cookie >> 56 == COOKIE_MAGIC
-
-
 __all__ = [
     "ConnectionMark", "FlowRemoved", "PacketIn", "ReplyEncoder", "TruncatedError", "closed_by_shutdown",
-    "connection_mark", "decode_flow_removed", "decode_packet_in", "forward_to", "is_ours", "owner_of", "probe",
+    "connection_mark", "decode_flow_removed", "decode_packet_in", "forward_to", "owner_of", "probe",
     "query", "refuse",
 ]

@@ -19,7 +19,7 @@ from lbapp.config.routing import Routes
 from lbapp.control.messages import Closed, Error, Host, Reason, Reply, Translation
 from lbapp.dataflow import carrier, frames
 from lbapp.dataflow.openflow import FIELDS, FinTimeout
-from lbapp.dataflow.pipeline import Kind, Label, Table, connection_cookie, cookie, probe_mac
+from lbapp.dataflow.pipeline import Kind, Label, Table, connection_cookie, cookie, kind_of, probe_mac
 from tests import sites
 from tests.fake_frames import frame, parse
 from tests.fake_switch import decode_actions, packet_in
@@ -285,4 +285,4 @@ def test_probe_and_forward():
     actions = decode_actions(carrier.forward_to(HOST, SYN)[24:24 + 16 + 16 + 8 + 16])
     assert actions == [("set_field", "eth_src", 0x026C62000001), ("set_field", "eth_dst", 0x020000000009), ("dec_ttl",),
                        ("output", 9, 0)]
-    assert carrier.is_ours(cookie(Kind.BASE)) and not carrier.is_ours(5)
+    assert kind_of(cookie(Kind.BASE)) is Kind.BASE and kind_of(5) is None
