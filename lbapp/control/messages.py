@@ -176,6 +176,35 @@ class Reply(NamedTuple):
     tracked: bool = False
 
 
+class NewFlow(NamedTuple):
+    """A flow that the control segment originates (NEWFLOW), self-contained.
+
+    ``seq_offset`` and ``ack_offset`` (ADD_TCP_OFFSETS of 003 FIGURE 7) are added modulo 2**32 to what the client
+    sends; None: nothing is added.
+    """
+
+    query: Query
+    member: int
+    translation: Translation
+    tracked: bool = False
+    seq_offset: int | None = None
+    ack_offset: int | None = None
+
+
+class Timeout(NamedTuple):
+    """Give this flow another idle time-out (TIMEOUT), in seconds; 0: delete it unless it is alive, as REAP."""
+
+    switch: int
+    serial: int
+    seconds: int
+
+
+class Reset(NamedTuple):
+    """Forget every flow (RESET). Both segments may send it."""
+
+    switch: int
+
+
 class Reap(NamedTuple):
     """Delete this flow unless it is alive (REAP, 003 FIGURE 19).
 
