@@ -154,11 +154,15 @@ class Live(NamedTuple):
 
 
 class Translation(NamedTuple):
-    """What to rewrite for a flow (REPLY, NEWFLOW). ``address`` None: leave the address; ``port`` 0: the port."""
+    """What to rewrite for a flow (REPLY, NEWFLOW). ``address`` None: leave the address; ``port`` 0: the port.
+
+    ``routed``: the balancer stands between two networks here, and acts as a router would (TTL, source MAC).
+    """
 
     address: bytes | None
     port: int
     host: Host
+    routed: bool = False
 
 
 class Reply(NamedTuple):

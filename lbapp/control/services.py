@@ -23,10 +23,11 @@ from lbapp.control.selection import COUNTING
 class Way:
     """How one virtual server reaches one member."""
 
-    __slots__ = ("_address", "member", "next_hop", "port")
+    __slots__ = ("_address", "_routed", "member", "next_hop", "port")
 
-    def __init__(self, virtual_server: VirtualServer, member: Member, next_hop: str) -> None:
+    def __init__(self, virtual_server: VirtualServer, member: Member, next_hop: str, routed: bool) -> None:
         self.member = member
+        self._routed = routed
         self.next_hop = next_hop
         self.port = member.protocol_port if virtual_server.translate_port else 0
         # Packed when first needed: most of ten thousand virtual servers wait long for a client.
@@ -36,7 +37,7 @@ class Way:
         """What to rewrite, the next hop being at ``host``."""
         if isinstance(self._address, str):
             self._address = ipaddress.ip_address(self._address).packed
-        return Translation(self._address, self.port, host)
+        return Translation(self._address, self.port, host, self._routed)
 
 
 class Service:
@@ -70,7 +71,8 @@ class Service:
             self.idle = (virtual_server.idle_timeout or virtual_server.hard_timeout) + GRACE
         members = pool.members if pool is not None else ()
         self.ways = tuple(
-            Way(virtual_server, member, next_hops.get(member.address) or routes.next_hop(virtual_server, member))
+            Way(virtual_server, member, next_hops.get(member.address) or routes.next_hop(virtual_server, member),
+                routes.routed(virtual_server, member))
             for member in members if routes.reaches(virtual_server, member))
         self.next_hops = frozenset(way.next_hop for way in self.ways)
 
