@@ -40,8 +40,9 @@ def text(message: Any) -> str:
     if isinstance(message, Reply):
         translation = ""
         if message.translation is not None:
-            address, port, there = message.translation
+            address, port, there, routed = message.translation
             translation = f" -> {'=' if address is None else _address(address)}:{port or '='} at {text(there)}"
+            translation += " (routed)" if routed else ""
         flags = ("" if message.install else " (installed)") + (" (tracked)" if message.tracked else "")
         member = f" member {message.member}" if message.member else ""
         return f"Reply {message.query.serial} {message.error.name}{member}{translation}{flags}"
