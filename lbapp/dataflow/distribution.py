@@ -1,0 +1,155 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the fast path is told of each virtual server: who decides, and the table it decides by.
+
+A distribution (004, "configuration table") is a whole new value each time; the fast path replaces
+the old one at once. Pure: configuration and neighbours in, values out.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from lbapp.config.model import Algorithm, Configuration, Member, Pool, Protocol, State, VirtualServer
+from lbapp.config.routing import Routes
+from lbapp.control.messages import FlowSignature, Host
+from lbapp.control.selection import Candidate, WeightedRoundRobin, maglev_table
+from lbapp.control.statistics import Counts
+from lbapp.dataflow.matches import packed
+from lbapp.dataflow.ovs import CONNTRACK_TIMEOUTS
+
+_ANY = FlowSignature(b"", 0, b"", 0, 0)
+SLOTS = 1021
+"""The most slots a virtual server has in the fast path: a prime, as Maglev's table wants."""
+
+
+class Mode(enum.IntEnum):
+    """Who selects the member of a new connection that the fast path sees first."""
+
+    PASS = 0
+    """Open vSwitch and, by packet-in, the control segment."""
+    DECIDE = 1
+    """The fast path itself."""
+    PUNT = 2
+    """The control segment, asked by the agent (QUERY over the message bus)."""
+
+
+class Pick(enum.IntEnum):
+    """How the fast path finds a connection's slot."""
+
+    SOURCE = 0
+    FLOW = 1
+    TURN = 2
+
+
+class Target(NamedTuple):
+    """A member that takes new connections, and where it is. ``address`` None, ``port`` 0: as the client sent it."""
+
+    member: int
+    weight: int
+    address: bytes | None
+    port: int
+    host: Host
+    routed: bool
+
+
+class Distribution(NamedTuple):
+    """One virtual server as the fast path sees it. ``idle`` is in seconds."""
+
+    number: int
+    address: bytes
+    port: int
+    protocol: int
+    mode: Mode
+    pick: Pick
+    idle: int
+    targets: tuple[Target, ...]
+
+
+Eligible = Callable[[VirtualServer, Pool | None], Sequence[Member]]
+"""The members that can have new connections; see :meth:`lbapp.control.engine.ControlSegment.eligible`."""
+
+
+def idle_seconds(protocol: Protocol) -> int:
+    """How long an established connection may be silent: what the switch's conntrack gives it."""
+    return CONNTRACK_TIMEOUTS["tcp_established" if protocol is Protocol.TCP else "udp_multiple"]
+
+
+def distribution(virtual_server: VirtualServer, pool: Pool | None, eligible: Sequence[Member], routes: Routes,
+                 hosts: Mapping[str, Host], *, queries: bool) -> Distribution | None:
+    """What the fast path does with a virtual server; None where it leaves all of it to the switch.
+
+    Wildcards, translated sources and rule pairs are the switch's: it finds the most specific virtual server,
+    allocates ports, and keeps a rule a connection.
+
+    Args:
+        virtual_server: the virtual server.
+        pool: its pool.
+        eligible: members that take new connections and whose next hops are known.
+        routes: the balancer's networks.
+        hosts: where next hops are, seen from this switch.
+        queries: whether the agent asks the control segment itself; else by packet-in.
+    """
+    if (not virtual_server.admin_state_up or virtual_server.wildcard_address or virtual_server.wildcard_port
+            or virtual_server.snat or virtual_server.state is State.RULES):
+        return None
+    mode = Mode.PASS
+    targets: tuple[Target, ...] = ()
+    if not virtual_server.maintenance and pool is not None and eligible:
+        if virtual_server.switch_decides(pool):
+            targets = tuple(_targets(virtual_server, pool, eligible, routes, hosts))
+            mode = Mode.DECIDE if 0 < len(targets) <= SLOTS else Mode.PASS
+        elif queries:
+            mode = Mode.PUNT
+    pick = Pick.TURN
+    if pool is not None and pool.lb_algorithm is Algorithm.SOURCE_IP:
+        pick = Pick.SOURCE
+    elif pool is not None and pool.lb_algorithm is Algorithm.CONSISTENT_HASH:
+        pick = Pick.FLOW
+    return Distribution(virtual_server.number, packed(virtual_server.vip_address), virtual_server.protocol_port,
+                        virtual_server.protocol.number, mode, pick, idle_seconds(virtual_server.protocol), targets)
+
+
+def _targets(virtual_server: VirtualServer, pool: Pool, eligible: Sequence[Member], routes: Routes,
+             hosts: Mapping[str, Host]) -> Iterator[Target]:
+    even = pool.lb_algorithm is Algorithm.ROUND_ROBIN
+    for member in eligible:
+        host = hosts.get(routes.next_hop(virtual_server, member))
+        if host is not None:
+            yield Target(member.number, 1 if even else member.weight,
+                         packed(member.address) if virtual_server.translate_address else None,
+                         member.protocol_port if virtual_server.translate_port else 0,
+                         host, routes.routed(virtual_server, member))
+
+
+def distributions(configuration: Configuration, routes: Routes, hosts: Mapping[str, Host], eligible: Eligible, *,
+                  queries: bool) -> Iterator[Distribution]:
+    """The distributions of all virtual servers of a configuration, for one switch."""
+    for virtual_server in configuration.virtual_servers.values():
+        pool = configuration.pool_of(virtual_server)
+        made = distribution(virtual_server, pool, eligible(virtual_server, pool), routes, hosts, queries=queries)
+        if made is not None:
+            yield made
+
+
+def slots(made: Distribution) -> tuple[int, ...]:
+    """The table of a distribution: for each slot the index of a target.
+
+    Hashes get Maglev's table, so that a member that goes leaves nearly all clients where they were. Taking turns
+    gets one smooth round: exact in proportion where the weights' sum fits, else to the nearest slot.
+    """
+    weights = [target.weight for target in made.targets]
+    if not weights:
+        return ()
+    if made.pick is not Pick.TURN:
+        places = {target.member: index for index, target in enumerate(made.targets)}
+        table = maglev_table([(target.member, target.weight) for target in made.targets], SLOTS)
+        return tuple(places[member] for member in table)
+    divisor = math.gcd(*weights)
+    turns = min(SLOTS, sum(weights) // divisor)
+    selector = WeightedRoundRobin()
+    selector.update([Candidate(index, weight // divisor, Counts()) for index, weight in enumerate(weights)])
+    return tuple(selector.pick(_ANY, 0) for _ in range(turns))

@@ -1,0 +1,160 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the fast path is told of a virtual server (:mod:`lbapp.dataflow.distribution`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lbapp.config.model import Algorithm, Configuration, Decision, Member, Network, Pool, Protocol, State, VirtualServer
+from lbapp.config.routing import Routes
+from lbapp.control.messages import Host
+from lbapp.dataflow.distribution import (
+    SLOTS,
+    Distribution,
+    Mode,
+    Pick,
+    Target,
+    distribution,
+    distributions,
+    idle_seconds,
+    slots,
+)
+
+
+def members(*weights: int) -> tuple[Member, ...]:
+    return tuple(Member(address=f"10.0.0.{n}", protocol_port=8080, number=n, weight=weight, id=str(n))
+                 for n, weight in enumerate(weights, 1))
+
+
+def host(number: int) -> Host:
+    return Host(bytes((2, 0, 0, 0, 0, number)), number)
+
+
+HOSTS = {f"10.0.0.{n}": host(n) for n in range(1, 9)}
+
+
+def server(**more: Any) -> VirtualServer:
+    return VirtualServer(**{"name": "v", "id": "v", "number": 7, "vip_address": "10.9.0.1", "protocol": Protocol.TCP,
+                            "protocol_port": 80, "default_pool_id": "p", **more})
+
+
+def pool(algorithm: Algorithm = Algorithm.WEIGHTED_ROUND_ROBIN, *weights: int) -> Pool:
+    return Pool(name="p", id="p", lb_algorithm=algorithm, members=members(*weights or (1, 1)))
+
+
+def made(virtual_server: VirtualServer, of: Pool, *, queries: bool = True, routes: Routes | None = None,
+         ) -> Distribution | None:
+    return distribution(virtual_server, of, of.members, routes or Routes(), HOSTS, queries=queries)
+
+
+@pytest.mark.parametrize(("algorithm", "decision", "mode", "pick"), [
+    (Algorithm.WEIGHTED_ROUND_ROBIN, Decision.AUTO, Mode.DECIDE, Pick.TURN),
+    (Algorithm.SOURCE_IP, Decision.AUTO, Mode.DECIDE, Pick.SOURCE),
+    (Algorithm.CONSISTENT_HASH, Decision.AUTO, Mode.DECIDE, Pick.FLOW),
+    (Algorithm.ROUND_ROBIN, Decision.SWITCH, Mode.DECIDE, Pick.TURN),
+    (Algorithm.ROUND_ROBIN, Decision.AUTO, Mode.PUNT, Pick.TURN),
+    (Algorithm.LEAST_CONNECTIONS, Decision.AUTO, Mode.PUNT, Pick.TURN),
+    (Algorithm.WEIGHTED_ROUND_ROBIN, Decision.CONTROLLER, Mode.PUNT, Pick.TURN),
+])
+def test_who_decides(algorithm: Algorithm, decision: Decision, mode: Mode, pick: Pick) -> None:
+    told = made(server(decision=decision), pool(algorithm))
+    assert told is not None
+    assert (told.mode, told.pick) == (mode, pick)
+    assert bool(told.targets) == (mode is Mode.DECIDE)
+
+
+def test_without_an_agent_that_asks_queries_are_packet_ins() -> None:
+    told = made(server(), pool(Algorithm.LEAST_CONNECTIONS), queries=False)
+    assert told is not None
+    assert told.mode is Mode.PASS
+
+
+@pytest.mark.parametrize("more", [
+    {"admin_state_up": False}, {"vip_address": "0.0.0.0"}, {"protocol_port": 0}, {"snat": True},
+    {"state": State.RULES},
+])
+def test_what_is_left_to_the_switch(more: dict[str, Any]) -> None:
+    assert made(server(**more), pool()) is None
+
+
+@pytest.mark.parametrize("more", [{"maintenance": True}])
+def test_new_connections_that_are_refused_go_to_the_control_segment(more: dict[str, Any]) -> None:
+    told = made(server(**more), pool())
+    assert told is not None
+    assert (told.mode, told.targets) == (Mode.PASS, ())
+
+
+def test_a_target_says_all_that_is_needed() -> None:
+    told = made(server(), pool(Algorithm.WEIGHTED_ROUND_ROBIN, 3, 1))
+    assert told is not None
+    assert told[:4] == (7, bytes((10, 9, 0, 1)), 80, 6)
+    assert told.idle == idle_seconds(Protocol.TCP) == 7440
+    assert told.targets == (Target(1, 3, bytes((10, 0, 0, 1)), 8080, host(1), False),
+                            Target(2, 1, bytes((10, 0, 0, 2)), 8080, host(2), False))
+
+
+def test_nothing_is_translated_where_nothing_is_to_be() -> None:
+    told = made(server(translate_address=False, translate_port=False), pool())
+    assert told is not None
+    assert {(target.address, target.port) for target in told.targets} == {(None, 0)}
+
+
+def test_a_router_between_two_networks() -> None:
+    networks = (Network(name="in", cidr="10.0.0.0/24", address="10.0.0.254"),
+                Network(name="out", cidr="10.9.0.0/24", address="10.9.0.254"))
+    told = made(server(), pool(), routes=Routes(networks))
+    assert told is not None
+    assert all(target.routed for target in told.targets)
+
+
+def test_a_member_nobody_has_found_gets_nothing() -> None:
+    of = Pool(name="p", id="p", lb_algorithm=Algorithm.WEIGHTED_ROUND_ROBIN,
+              members=(*members(1), Member(address="10.0.0.99", protocol_port=80, number=99, id="x")))
+    told = made(server(), of)
+    assert told is not None
+    assert [target.member for target in told.targets] == [1]
+
+
+def test_all_virtual_servers_of_a_configuration() -> None:
+    servers = {str(n): server(id=str(n), number=n, protocol_port=n, snat=n == 2) for n in (1, 2, 3)}
+    configuration = Configuration(virtual_servers=servers, pools={"p": pool()})
+    told = distributions(configuration, Routes(), HOSTS, lambda _, of: of.members if of else (), queries=True)
+    assert [one.number for one in told] == [1, 3]
+
+
+def weighted(pick: Pick, *weights: int) -> Distribution:
+    return Distribution(1, b"", 80, 6, Mode.DECIDE, pick, 60, tuple(
+        Target(n, weight, None, 0, host(1), False) for n, weight in enumerate(weights)))
+
+
+def test_turns_are_smooth_and_exact() -> None:
+    table = slots(weighted(Pick.TURN, 10, 2, 2))
+    assert Counter(table) == {0: 5, 1: 1, 2: 1}
+    assert all(table[n:n + 4] != (0, 0, 0, 0) for n in range(4))
+    assert slots(weighted(Pick.TURN, 4, 4)) == (0, 1)
+    assert slots(weighted(Pick.TURN)) == ()
+
+
+@given(st.lists(st.integers(1, 256), min_size=1, max_size=40), st.sampled_from(Pick))
+def test_shares_follow_weights(weights: list[int], pick: Pick) -> None:
+    table = slots(weighted(pick, *weights))
+    assert 0 < len(table) <= SLOTS
+    counted = Counter(table)
+    total = sum(weights)
+    for index, weight in enumerate(weights):
+        # A hash table gives a light member its one slot; all are within a slot or two of their due otherwise.
+        assert abs(counted[index] - weight / total * len(table)) <= max(2.0, 0.02 * len(table))
+
+
+def test_a_member_that_goes_leaves_other_clients_where_they_were() -> None:
+    before = slots(weighted(Pick.SOURCE, 1, 1, 1, 1, 1))
+    gone = weighted(Pick.SOURCE, 1, 1, 1, 1, 1)
+    after = slots(gone._replace(targets=gone.targets[:4]))
+    moved = sum(1 for a, b in zip(before, after, strict=True) if a != 4 and a != b)
+    assert moved < 0.1 * len(before)
