@@ -46,7 +46,10 @@ class Pick(enum.IntEnum):
 
 
 class Target(NamedTuple):
-    """A member that takes new connections, and where it is. ``address`` None, ``port`` 0: as the client sent it."""
+    """A member, and where it is. ``weight`` 0: it has established connections at most.
+
+    ``address`` None, ``port`` 0: as the client sent it.
+    """
 
     member: int
     weight: int
@@ -88,7 +91,7 @@ def distribution(virtual_server: VirtualServer, pool: Pool | None, eligible: Seq
     Args:
         virtual_server: the virtual server.
         pool: its pool.
-        eligible: members that take new connections and whose next hops are known.
+        eligible: members that take new connections.
         routes: the balancer's networks.
         hosts: where next hops are, seen from this switch.
         queries: whether the agent asks the control segment itself; else by packet-in.
@@ -96,12 +99,12 @@ def distribution(virtual_server: VirtualServer, pool: Pool | None, eligible: Seq
     if (not virtual_server.admin_state_up or virtual_server.wildcard_address or virtual_server.wildcard_port
             or virtual_server.snat or virtual_server.state is State.RULES):
         return None
+    targets = tuple(_targets(virtual_server, pool, eligible, routes, hosts)) if pool is not None else ()
+    takers = sum(1 for target in targets if target.weight)
     mode = Mode.PASS
-    targets: tuple[Target, ...] = ()
-    if not virtual_server.maintenance and pool is not None and eligible:
+    if not virtual_server.maintenance and takers:
         if virtual_server.switch_decides(pool):
-            targets = tuple(_targets(virtual_server, pool, eligible, routes, hosts))
-            mode = Mode.DECIDE if 0 < len(targets) <= SLOTS else Mode.PASS
+            mode = Mode.DECIDE if takers <= SLOTS else Mode.PASS
         elif queries:
             mode = Mode.PUNT
     pick = Pick.TURN
@@ -116,11 +119,12 @@ def distribution(virtual_server: VirtualServer, pool: Pool | None, eligible: Seq
 def _targets(virtual_server: VirtualServer, pool: Pool, eligible: Sequence[Member], routes: Routes,
              hosts: Mapping[str, Host]) -> Iterator[Target]:
     even = pool.lb_algorithm is Algorithm.ROUND_ROBIN
-    for member in eligible:
-        host = hosts.get(routes.next_hop(virtual_server, member))
+    takers = {member.number for member in eligible}
+    for member in pool.members:
+        host = hosts.get(routes.next_hop(virtual_server, member)) if routes.reaches(virtual_server, member) else None
         if host is not None:
-            yield Target(member.number, 1 if even else member.weight,
-                         packed(member.address) if virtual_server.translate_address else None,
+            weight = 0 if member.number not in takers else 1 if even else member.weight
+            yield Target(member.number, weight, packed(member.address) if virtual_server.translate_address else None,
                          member.protocol_port if virtual_server.translate_port else 0,
                          host, routes.routed(virtual_server, member))
 
@@ -142,7 +146,7 @@ def slots(made: Distribution) -> tuple[int, ...]:
     gets one smooth round: exact in proportion where the weights' sum fits, else to the nearest slot.
     """
     weights = [target.weight for target in made.targets]
-    if not weights:
+    if not any(weights):
         return ()
     if made.pick is not Pick.TURN:
         places = {target.member: index for index, target in enumerate(made.targets)}
@@ -151,5 +155,6 @@ def slots(made: Distribution) -> tuple[int, ...]:
     divisor = math.gcd(*weights)
     turns = min(SLOTS, sum(weights) // divisor)
     selector = WeightedRoundRobin()
-    selector.update([Candidate(index, weight // divisor, Counts()) for index, weight in enumerate(weights)])
-    return tuple(selector.pick(_ANY, 0) for _ in range(turns))
+    takers = [index for index, weight in enumerate(weights) if weight]
+    selector.update([Candidate(index, weights[index] // divisor, Counts()) for index in takers])
+    return tuple(takers[selector.pick(_ANY, 0)] for _ in range(turns))

@@ -66,7 +66,7 @@ def test_who_decides(algorithm: Algorithm, decision: Decision, mode: Mode, pick:
     told = made(server(decision=decision), pool(algorithm))
     assert told is not None
     assert (told.mode, told.pick) == (mode, pick)
-    assert bool(told.targets) == (mode is Mode.DECIDE)
+    assert [target.member for target in told.targets] == [1, 2]
 
 
 def test_without_an_agent_that_asks_queries_are_packet_ins() -> None:
@@ -83,11 +83,21 @@ def test_what_is_left_to_the_switch(more: dict[str, Any]) -> None:
     assert made(server(**more), pool()) is None
 
 
-@pytest.mark.parametrize("more", [{"maintenance": True}])
-def test_new_connections_that_are_refused_go_to_the_control_segment(more: dict[str, Any]) -> None:
-    told = made(server(**more), pool())
+def test_new_connections_that_are_refused_go_to_the_control_segment() -> None:
+    told = made(server(maintenance=True), pool())
     assert told is not None
-    assert (told.mode, told.targets) == (Mode.PASS, ())
+    assert told.mode is Mode.PASS
+
+
+def test_a_member_that_takes_no_new_connections_keeps_its_place_but_no_slot() -> None:
+    of = pool(Algorithm.WEIGHTED_ROUND_ROBIN, 2, 3)
+    told = distribution(server(), of, of.members[1:], Routes(), HOSTS, queries=True)
+    assert told is not None
+    assert [(target.member, target.weight) for target in told.targets] == [(1, 0), (2, 3)]
+    assert slots(told) == (1,)
+    nobody = distribution(server(), of, (), Routes(), HOSTS, queries=True)
+    assert nobody is not None
+    assert (nobody.mode, slots(nobody)) == (Mode.PASS, ())
 
 
 def test_a_target_says_all_that_is_needed() -> None:
