@@ -52,6 +52,7 @@ from lbapp.dataflow.matches import address_text
 from lbapp.dataflow.openflow import delete_by_cookie
 from lbapp.dataflow.pipeline import ANY_CONNECTION, COOKIE_MAGIC, Kind, connection_cookie
 from lbapp.dataflow.session import SwitchSession
+from lbapp.fastpaths import FastPaths
 
 LOG = logging.getLogger("lbapp")
 
@@ -117,14 +118,15 @@ class LoadBalancer(app_manager.RyuApp):
         self.wsgi = kwargs["wsgi"]
         self.control = ControlSegment()
         self.configuration = Configuration()
+        self.fastpaths = FastPaths(self.control, self._perform)
         self._configured = hub.Event()
         self.switches: dict[int, Switch] = {}
         self.reconnects: Counter[int] = Counter()
         self.repairs: Counter[int] = Counter()
         self._ticker: Any = None
         self.on_connect: Callable[[int], None] = lambda _: None
-        # A restarted controller must not give a living connection's serial away again.
-        self._serials = itertools.count(secrets.randbits(32))
+        # A restarted controller must not give a living connection's serial away again. Agents' serials are odd.
+        self._serials = itertools.count(secrets.randbits(31) * 2, 2)
         self._punts: dict[int, Callable[[Switch, carrier.PacketIn], bytes]] = {
             Kind.QUERY: self._query, Kind.DENIED: self._query, Kind.FULL: self._no_room, Kind.GONE: self._no_room,
             Kind.CLOSE: self._close, Kind.NEIGHBOUR: self._neighbour, Kind.LOOKUP: self._lookup,
@@ -150,6 +152,7 @@ class LoadBalancer(app_manager.RyuApp):
         self.configuration = configuration
         self._configured.set()
         commands = self.control.configure(configuration, time.monotonic())
+        self.fastpaths.configure(configuration)
         routes = Routes(configuration.networks.values())
         for switch in self.switches.values():
             switch.encoder = carrier.ReplyEncoder(switch.id, configuration, routes)
@@ -196,12 +199,17 @@ class LoadBalancer(app_manager.RyuApp):
         if answer is None:
             return b""
         switch.counters["packet_outs"] += 1
+        self.fastpaths.replied(switch.id, reply)
         if reply.install and switch.encoder.is_rules(query.virtual_server) and not reply.error:
             switch.counters["flow_mods"] += 2
             switch.recent[reply.query.serial] = punted, packet
             if len(switch.recent) > RECENT_RULES:
                 switch.recent.popitem(last=False)
         return answer
+
+    def flush(self, datapath: Any) -> None:
+        """See :class:`lbapp.dataflow.ryu_shim.Receiver`: the fast path gets its flows before the packets go."""
+        self.fastpaths.flush(datapath.id)
 
     def _no_room(self, switch: Switch, punted: carrier.PacketIn) -> bytes:
         """Conntrack took no more, or a connection's member is gone: refuse at once."""
@@ -385,8 +393,10 @@ class LoadBalancer(app_manager.RyuApp):
                 hub.sleep(0)
             if session.synchronised is not None:
                 self.repairs.pop(switch.id, None)
+            self.fastpaths.refresh(switch.id)
         elif job == "host" and session.ready:
             session.host_changed(argument)
+            self.fastpaths.refresh(switch.id, self.control.users(argument))
         elif job == "repair":
             self.repairs[switch.id] += 1
             hub.sleep(min(LAST_REPAIR_SECONDS, 2.0 ** (self.repairs[switch.id] - 1)))
@@ -415,6 +425,7 @@ class LoadBalancer(app_manager.RyuApp):
                 if command.final:
                     switch.datapath.send(delete_by_cookie(connection_cookie(Kind.CONNECTION_IN, command.serial),
                                                           ANY_CONNECTION))
+                    self.fastpaths.reap(command)
                 elif switch.encoder.is_rules(command.virtual_server):
                     switch.session.ask_connection(command.serial)
             else:

@@ -385,6 +385,10 @@ class ControlSegment:
         """A read-only, live view of the neighbours a switch sees."""
         return self._neighbours.hosts(switch)
 
+    def users(self, address: str) -> tuple[int, ...]:
+        """The numbers of the virtual servers that reach members by way of an address."""
+        return tuple(self._services.users(address))
+
     def eligible(self, switch: int, virtual_server: VirtualServer, pool: Pool | None) -> tuple[Member, ...]:
         """The members, in the pool's order, that take new connections and can be reached from a switch.
 

@@ -54,6 +54,9 @@ class Receiver(Protocol):
             ValueError: the message cannot be; the connection is closed.
         """
 
+    def flush(self, datapath: Any) -> None:
+        """What was received at once was handled; called before its answers are sent."""
+
 
 def check_lengths(kind: int, data: bytes) -> None:
     """Refuse what would make Ryu's parsers read beyond the message or loop for ever.
@@ -154,6 +157,7 @@ def datapath_class(receiver: Receiver) -> type[controller.Datapath]:
                         answers.append(answer)
                 pending = pending[offset:]
                 if answers:
+                    receiver.flush(self)
                     self._send_now(b"".join(answers))
                     hub.sleep(COALESCE_SECONDS)
                 if handled > YIELD_EVERY or size > YIELD_BYTES:

@@ -80,6 +80,10 @@ class Receiver:
 
     def __init__(self) -> None:
         self.got: list[tuple[int, bytes]] = []
+        self.flushed: list[int] = []
+
+    def flush(self, datapath):
+        self.flushed.append(len(self.got))
 
     def receive(self, datapath, kind, data):
         self.got.append((kind, data))
@@ -175,6 +179,9 @@ def test_messages_in_pieces_and_many_in_one(link):
             eventlet.sleep(0)
     answers = [int.from_bytes(reader.until(20)[4:8], "big") for _ in range(500)]
     assert answers == list(range(500))
+    # What the receiver has to do before answers are sent, it is told once for each batch of them.
+    assert 0 < len(link.receiver.flushed) < 500
+    assert link.receiver.flushed[-1] == len(link.receiver.got)
 
 
 def test_what_the_receiver_leaves_goes_to_ryu(link):

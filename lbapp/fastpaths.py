@@ -1,0 +1,225 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""The fast paths of the connected switches, as the controller sees them: what they are told, what they ask.
+
+A switch has one link at most: to an agent in this process, or to one elsewhere over the message buses. Owns
+which link belongs to which switch and what each was told last; decides nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from lbapp.config.model import Configuration
+from lbapp.config.routing import Routes
+from lbapp.control.engine import ControlSegment
+from lbapp.control.messages import Closed, Delete, Error, Query, Reap, Reply
+from lbapp.dataflow.distribution import Distribution, distribution
+
+LOG = logging.getLogger("lbapp.fastpath")
+
+
+class MemberTraffic(NamedTuple):
+    """What a fast path has counted for one member of one virtual server since it was set up."""
+
+    opened: int
+    closed: int
+    packets: int
+    bytes: int
+
+
+class Reading(NamedTuple):
+    """What an agent tells of its fast path on demand.
+
+    ``counters`` are by name; ``members`` by (virtual server, member); ``connections`` is how many it holds.
+    """
+
+    connections: int
+    counters: Mapping[str, int]
+    members: Mapping[tuple[int, int], MemberTraffic]
+
+
+class Link(Protocol):
+    """An agent, wherever it runs. No method waits for an answer of the network."""
+
+    def configure(self, changed: Mapping[int, Distribution | None]) -> None:
+        """Take over these virtual servers (by number); None: it is gone, and so are its flows."""
+
+    def reply(self, replies: Sequence[Reply]) -> None:
+        """Install the flows of these replies (003, REPLY) and let the packets go that wait for them."""
+
+    def reap(self, reaps: Sequence[Reap]) -> None:
+        """Delete flows: of a serial, or with serial 0 all of a member."""
+
+    def live(self) -> Sequence[tuple[int, int, int]]:
+        """The connections it holds that the control segment follows: (serial, virtual server, member)."""
+
+    def read(self) -> Reading:
+        """Its counters."""
+
+    def connections(self, limit: int) -> Iterable[Any]:
+        """Some of the flows it holds (:class:`lbapp.dataflow.fastpath.layout.Flow` by key), for views."""
+
+    def close(self) -> None:
+        """The controller ends; the fast path goes on forwarding."""
+
+
+class _Side:
+    """What is known of one switch's link."""
+
+    __slots__ = ("counters", "link", "replies", "told")
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.told: dict[int, Distribution] = {}
+        self.replies: list[Reply] = []
+        self.counters: Counter[str] = Counter()
+
+
+class FastPaths:
+    """All links.
+
+    Args:
+        control: the control segment.
+        perform: does what the control segment says.
+
+    Attributes:
+        queries: whether agents ask the control segment themselves (QUERY over the message bus); otherwise
+            queries are packet-ins, and the fast path gets flows by REPLY alone.
+    """
+
+    def __init__(self, control: ControlSegment, perform: Callable[[Iterable[Any]], None]) -> None:
+        self._control = control
+        self._perform = perform
+        self.queries = True
+        self._sides: dict[int, _Side] = {}
+        self._configuration = Configuration()
+        self._routes = Routes()
+
+    def __contains__(self, switch: int) -> bool:
+        return switch in self._sides
+
+    # -------------------------------------------------------------- links
+
+    def add(self, switch: int, link: Link) -> None:
+        """A link is there; it is told everything anew."""
+        self._sides[switch] = _Side(link)
+        self.refresh(switch)
+
+    def remove(self, switch: int) -> None:
+        """A link is gone. Its fast path goes on with what it was told."""
+        self._sides.pop(switch, None)
+
+    def close(self) -> None:
+        """The controller ends."""
+        for side in self._sides.values():
+            side.link.close()
+        self._sides.clear()
+
+    # -------------------------------------------------------------- what they are told
+
+    def configure(self, configuration: Configuration) -> None:
+        """Take over a configuration; :meth:`refresh` tells a switch of it once its rules are there."""
+        self._configuration = configuration
+        self._routes = Routes(configuration.networks.values())
+
+    def refresh(self, switch: int, numbers: Iterable[int] | None = None) -> None:
+        """Tell a switch's fast path what changed: of these virtual servers, or of all."""
+        side = self._sides.get(switch)
+        if side is None:
+            return
+        hosts = self._control.hosts(switch)
+        by_number = {server.number: server for server in self._configuration.virtual_servers.values()}
+        wanted = by_number if numbers is None else {number: by_number[number] for number in numbers
+                                                    if number in by_number}
+        changed: dict[int, Distribution | None] = {}
+        for number, server in wanted.items():
+            pool = self._configuration.pool_of(server)
+            made = distribution(server, pool, self._control.eligible(switch, server, pool), self._routes, hosts,
+                                queries=self.queries)
+            if made != side.told.get(number):
+                changed[number] = made
+        if numbers is None:
+            changed.update(dict.fromkeys(side.told.keys() - by_number.keys()))
+        gone = self._gone_members(side) if numbers is None else set()
+        for number, made in changed.items():
+            if made is None:
+                side.told.pop(number, None)
+            else:
+                side.told[number] = made
+        if changed:
+            side.link.configure(changed)
+        if gone:
+            side.link.reap([Reap(switch, 0, 0, member, final=True) for member in sorted(gone)])
+
+    def _gone_members(self, side: _Side) -> set[int]:
+        """Members that were told of and are configured no more."""
+        there = {member.number for pool in self._configuration.pools.values() for member in pool.members}
+        return {target.member for told in side.told.values() for target in told.targets} - there
+
+    def replied(self, switch: int, reply: Reply) -> None:
+        """A query that came by packet-in was answered: its flow goes to the fast path with the next :meth:`flush`."""
+        side = self._sides.get(switch)
+        if side is not None and reply.error is Error.OK and reply.query.virtual_server in side.told:
+            side.replies.append(reply)
+
+    def flush(self, switch: int) -> None:
+        """Install what :meth:`replied` gathered, before the packets themselves are sent."""
+        side = self._sides.get(switch)
+        if side is not None and side.replies:
+            replies, side.replies = side.replies, []
+            side.link.reply(replies)
+
+    def reap(self, reap: Reap) -> None:
+        """The control segment wants a flow deleted."""
+        side = self._sides.get(reap.switch)
+        if side is not None:
+            side.link.reap((reap,))
+
+    # -------------------------------------------------------------- what they ask and tell
+
+    def asked(self, switch: int, queries: Sequence[Query]) -> None:
+        """A batch of QUERY."""
+        side = self._sides.get(switch)
+        if side is None:
+            return
+        now = time.monotonic()
+        query = self._control.query
+        side.counters["queries"] += len(queries)
+        side.counters["query_messages"] += 1
+        side.link.reply([query(one, now) for one in queries])
+
+    def closed(self, switch: int, closed: Sequence[Closed]) -> None:
+        """A batch of DELETE: one message, however many connections it tells of."""
+        side = self._sides.get(switch)
+        if side is not None:
+            side.counters["deletes"] += len(closed)
+            side.counters["delete_messages"] += 1
+        self._perform(self._control.handle(Delete(switch, tuple(closed)), time.monotonic()))
+
+    # -------------------------------------------------------------- views
+
+    def live(self, switch: int) -> Sequence[tuple[int, int, int]]:
+        """The followed connections that a switch's fast path holds."""
+        side = self._sides.get(switch)
+        return side.link.live() if side is not None else ()
+
+    def read(self, switch: int) -> Reading | None:
+        """A fast path's counters; None where the switch has none."""
+        side = self._sides.get(switch)
+        return side.link.read() if side is not None else None
+
+    def messages(self, switch: int) -> Mapping[str, int]:
+        """Messages between a fast path's agent and the control segment: ``queries`` and ``deletes`` one by one,
+        ``query_messages`` and ``delete_messages`` as they travelled, many in one."""
+        side = self._sides.get(switch)
+        return side.counters if side is not None else {}
+
+    def link(self, switch: int) -> Link | None:
+        """A switch's link."""
+        side = self._sides.get(switch)
+        return side.link if side is not None else None
