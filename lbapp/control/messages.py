@@ -71,6 +71,20 @@ class Query(NamedTuple):
     tcp_flags: int
 
 
+class AppQuery(NamedTuple):
+    """A flow whose client was shaken hands with, and what it sent (APP_QUERY).
+
+    ``seq`` and ``ack`` are those of the client's first data, ``options`` the TCP options that the handshake fixed
+    (as on the wire), ``data`` what the client sent so far, or what the virtual server's class extracts of it.
+    """
+
+    query: Query
+    seq: int
+    ack: int
+    options: bytes
+    data: bytes
+
+
 class Closed(NamedTuple):
     """One closed connection or, with ``state: rules``, one closed direction of it.
 
