@@ -32,6 +32,7 @@ from lbapp.dataflow.openflow import (
     Resubmit,
     SetField,
     add_flow,
+    conntrack_flush,
     encode_actions,
     packet_out,
 )
@@ -311,15 +312,31 @@ def refuse(punted: PacketIn, packet: frames.Packet) -> bytes | None:
 
     The packet may have been translated before it was punted: conntrack knows whom its sender meant.
     """
+    meant = _as_sent(punted, packet)
+    answer = frames.refusal(*meant, VIRTUAL_MAC) if meant is not None else None
+    return None if answer is None else packet_out(OFPP_CONTROLLER, _to_port(punted.in_port), answer)
+
+
+def forget(punted: PacketIn, packet: frames.Packet, switch: int) -> bytes:
+    """The message that has conntrack forget a punted packet's connection: its member is gone for good, and the
+    client may want its port again. Empty where the sender is not to be seen any more."""
+    meant = _as_sent(punted, packet)
+    if meant is None:
+        return b""
+    signature = meant[1].signature
+    return conntrack_flush(zones(switch).service, signature.protocol, signature.source, signature.destination,
+                           signature.source_port, signature.destination_port)
+
+
+def _as_sent(punted: PacketIn, packet: frames.Packet) -> tuple[bytes, frames.Packet] | None:
+    """A punted packet as its sender sent it; None where its source was translated as well."""
     if packet.source_mac == VIRTUAL_MAC:
-        return None  # its source was translated as well: who sent it is not to be seen any more
-    frame = punted.frame
+        return None
     address = oxm_field(punted.match, _CT_DESTINATION if len(packet.signature.destination) == 4 else _CT_DESTINATION6)
     port = oxm_field(punted.match, _CT_PORT)
-    if address is not None and port is not None:
-        frame, packet = frames.with_destination(frame, packet, address, int.from_bytes(port, "big"))
-    answer = frames.refusal(frame, packet, VIRTUAL_MAC)
-    return None if answer is None else packet_out(OFPP_CONTROLLER, _to_port(punted.in_port), answer)
+    if address is None or port is None:
+        return punted.frame, packet
+    return frames.with_destination(punted.frame, packet, address, int.from_bytes(port, "big"))
 
 
 def probe(switch: int, address: str, sender: str | None) -> bytes:
@@ -336,6 +353,6 @@ def forward_to(host: Host, frame: bytes) -> bytes:
 
 __all__ = [
     "ConnectionMark", "FlowRemoved", "PacketIn", "ReplyEncoder", "TruncatedError", "closed_by_shutdown",
-    "connection_mark", "decode_flow_removed", "decode_packet_in", "forward_to", "owner_of", "probe",
+    "connection_mark", "decode_flow_removed", "decode_packet_in", "forget", "forward_to", "owner_of", "probe",
     "query", "refuse",
 ]

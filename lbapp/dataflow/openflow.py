@@ -382,6 +382,16 @@ def packet_out(in_port: int, actions: bytes, frame: bytes, xid: int = 0) -> byte
                      actions, frame))
 
 
+def conntrack_flush(zone: int, protocol: int, source: bytes, destination: bytes, source_port: int,
+                    destination_port: int, xid: int = 0) -> bytes:
+    """Forget a connection (NXT_CT_FLUSH, Open vSwitch 3.1): its tuple is that of the client's packets as they came."""
+    wide = [address if len(address) == 16 else bytes(10) + b"\xff\xff" + address for address in (source, destination)]
+    nested = b"".join(struct.pack("!HH16s4x", kind, 20, address) for kind, address in enumerate(wide)) + b"".join(
+        struct.pack("!HHH2x", kind, 8, port) for kind, port in ((2, source_port), (3, destination_port)))
+    return message(OFPT_EXPERIMENTER, struct.pack("!IIB7xHH4x", NICIRA, 32, protocol, 0, 8 + len(nested)) + nested
+                   + struct.pack("!HHH2x", 2, 8, zone), xid)
+
+
 BUNDLE_OPEN, BUNDLE_COMMIT, BUNDLE_COMMITTED, BUNDLE_DISCARD = 0, 4, 5, 6
 BUNDLE_ATOMIC_ORDERED = 3
 

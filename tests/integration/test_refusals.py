@@ -198,3 +198,19 @@ def test_refusals_do_not_disturb_who_is_served(both: Lab) -> None:
             with pytest.raises(ConnectionRefusedError):
                 tcp(client, VIP, 4445)
         assert [one.ask() for one in open_ones] == [one.server for one in open_ones]
+
+
+@pytest.mark.parametrize(("vip", "port"), [(VIP, 80), (VIP, 8080), (VIP6, 80)])
+def test_a_client_of_a_removed_member_may_use_its_port_again(both: Lab, vip: str, port: int) -> None:
+    lab, client = both, both.client("c1")
+    name = "six" if ":" in vip else "four"
+    old = Held(client, vip, port)
+    left = [member for member in members(lab, six=":" in vip) if member["name"] != old.server]
+    lab.rest.patch(f"/v1/pools/web-{name}", {"members": left})
+    settle(lab)
+    with pytest.raises(ConnectionResetError):
+        old.ask()
+    old.reset()
+    new = Held(client, vip, port, source_port=old.port)
+    assert new.server != old.server
+    new.close()

@@ -264,7 +264,13 @@ def test_refuse_answers_for_whom_the_client_meant():
     plain = carrier.decode_packet_in(punt(SYN, Kind.FULL))
     data = carrier.refuse(plain, frames.parse(SYN))
     assert data is not None and parse(data[40:])["ipv4_src"] == 0x0A000064
+    # What "ovs-ofctl ct-flush br zone=2,'ct_nw_src=10.0.0.1,ct_nw_dst=10.0.0.100,...'" sends.
+    assert carrier.forget(punted, frames.parse(punted.frame), 1).hex() == (
+        "0404006800000000000023200000002006000000000000000000004800000000"
+        "0000001400000000000000000000ffff0a00000100000000" "0001001400000000000000000000ffff0a00006400000000"
+        f"00020008{frames.parse(punted.frame).signature.source_port:04x}0000" "0003000800500000" "0002000800020000")
     hidden = frame("10.0.0.254", "10.0.0.13", eth_src="02:6c:62:00:00:01")
+    assert carrier.forget(carrier.decode_packet_in(punt(hidden, Kind.GONE)), frames.parse(hidden), 1) == b""
     assert carrier.refuse(carrier.decode_packet_in(punt(hidden, Kind.GONE)), frames.parse(hidden)) is None
 
 
