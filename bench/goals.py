@@ -9,14 +9,24 @@ from dataclasses import dataclass
 
 REFERENCE = "haproxy-tcp"
 
-RATIOS: tuple[tuple[str, str, float], ...] = (
-    ("lbapp-switch", "new_conn_per_s", 0.95),
-    ("lbapp-punted", "new_conn_per_s", 0.85),
-    *((target, metric, 1.0) for target in ("lbapp-switch", "lbapp-punted")
-      for metric in ("keepalive_req_per_s", "big_mb_per_s", "up_gbit_per_s", "down_gbit_per_s")),
-)
-"""Target, metric, and the least share of the reference's figure."""
+NFT = "nft"
+BULK = ("up_gbit_per_s", "down_gbit_per_s")
 
+RATIOS: tuple[tuple[str, str, str, float], ...] = (
+    ("lbapp-switch", "new_conn_per_s", REFERENCE, 0.95),
+    ("lbapp-punted", "new_conn_per_s", REFERENCE, 0.95),
+    *((target, metric, REFERENCE, 1.0) for target in ("lbapp-switch", "lbapp-punted")
+      for metric in ("keepalive_req_per_s", "big_mb_per_s", *BULK)),
+    ("lbapp-fastpath", "new_conn_per_s", NFT, 1.15),
+    ("lbapp-fastpath", "new_conn_per_s", REFERENCE, 1.4),
+    ("lbapp-fastpath", "keepalive_req_per_s", NFT, 0.95),
+    *(("lbapp-fastpath", metric, NFT, 1.0) for metric in BULK),
+    *(("lbapp-fastpath", metric, REFERENCE, 1.8) for metric in BULK),
+    ("lbapp-agent", "new_conn_per_s", REFERENCE, 1.2),
+)
+"""Target, metric, the target it is compared with, and the least share of that one's figure."""
+
+MESSAGES_PER_CLOSED = 1 / 64
 CONTROLLER_US = 25.0
 SCALE_CONNECTIONS = 100_000
 SCALE_RULES = 60
@@ -33,9 +43,10 @@ class Goal:
     met: bool | None
 
 
-def _ratio(targets: Mapping[str, Mapping[str, float]], target: str, metric: str, least: float) -> Goal:
-    text = f"{target} {metric} at least {least:.2f} times {REFERENCE}"
-    ours, theirs = targets.get(target, {}).get(metric), targets.get(REFERENCE, {}).get(metric)
+def _ratio(targets: Mapping[str, Mapping[str, float]], target: str, metric: str, reference: str,
+           least: float) -> Goal:
+    text = f"{target} {metric} at least {least:.2f} times {reference}"
+    ours, theirs = targets.get(target, {}).get(metric), targets.get(reference, {}).get(metric)
     if ours is None or not theirs:
         return Goal(text, "not measured", None)
     return Goal(text, f"{ours / theirs:.2f}x", ours >= least * theirs)
@@ -48,7 +59,7 @@ def _most(text: str, value: float | None, most: float, unit: str) -> Goal:
 
 
 def goals(targets: Mapping[str, Mapping[str, float]], scale: Mapping[str, float]) -> list[Goal]:
-    """All goals of the first stage.
+    """All goals.
 
     Args:
         targets: target -> metric -> median.
@@ -59,6 +70,8 @@ def goals(targets: Mapping[str, Mapping[str, float]], scale: Mapping[str, float]
         *(_ratio(targets, *row) for row in RATIOS),
         _most(f"lbapp-punted: controller at most {CONTROLLER_US:.0f} µs CPU a punted connection",
               targets.get("lbapp-punted", {}).get("controller_us_per_conn"), CONTROLLER_US, " µs"),
+        _most("lbapp-fastpath: at most 1/64 message to the control segment a closed connection",
+              targets.get("lbapp-fastpath", {}).get("messages_per_closed"), MESSAGES_PER_CLOSED, ""),
         Goal(f"{SCALE_CONNECTIONS} concurrent connections held",
              "not measured" if held is None else f"{held:.0f}", None if held is None else held >= SCALE_CONNECTIONS),
         _most(f"at most {SCALE_RULES} OpenFlow rules a virtual server while they are held",

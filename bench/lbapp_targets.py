@@ -65,13 +65,20 @@ class RunningController:
 def counted(stats: Mapping[str, Any], total: int) -> Messages:
     """The messages of ``GET /v1/stats``, over all switches, with the total from elsewhere."""
     kinds = [sum(int(switch[kind]) for switch in stats["switches"]) for kind in ("flow_mods", "packet_ins")]
-    return Messages(total, *kinds)
+    agents = [switch["fastpath"] for switch in stats["switches"] if switch.get("fastpath")]
+    return Messages(total, *kinds, *(sum(int(agent[kind]) for agent in agents)
+                                     for kind in ("deletes", "delete_messages")))
 
 
 class Installation:
-    """Four clients and two servers on one switch, and a controller for it; no virtual server yet."""
+    """Four clients and two servers on one switch, and a controller for it; no virtual server yet.
 
-    def __init__(self, lab: Lab) -> None:
+    Args:
+        lab: where it is built.
+        options: further options of ``lbapp run``.
+    """
+
+    def __init__(self, lab: Lab, options: Sequence[str] = ()) -> None:
         self.lab = lab
         clients, servers = hosts(lab)
         self.clients, self.servers = tuple(clients), tuple(servers)
@@ -90,7 +97,8 @@ class Installation:
         # A namespace is known by a process in it.
         anchor = lab.spawn(self.middle, "anchor", ["sleep", "infinity"])
         inside = processes.Namespace("the middle", anchor.pid)
-        self.process = ControllerProcess(inside, lab.directory / "state", environment=self.ovs.environment)
+        self.process = ControllerProcess(inside, lab.directory / "state", options=options,
+                                         environment=self.ovs.environment)
         lab.on_close(self.process.stop)
         try:
             self.process.start(READY_SECONDS)
@@ -156,11 +164,19 @@ class Installation:
 
 
 class Lbapp(Target):
-    """lbapp with one of its ways to treat a new connection."""
+    """lbapp with one of its ways to treat a new connection.
 
-    def __init__(self, name: str, algorithm: str, **options: str) -> None:
+    Args:
+        name: the target's name.
+        algorithm: of the pool.
+        run: further options of ``lbapp run``.
+        options: further fields of the virtual server.
+    """
+
+    def __init__(self, name: str, algorithm: str, run: Sequence[str] = (), **options: str) -> None:
         self.name = name
         self._algorithm = algorithm
+        self._run = run
         self._options = options
 
     def virtual_server(self, name: str, port: int, addresses: Sequence[str]) -> dict[str, Any]:
@@ -171,7 +187,7 @@ class Lbapp(Target):
 
     def build(self, lab: Lab) -> Site:
         """See :meth:`Target.build`."""
-        installation = Installation(lab)
+        installation = Installation(lab, self._run)
         installation.post("/v1/virtual-servers", self.virtual_server("web", WEB_PORT, installation.addresses))
         installation.post("/v1/virtual-servers", self.virtual_server("bulk", BULK_PORT, installation.addresses[:1]))
         for port in (WEB_PORT, BULK_PORT):
@@ -183,6 +199,8 @@ class Lbapp(Target):
 
 OURS: tuple[Target, ...] = (
     Lbapp("lbapp-switch", "WEIGHTED_ROUND_ROBIN", decision="switch"),
-    Lbapp("lbapp-punted", "ROUND_ROBIN", decision="controller"),
+    Lbapp("lbapp-punted", "ROUND_ROBIN", ("--fastpath", "--queries", "openflow"), decision="controller"),
     Lbapp("lbapp-rules", "ROUND_ROBIN", state="rules"),
+    Lbapp("lbapp-fastpath", "WEIGHTED_ROUND_ROBIN", ("--fastpath",), decision="switch"),
+    Lbapp("lbapp-agent", "ROUND_ROBIN", ("--fastpath",), decision="controller"),
 )

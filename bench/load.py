@@ -30,11 +30,17 @@ _HERE = Path(__file__).resolve().parent
 
 
 class Messages(NamedTuple):
-    """OpenFlow messages between switch and controller since its start."""
+    """Messages between switch and controller since its start.
+
+    ``total``, ``flow_mods`` and ``packet_ins`` are OpenFlow's. ``closed`` connections were told of over the message
+    bus, in ``closed_messages``.
+    """
 
     total: int
     flow_mods: int
     packet_ins: int
+    closed: int = 0
+    closed_messages: int = 0
 
 
 class Controller(Protocol):

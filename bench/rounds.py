@@ -32,6 +32,7 @@ METRICS: dict[str, str] = {
     "messages_per_conn": "OpenFlow messages/connection",
     "flow_mods_per_conn": "flow-mods/connection",
     "packet_ins_per_conn": "packet-ins/connection",
+    "messages_per_closed": "messages/closed connection",
 }
 QUIET_PATIENCE = 5.0
 
@@ -112,6 +113,9 @@ def _measure(lab: Lab, site: load.Site, target: Target, seconds: int, sample: Sa
         metrics["messages_per_conn"] = (after.total - before.total) / made
         metrics["flow_mods_per_conn"] = (after.flow_mods - before.flow_mods) / made
         metrics["packet_ins_per_conn"] = (after.packet_ins - before.packet_ins) / made
+        if after.closed > before.closed:
+            metrics["messages_per_closed"] = (after.closed_messages - before.closed_messages) / (
+                after.closed - before.closed)
 
     progress("keep-alive")
     result = load.keep_alive(lab, site, seconds)

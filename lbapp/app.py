@@ -125,6 +125,7 @@ class LoadBalancer(app_manager.RyuApp):
         self.repairs: Counter[int] = Counter()
         self._ticker: Any = None
         self.on_connect: Callable[[int], None] = lambda _: None
+        self.on_ready: Callable[[int], None] = lambda _: None
         # A restarted controller must not give a living connection's serial away again. Agents' serials are odd.
         self._serials = itertools.count(secrets.randbits(31) * 2, 2)
         self._punts: dict[int, Callable[[Switch, carrier.PacketIn], bytes]] = {
@@ -214,19 +215,17 @@ class LoadBalancer(app_manager.RyuApp):
     def _no_room(self, switch: Switch, punted: carrier.PacketIn) -> bytes:
         """Conntrack took no more, or a connection's member is gone: refuse at once."""
         mark = carrier.connection_mark(punted)
-        if punted.cookie >> 48 & 0xFF == Kind.FULL:
-            switch.counters["conntrack_full"] += 1
+        full = punted.cookie >> 48 & 0xFF == Kind.FULL
+        switch.counters["conntrack_full" if full else "member_gone"] += 1
+        if full:
             self._perform(self.control.handle(Refused(switch.id, mark.serial, mark.virtual_server), time.monotonic()))
-        else:
-            switch.counters["member_gone"] += 1
         try:
-            answer = carrier.refuse(punted, frames.parse(punted.frame))
+            packet = frames.parse(punted.frame)
         except frames.MalformedError:
             return b""
-        if answer is None:
-            return b""
-        switch.counters["packet_outs"] += 1
-        return answer
+        answer = carrier.refuse(punted, packet) or b""
+        switch.counters["packet_outs"] += bool(answer)
+        return answer if full else carrier.forget(punted, packet, switch.id) + answer
 
     def _close(self, switch: Switch, punted: carrier.PacketIn) -> bytes:
         mark = carrier.connection_mark(punted)
@@ -387,6 +386,7 @@ class LoadBalancer(app_manager.RyuApp):
                 hub.sleep(0)
             LOG.info("switch %016x reconciled: %d changes", switch.id, sent)
             self._perform(commands)
+            self.on_ready(switch.id)
             self._queue(switch, ("configure", self.configuration))
         elif job == "configure" and session.ready:
             for _ in session.configure(argument):

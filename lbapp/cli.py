@@ -94,13 +94,17 @@ def cli(ctx: click.Context, url: str, token: str | None, token_file: Path | None
                                                    "[default: start one in the state directory]")
 @click.option("--token-file", type=PATH, envvar="LBAPP_TOKEN_FILE",
               help="Where the bearer token is kept.  [default: token in the state directory]")
+@click.option("--fastpath", is_flag=True, envvar="LBAPP_FASTPATH", show_envvar=True,
+              help="Put an eBPF fast path in front of the bridges of this host.")
+@click.option("--queries", type=click.Choice(["agent", "openflow"]), default="agent", show_default=True,
+              help="How first packets come from a switch with a fast path: straight, or as packet-ins.")
 @click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False),
               default="INFO", show_default=True)
 @click.option("--log-file", type=PATH, help="Log there instead of to standard error.")
 @click.argument("ryu_apps", nargs=-1)
 @click.pass_obj
 def run(access: Access, listen: tuple[str, int], ryu_apps: tuple[str, ...], token_file: Path | None,
-        log_level: str, **options: Any) -> None:
+        log_level: str, queries: str, **options: Any) -> None:
     """Run the controller, and RYU_APPS beside it (such as ryu.app.simple_switch_13)."""
     for one in ("tls", "openflow"):
         certificate, key = options[f"{one}_certificate"], options[f"{one}_key"]
@@ -121,7 +125,7 @@ def run(access: Access, listen: tuple[str, int], ryu_apps: tuple[str, ...], toke
     # How it is told to stop; not an abortion.
     with contextlib.suppress(KeyboardInterrupt):
         launcher.run(launcher.Settings(openflow=listen, ryu_apps=ryu_apps, token_file=token_file,
-                                       log_level=log_level.upper(), **options))
+                                       log_level=log_level.upper(), queries=queries == "agent", **options))
 
 
 @cli.command()

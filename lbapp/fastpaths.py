@@ -18,13 +18,16 @@ from lbapp.config.model import Configuration
 from lbapp.config.routing import Routes
 from lbapp.control.engine import ControlSegment
 from lbapp.control.messages import Closed, Delete, Error, Query, Reap, Reply
-from lbapp.dataflow.distribution import Distribution, distribution
+from lbapp.dataflow.distribution import Distribution, Mode, distribution
 
 LOG = logging.getLogger("lbapp.fastpath")
 
 
 class MemberTraffic(NamedTuple):
-    """What a fast path has counted for one member of one virtual server since it was set up."""
+    """What a fast path has counted for one member of one virtual server since it was set up.
+
+    ``packets`` and ``bytes`` are those of closed connections, both ways.
+    """
 
     opened: int
     closed: int
@@ -36,18 +39,23 @@ class Reading(NamedTuple):
     """What an agent tells of its fast path on demand.
 
     ``counters`` are by name; ``members`` by (virtual server, member); ``connections`` is how many it holds.
+    ``before``: what ``opened`` was when this controller began.
     """
 
     connections: int
     counters: Mapping[str, int]
     members: Mapping[tuple[int, int], MemberTraffic]
+    before: Mapping[tuple[int, int], int] = {}
 
 
 class Link(Protocol):
     """An agent, wherever it runs. No method waits for an answer of the network."""
 
-    def configure(self, changed: Mapping[int, Distribution | None]) -> None:
-        """Take over these virtual servers (by number); None: it is gone, and so are its flows."""
+    def configure(self, changed: Mapping[int, Distribution | None], *, whole: bool = False) -> None:
+        """Take over these virtual servers (by number); None: it is gone, and so are its flows.
+
+        ``whole``: these are all; whatever else is there from before is gone as well.
+        """
 
     def reply(self, replies: Sequence[Reply]) -> None:
         """Install the flows of these replies (003, REPLY) and let the packets go that wait for them."""
@@ -71,13 +79,15 @@ class Link(Protocol):
 class _Side:
     """What is known of one switch's link."""
 
-    __slots__ = ("counters", "link", "replies", "told")
+    __slots__ = ("asked", "before", "counters", "link", "replies", "told")
 
     def __init__(self, link: Link) -> None:
         self.link = link
         self.told: dict[int, Distribution] = {}
         self.replies: list[Reply] = []
         self.counters: Counter[str] = Counter()
+        self.asked: Counter[int] = Counter()
+        self.before = {key: traffic.opened for key, traffic in link.read().members.items()}
 
 
 class FastPaths:
@@ -108,7 +118,7 @@ class FastPaths:
     def add(self, switch: int, link: Link) -> None:
         """A link is there; it is told everything anew."""
         self._sides[switch] = _Side(link)
-        self.refresh(switch)
+        self.refresh(switch, whole=True)
 
     def remove(self, switch: int) -> None:
         """A link is gone. Its fast path goes on with what it was told."""
@@ -127,7 +137,7 @@ class FastPaths:
         self._configuration = configuration
         self._routes = Routes(configuration.networks.values())
 
-    def refresh(self, switch: int, numbers: Iterable[int] | None = None) -> None:
+    def refresh(self, switch: int, numbers: Iterable[int] | None = None, *, whole: bool = False) -> None:
         """Tell a switch's fast path what changed: of these virtual servers, or of all."""
         side = self._sides.get(switch)
         if side is None:
@@ -151,8 +161,8 @@ class FastPaths:
                 side.told.pop(number, None)
             else:
                 side.told[number] = made
-        if changed:
-            side.link.configure(changed)
+        if changed or whole:
+            side.link.configure(changed, whole=whole)
         if gone:
             side.link.reap([Reap(switch, 0, 0, member, final=True) for member in sorted(gone)])
 
@@ -189,6 +199,7 @@ class FastPaths:
             return
         now = time.monotonic()
         query = self._control.query
+        side.asked.update([one.virtual_server for one in queries])
         side.counters["queries"] += len(queries)
         side.counters["query_messages"] += 1
         side.link.reply([query(one, now) for one in queries])
@@ -211,13 +222,29 @@ class FastPaths:
     def read(self, switch: int) -> Reading | None:
         """A fast path's counters; None where the switch has none."""
         side = self._sides.get(switch)
-        return side.link.read() if side is not None else None
+        return side.link.read()._replace(before=side.before) if side is not None else None
+
+    def serves(self, switch: int, virtual_server: int) -> bool:
+        """Whether a virtual server's connections are in a switch's fast path, whoever decides."""
+        side = self._sides.get(switch)
+        return side is not None and virtual_server in side.told
+
+    def decides(self, switch: int, virtual_server: int) -> bool:
+        """Whether a switch's fast path selects the members of a virtual server itself."""
+        side = self._sides.get(switch)
+        told = side.told.get(virtual_server) if side is not None else None
+        return told is not None and told.mode is Mode.DECIDE
 
     def messages(self, switch: int) -> Mapping[str, int]:
         """Messages between a fast path's agent and the control segment: ``queries`` and ``deletes`` one by one,
         ``query_messages`` and ``delete_messages`` as they travelled, many in one."""
         side = self._sides.get(switch)
         return side.counters if side is not None else {}
+
+    def asked_by(self, switch: int) -> Mapping[int, int]:
+        """How often a switch's agent asked, by virtual server."""
+        side = self._sides.get(switch)
+        return side.asked if side is not None else {}
 
     def link(self, switch: int) -> Link | None:
         """A switch's link."""

@@ -36,6 +36,8 @@ class Settings:
         openflow_certificate, openflow_key, openflow_ca: for switches that connect with TLS.
         database: remote of an existing OVSDB server; by default one is started in ``state_dir``.
         token_file: where the bearer token is kept.
+        fastpath: whether switches of this host get a fast path, with the agent in this process.
+        queries: whether agents ask by message bus; otherwise first packets come as packet-ins.
         ryu_apps: other Ryu applications to run beside.
     """
 
@@ -49,6 +51,8 @@ class Settings:
     openflow_ca: Path | None = None
     database: str | None = None
     token_file: Path | None = None
+    fastpath: bool = False
+    queries: bool = True
     log_level: str = "INFO"
     log_file: Path | None = None
     ryu_apps: tuple[str, ...] = ()

@@ -52,9 +52,11 @@ class Readings:
             for switch in list(self._application.switches):
                 try:
                     if self._application.control.counting and self.is_local(switch):
-                        self._application.live(switch, tuple(
+                        # What the fast path took over, conntrack believes idle.
+                        fast = self._application.fastpaths.live(switch)
+                        self._application.live(switch, (*fast, *(
                             (entry.serial, entry.virtual_server, entry.member)
-                            for entry in self.conntrack(switch) if entry.tracked and entry.state not in CLOSING))
+                            for entry in self.conntrack(switch) if entry.tracked and entry.state not in CLOSING)))
                 except OvsError as error:
                     LOG.warning("switch %016x: conntrack cannot be read: %s", switch, error)
                 except Exception:
@@ -65,10 +67,10 @@ class Readings:
         known = self._local.get(switch)
         if known is None:
             try:
-                listed = self._ovs.vsctl("--bare", "--columns=datapath_id", "list", "bridge", wait=False).split()
+                known = self._ovs.bridge_of(switch) is not None
             except OvsError:
-                listed = []
-            known = self._local[switch] = f"{switch:016x}" in listed
+                return False  # to be asked again
+            self._local[switch] = known
         return known
 
     def prepare(self, switch: int) -> None:

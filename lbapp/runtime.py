@@ -15,6 +15,7 @@ from typing import Any
 
 from lbapp.api.views import (
     ConnectionView,
+    FastPathStatistics,
     HostView,
     MemberStatistics,
     StatisticsView,
@@ -26,6 +27,7 @@ from lbapp.config.model import Configuration, Member, Pool, State, VirtualServer
 from lbapp.config.routing import Routes
 from lbapp.dataflow.matches import address_text
 from lbapp.dataflow.ovs import OvsError
+from lbapp.fastpaths import Reading
 from lbapp.readings import Readings
 
 FEATURES = ("bundles", "conntrack", "groups")
@@ -35,6 +37,10 @@ PROTOCOLS = {6: "TCP", 17: "UDP"}
 def endpoint(address: str, port: int) -> str:
     """``address:port``, an IPv6 address in brackets."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _share(messages: int, opened: int) -> float | None:
+    return round(messages / opened, 4) if opened else None
 
 
 class ControllerRuntime:
@@ -187,9 +193,22 @@ class ControllerRuntime:
         bound: Counter[tuple[int, int]] = Counter()
         messages: Counter[int] = Counter()
         forwarded: dict[int, list[int]] = {}
+        alive: Counter[int] = Counter()
+        openings: dict[int, int] = {}
+        readings: dict[int, Reading | None] = {}
         for switch in switches:
             bound.update(switch.session.counters.bound)
             messages.update(switch.punts)
+            messages.update(self._application.fastpaths.asked_by(switch.id))
+            followed = counted.switches.get(switch.id)
+            openings[switch.id] = sum(switch.session.counters.bound.values()) + (followed.opened if followed else 0)
+            reading = readings[switch.id] = self._application.fastpaths.read(switch.id)
+            for key, traffic in reading.members.items() if reading is not None else ():
+                alive[key[0]] += traffic.opened - traffic.closed
+                if self._application.fastpaths.decides(switch.id, key[0]):  # others the control segment has counted
+                    opened = traffic.opened - reading.before.get(key, 0)
+                    bound[key] += opened
+                    openings[switch.id] += opened
             for number, (packets, size) in switch.session.counters.forwarded.items():
                 totals = forwarded.setdefault(number, [0, 0])
                 totals[0] += packets
@@ -204,24 +223,32 @@ class ControllerRuntime:
             refused.setdefault(number, {})[why.name] = times
         return StatisticsView(
             uptime_seconds=round(time.monotonic() - self._started, 1),
-            virtual_servers=[self._of_server(server, by_server, messages, refused)
+            virtual_servers=[self._of_server(server, by_server, messages, refused, alive)
                              for server in self._configuration.virtual_servers.values()],
             members=[self._of_member(pool, member, by_member, forwarded)
                      for pool in self._configuration.pools.values() for member in pool.members],
-            switches=[self._of_switch(switch) for switch in switches])
+            switches=[self._of_switch(switch, readings[switch.id], openings[switch.id]) for switch in switches])
 
     def _of_server(self, server: VirtualServer, bound: Counter[int], messages: Counter[int],
-                   refused: dict[int, dict[str, int]]) -> VirtualServerStatistics:
+                   refused: dict[int, dict[str, int]], alive: Counter[int]) -> VirtualServerStatistics:
         counters = self._application.control.virtual_server_counters(server.number)
         opened = counters.opened + bound[server.number]
         return VirtualServerStatistics(
             id=server.id, name=server.name, opened=opened, closed=counters.closed,
-            active=counters.active if self._application.control.follows(server.number) else None,
+            active=self._active(server, counters.active, alive[server.number]),
             refused=refused.get(server.number, {}),
-            packets=counters.packets if server.state is State.RULES else None,
-            bytes=counters.bytes if server.state is State.RULES else None,
+            packets=counters.packets if server.state is State.RULES or counters.closed else None,
+            bytes=counters.bytes if server.state is State.RULES or counters.closed else None,
             messages_to_controller=messages[server.number],
             messages_per_connection=round(messages[server.number] / opened, 4) if opened else None)
+
+    def _active(self, server: VirtualServer, followed: int, alive: int) -> int | None:
+        """Connections now: known where they are followed, or where fast paths hold all of them."""
+        if self._application.control.follows(server.number):
+            return followed
+        switches, fastpaths = self._application.switches, self._application.fastpaths
+        held = switches and all(fastpaths.serves(switch, server.number) for switch in switches)
+        return max(0, alive) if held else None
 
     def _of_member(self, pool: Pool, member: Member, bound: Counter[int],
                    forwarded: dict[int, list[int]]) -> MemberStatistics:
@@ -232,13 +259,25 @@ class ControllerRuntime:
             opened=counters.opened + bound[member.number], closed=counters.closed, active=counters.active,
             packets=counters.packets + packets, bytes=counters.bytes + size)
 
-    def _of_switch(self, switch: Any) -> SwitchStatistics:
+    def _of_switch(self, switch: Any, reading: Reading | None, opened: int) -> SwitchStatistics:
         counters = switch.counters
+        told = Counter(self._application.fastpaths.messages(switch.id))
+        punts = sum(switch.punts.values())
         return SwitchStatistics(
             dpid=f"{switch.id:016x}", packet_ins=counters["packet_ins"], packet_outs=counters["packet_outs"],
             flow_mods=counters["flow_mods"] + switch.session.flow_mods, flows_removed=counters["flow_removeds"],
             queries_dropped=self._readings.queue_drops(switch.id), table_full=counters["table_full"],
-            conntrack_full=counters["conntrack_full"], reconnects=self._application.reconnects[switch.id])
+            conntrack_full=counters["conntrack_full"], reconnects=self._application.reconnects[switch.id],
+            messages_per_connection=_share(punts + told["queries"] + told["deletes"], opened),
+            messages_per_connection_bundled=_share(
+                punts + told["query_messages"] + told["delete_messages"], opened),
+            fastpath=None if reading is None else FastPathStatistics(
+                connections=reading.connections, hits=reading.counters.get("hits", 0),
+                misses={name.removeprefix("miss_"): count for name, count in reading.counters.items()
+                        if name.startswith("miss_")},
+                drops={name.removeprefix("drop_"): count for name, count in reading.counters.items()
+                       if name.startswith("drop_")},
+                **{name: told[name] for name in ("queries", "query_messages", "deletes", "delete_messages")}))
 
     @property
     def _configuration(self) -> Configuration:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from lbapp.api.controller import register
 from lbapp.api.server import Server, serve
 from lbapp.config.database import EmbeddedDatabase
 from lbapp.config.store import Store
+from lbapp.dataflow.ovs import Ovs
 from lbapp.dataflow.ryu_shim import tls_context
 from lbapp.readings import Readings
 from lbapp.runtime import ControllerRuntime
@@ -44,6 +46,7 @@ class Service:
         self._store: Store | None = None
         self._tokens: Tokens | None = None
         self._server: Server | None = None
+        self._close_fastpaths: Callable[[], None] = lambda: None
 
     def open(self) -> None:
         """Open the database and the token file, before anything listens.
@@ -66,8 +69,29 @@ class Service:
         self._store = Store(remote, revive)
         self._store.start()
 
+    def _fastpaths(self, application: Any) -> None:
+        """Have switches of this host get a fast path when they are ready."""
+        settings, fastpaths = self._settings, application.fastpaths
+        fastpaths.queries = settings.queries
+        if not settings.fastpath:
+            return
+        from lbapp.agents import local_link  # its netlink and eBPF parts only where they are wanted
+
+        ovs = Ovs()
+
+        def ready(switch: int) -> None:
+            if switch in fastpaths:
+                return  # the switch was away; its fast path was not
+            link = local_link(switch, fastpaths, ovs)
+            if link is not None:
+                fastpaths.add(switch, link)
+
+        application.on_ready = ready
+        self._close_fastpaths = fastpaths.close
+
     def close(self) -> None:
         """Stop what was started here."""
+        self._close_fastpaths()
         if self._server is not None:
             self._server.stop()
         if self._store is not None:
@@ -82,6 +106,7 @@ class Service:
         application = app_manager.lookup_service_brick("lbapp")
         readings = Readings(application)
         application.on_connect = readings.prepare
+        self._fastpaths(application)
         guard = register(application.wsgi, self._store, ControllerRuntime(application, readings), self._tokens)
         application.configure(self._store.configuration)
         self._store.subscribe(application.configure)

@@ -140,6 +140,28 @@ class MemberStatistics(msgspec.Struct, frozen=True, kw_only=True):
     bytes: Count | None = None
 
 
+class FastPathStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of a switch's fast path and of the messages of its agent.
+
+    Attributes:
+        connections: those it holds now.
+        hits: packets that it translated itself.
+        misses: packets that it left to Open vSwitch, by reason.
+        drops: what found no room or no answer, by reason.
+        queries, deletes: first packets asked about, closed connections told of, one by one (unbundled).
+        query_messages, delete_messages: the messages that carried them (bundled).
+    """
+
+    connections: Count = 0
+    hits: Count = 0
+    misses: dict[str, int] = {}
+    drops: dict[str, int] = {}
+    queries: Count = 0
+    query_messages: Count = 0
+    deletes: Count = 0
+    delete_messages: Count = 0
+
+
 class SwitchStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """Counters of the controller's side of a switch.
 
@@ -149,6 +171,10 @@ class SwitchStatistics(msgspec.Struct, frozen=True, kw_only=True):
         table_full: rules that the switch had no room for.
         conntrack_full: connections that its conntrack had no room for; null where it does not tell.
         reconnects: times it came back.
+        messages_per_connection: messages to the control segment, each QUERY and DELETE counted, by connections
+            opened; null before the first.
+        messages_per_connection_bundled: the same as they travel, many in one message.
+        fastpath: null where it has none.
     """
 
     dpid: Dpid
@@ -160,6 +186,9 @@ class SwitchStatistics(msgspec.Struct, frozen=True, kw_only=True):
     table_full: Count = 0
     conntrack_full: Count | None = None
     reconnects: Count = 0
+    messages_per_connection: float | None = None
+    messages_per_connection_bundled: float | None = None
+    fastpath: FastPathStatistics | None = None
 
 
 class StatisticsView(msgspec.Struct, frozen=True, kw_only=True):

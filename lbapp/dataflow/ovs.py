@@ -252,6 +252,12 @@ class Ovs:
         """Take an interface off a bridge, if it is there."""
         self.vsctl("--if-exists", "del-port", bridge, interface)
 
+    def bridge_of(self, datapath_id: int) -> str | None:
+        """The bridge of this Open vSwitch that has a datapath id; None where none has."""
+        listed = self.vsctl("--bare", "--columns=name", "find", "bridge", f'datapath_id="{datapath_id:016x}"',
+                            wait=False)
+        return listed.strip() or None
+
     def connected(self, bridge: str) -> bool:
         """Whether a bridge has a controller on the line; OVSDB tells up to 5 seconds late."""
         return "true" in self.vsctl("--if-exists", "get", "Controller", bridge, "is_connected", wait=False)

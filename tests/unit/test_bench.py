@@ -148,12 +148,18 @@ def test_spread_and_medians() -> None:
 def figures(ours: float, theirs: float) -> dict[str, dict[str, float]]:
     metrics = ("new_conn_per_s", "keepalive_req_per_s", "big_mb_per_s", "up_gbit_per_s", "down_gbit_per_s")
     return {"haproxy-tcp": dict.fromkeys(metrics, theirs), "lbapp-switch": dict.fromkeys(metrics, ours),
-            "lbapp-punted": {**dict.fromkeys(metrics, ours), "controller_us_per_conn": 25.1}}
+            "lbapp-punted": {**dict.fromkeys(metrics, ours), "controller_us_per_conn": 25.1},
+            "nft": dict.fromkeys(metrics, theirs),
+            "lbapp-fastpath": {**dict.fromkeys(metrics, 2 * ours), "messages_per_closed": 1 / 60},
+            "lbapp-agent": dict.fromkeys(metrics, 1.2 * ours)}
 
 
 def test_goals_are_computed_from_the_figures() -> None:
     found = {goal.text: goal.met for goal in goals.goals(figures(90, 100), {})}
-    assert found["lbapp-punted new_conn_per_s at least 0.85 times haproxy-tcp"] is True
+    assert found["lbapp-punted new_conn_per_s at least 0.95 times haproxy-tcp"] is False
+    assert found["lbapp-fastpath new_conn_per_s at least 1.15 times nft"] is True
+    assert found["lbapp-agent new_conn_per_s at least 1.20 times haproxy-tcp"] is False
+    assert found["lbapp-fastpath: at most 1/64 message to the control segment a closed connection"] is False
     assert found["lbapp-switch new_conn_per_s at least 0.95 times haproxy-tcp"] is False
     assert found["lbapp-switch keepalive_req_per_s at least 1.00 times haproxy-tcp"] is False
     assert found["lbapp-punted: controller at most 25 µs CPU a punted connection"] is False
@@ -165,6 +171,7 @@ def test_goals_at_their_limits_are_met() -> None:
                      "held_controller_bytes_per_connection": 0.0}
     targets = figures(100, 100)
     targets["lbapp-punted"]["controller_us_per_conn"] = 25.0
+    targets["lbapp-fastpath"]["messages_per_closed"] = 1 / 64
     assert all(goal.met for goal in goals.goals(targets, scale_figures))
     short = {**scale_figures, "connections_held": 99_999, "held_rules_per_virtual_server": 61}
     assert sum(goal.met is False for goal in goals.goals(targets, short)) == 2
@@ -263,7 +270,7 @@ def test_requests_fit_the_model(target: Lbapp) -> None:
     pool = msgspec.convert(body.pop("pool"), Pool)
     virtual_server = msgspec.convert(body, VirtualServer)
     assert len(pool.members) == 2
-    assert virtual_server.switch_decides(pool) is (target.name == "lbapp-switch")
+    assert virtual_server.switch_decides(pool) is (target.name in ("lbapp-switch", "lbapp-fastpath"))
 
 
 def test_the_large_site_is_valid_and_has_no_conflicts() -> None:
