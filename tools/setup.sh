@@ -117,3 +117,5 @@ flock 9
 touch "$LOG"
 install_packages
 install_venv
+# Without its programs the fast path is not there, and everything works through Open vSwitch alone.
+quietly .venv/bin/python -m lbapp.dataflow.fastpath.build
