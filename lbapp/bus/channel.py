@@ -56,13 +56,14 @@ class Channel:
         role: whose side this is.
         switch: the DFS's datapath id, where it is known before the first session (on the DFS's side).
         timing: delays and bounds.
+        first: the number of the first batch; above all that this incarnation has sent to the same peer before.
 
     Attributes:
         counts: what happened, by name: ``sent``, ``received``, ``messages_sent``, ``messages_received``,
             ``resent``, ``duplicates``, ``dropped_<kind>``, ``lost_records``, ``ignored_<fault>``, ...
     """
 
-    def __init__(self, role: Role, switch: int = 0, timing: Timing | None = None) -> None:
+    def __init__(self, role: Role, switch: int = 0, timing: Timing | None = None, first: int = 1) -> None:
         self.role = role
         self.switch = switch
         self.timing = timing or Timing()
@@ -78,7 +79,7 @@ class Channel:
         # The stream we send: what waits for a number, what is under way by number.
         self._queue: deque[Body] = deque()
         self._flight: dict[int, Body] = {}
-        self._next = 1
+        self._next = first
         self._lost = 0
         self._again_at: float | None = None
         self._again = self.timing.again
@@ -174,7 +175,8 @@ class Channel:
         if not whole:
             # One that is not full goes on waiting, unless families were mixed (then it is not the messages' tail).
             last = bodies[-1]
-            if last.flags == bodies[0].flags and kind is not Kind.APP_QUERY and last.number < ssmb.full(kind, self.limit):
+            tail = last.flags == bodies[0].flags and last.number < ssmb.full(kind, self.limit)
+            if tail and kind is not Kind.APP_QUERY:
                 self._pending[kind] = messages[-last.number:]
                 self._since[kind] = since if len(bodies) == 1 else now
                 bodies.pop()
@@ -361,6 +363,11 @@ class Channel:
         return []
 
     # -------------------------------------------------------------- for those who watch
+
+    @property
+    def next_batch(self) -> int:
+        """The number that the next batch will have."""
+        return self._next
 
     @property
     def backlog(self) -> int:

@@ -256,6 +256,7 @@ _CHALLENGE, _RESPONSE = 1, 2
 _REQUEST, _ANSWER = 1, 2
 _MAPPED = bytes(10) + b"\xff\xff"
 _NONE = bytes(16)
+_MASKS: dict[Any, int] = {kind: sum(kind) for kind in (HelloFlag, Flag, TargetFlag)}
 _KINDS = {int(kind): kind for kind in Kind}
 
 
@@ -393,7 +394,7 @@ def _hello(body: bytes) -> Hello:
 
 
 def _flags(kind: Any, value: int) -> Any:
-    if value & ~sum(kind):
+    if value & ~_MASKS[kind]:
         raise DecodeError(Fault.VALUE, f"flags {value:#x}")
     return kind(value)
 
