@@ -1,0 +1,195 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""lbapp.bus.csmb: values ⇄ bytes of one message; lbapp.bus.holdings: what is wanted."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lbapp.bus import csmb
+from lbapp.bus.auth import Role
+from lbapp.bus.csmb import (
+    AddVs,
+    Assist,
+    Challenge,
+    DeleteVs,
+    Error,
+    Flag,
+    Hash,
+    Hello,
+    HelloFlag,
+    Kind,
+    Mode,
+    Response,
+    SyncDone,
+    Table,
+    Target,
+    TargetFlag,
+    Version,
+    VirtualServer,
+    VsList,
+    VsListRequest,
+)
+from lbapp.bus.errors import DecodeError, EncodeError, Fault
+from lbapp.bus.holdings import SERVER, TABLE, Desired
+
+u4, u8, u16, u32, u64 = (st.integers(0, 2**bits - 1) for bits in (4, 8, 16, 32, 64))
+MAPPED = bytes(10) + b"\xff\xff"
+address = (st.binary(min_size=4, max_size=4) | st.binary(min_size=16, max_size=16)).filter(
+    lambda value: not value.startswith(MAPPED))
+optional = st.just(b"") | address.filter(lambda value: value != bytes(16))
+flags = st.integers(0, 0x3FF).map(Flag)
+servers = st.builds(VirtualServer, u32, address, u16, u8, flags, st.sampled_from(Assist), st.sampled_from(Mode),
+                    st.sampled_from(Hash), u16, u16, optional, st.binary(max_size=255))
+targets = st.builds(Target, u32, address, u16, st.binary(min_size=6, max_size=6), u32, u16,
+                    st.integers(0, 7).map(TargetFlag))
+nonce = st.binary(min_size=32, max_size=32)
+parts = st.tuples(u16, u16).filter(lambda pair: pair[0] < pair[1])
+messages = st.one_of(
+    st.builds(Hello, st.builds(Version, u4, u4), st.sampled_from(Role), u64, u64, u32, optional, u16, u16,
+              st.integers(0, 3).map(HelloFlag), st.sampled_from(Error), optional, optional),
+    st.builds(Challenge, nonce), st.builds(Response, nonce), st.builds(AddVs, servers), st.builds(DeleteVs, u32),
+    st.just(VsListRequest()), st.builds(SyncDone, u32),
+    st.builds(lambda part, some: VsList(*part, tuple(some)), parts, st.lists(servers, max_size=5)),
+    st.builds(lambda number, generation, part, some: Table(number, generation, *part, tuple(some)), u32, u32, parts,
+              st.lists(targets, max_size=20)),
+)
+
+
+@given(messages)
+@settings(max_examples=300, deadline=None)
+def test_what_is_encoded_comes_back(message):
+    kind, body = csmb.encode(message)
+    assert csmb.decode(kind, body) == message
+
+
+@given(st.integers(0, 20), st.binary(max_size=300))
+@settings(max_examples=600, deadline=None)
+def test_any_bytes_are_a_message_or_a_decode_error(kind, body):
+    try:
+        csmb.decode(kind, body)
+    except DecodeError as error:
+        assert isinstance(error.fault, Fault)
+
+
+@given(messages.filter(lambda message: not isinstance(message, Hello)), st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_body_cut_short_or_with_more_behind_is_none(message, data):
+    kind, body = csmb.encode(message)
+    cut = body[:data.draw(st.integers(0, max(len(body) - 1, 0)))]
+    for changed in (cut, body + b"\x00"):
+        with pytest.raises(DecodeError):
+            csmb.decode(kind, changed)
+
+
+def test_hello_may_grow_but_not_shrink():
+    """Its layout is the same in every version, so that every version can be refused."""
+    hello = Hello(Version(1, 0), Role.CS, 1, 2, 1000, b"\x7f\0\0\1", 5000, 1400)
+    kind, body = csmb.encode(hello)
+    assert csmb.decode(kind, body + b"of a later version") == hello
+    with pytest.raises(DecodeError) as caught:
+        csmb.decode(kind, body[:-1])
+    assert caught.value.fault is Fault.SHORT
+
+
+SERVER_1 = VirtualServer(5, b"\x0a\x01\x00\x01", 80, 6, Flag.TRANSLATE_ADDR | Flag.COOKIE_PROXY, Assist.DFS_ASSIST,
+                         Mode.PUNT, Hash.SOURCE, 60, 0, b"", b"id")
+TARGET = Target(9, b"\x0a\x00\x00\x09", 8080, b"\x02" * 6, 4, 100, TargetFlag.TRANSLATE_ADDR | TargetFlag.ROUTED)
+NONE = "00" * 16
+FIXTURES = [
+    (Hello(Version(1, 0), Role.DFS, 0x2A, 7, 1000, b"\x7f\0\0\1", 5000, 1400, HelloFlag.APP_PROXY, Error.VERS_NEW),
+     "01" "00" "0002" "01" "02" "0578" "000000000000002a" "0000000000000007" "000003e8"
+     "00000000000000000000ffff7f000001" + NONE + NONE + "1388"),
+    (Challenge(bytes(32)), "01" + "00" * 32),
+    (Response(b"\x11" * 32), "02" + "11" * 32),
+    (AddVs(SERVER_1), "00000005" "00000000000000000000ffff0a010001" + NONE +
+     "0050" "0081" "003c" "0000" "06" "01" "02" "00" "02" "6964"),
+    (DeleteVs(5), "00000005"),
+    (VsListRequest(), "01"),
+    (VsList(0, 1, ()), "02" "0000" "0001" "0000"),
+    (Table(5, 3, 0, 2, (TARGET,)), "00000005" "00000003" "0000" "0002" "0001"
+     "00000009" "00000000000000000000ffff0a000009" "1f90" "020202020202" "00000004" "0064" "03"),
+    (SyncDone(5), "00000005"),
+]
+
+
+@pytest.mark.parametrize(("message", "expected"), FIXTURES, ids=lambda case: type(case).__name__)
+def test_bodies_are_as_documented(message, expected):
+    kind, body = csmb.encode(message)
+    assert body.hex() == expected
+    assert csmb.decode(kind, bytes.fromhex(expected)) == message
+
+
+@pytest.mark.parametrize("message", [
+    AddVs(SERVER_1._replace(port=65536)), AddVs(SERVER_1._replace(address=b"")),
+    AddVs(SERVER_1._replace(address=MAPPED + bytes(4))), AddVs(SERVER_1._replace(app_data=bytes(256))),
+    Table(5, 3, 2, 2, ()), Table(5, 3, 0, 1, (TARGET._replace(mac=b""),)), Challenge(b"short"),
+    Hello(Version(16, 0), Role.DFS, 1, 1, 1, b"", 1, 1), DeleteVs(None), "no message",
+])
+def test_what_cannot_be_carried_is_an_encode_error(message):
+    with pytest.raises(EncodeError):
+        csmb.encode(message)
+
+
+@pytest.mark.parametrize(("kind", "body", "fault"), [
+    (99, "", Fault.KIND), (Kind.AUTH, "03" + "00" * 32, Fault.VALUE), (Kind.AUTH, "01", Fault.LENGTH),
+    (Kind.VS_LIST, "", Fault.VALUE), (Kind.VS_LIST, "02" "0001" "0001" "0000", Fault.VALUE),
+    (Kind.TABLE, "00000005" "00000003" "0000" "0001" "ffff", Fault.LENGTH), (Kind.SYNC_DONE, "", Fault.LENGTH),
+    (Kind.VS_LIST, "02" "0000" "0001" "ffff", Fault.SHORT),
+])
+def test_faults_have_names(kind, body, fault):
+    with pytest.raises(DecodeError) as caught:
+        csmb.decode(kind, bytes.fromhex(body))
+    assert caught.value.fault is fault
+
+
+def test_a_large_distribution_is_several_messages():
+    targets = tuple(TARGET._replace(member=member) for member in range(1200))
+    found = csmb.tables(5, 3, targets)
+    assert [(table.part, table.parts) for table in found] == [(0, 3), (1, 3), (2, 3)]
+    assert sum((table.targets for table in found), ()) == targets
+    for table in found:
+        _, body = csmb.encode(table)
+        assert len(body) <= csmb.LONGEST - 24
+    with pytest.raises(EncodeError) as caught:
+        csmb.tables(5, 3, (TARGET,) * (csmb.MOST_TARGETS + 1))
+    assert caught.value.fault is Fault.LIMIT
+
+
+@given(st.lists(servers, min_size=0, max_size=300))
+@settings(max_examples=10, deadline=None)
+def test_the_largest_answers_fit_in_a_message(some):
+    for part in csmb.lists([server._replace(app_data=bytes(255)) for server in some]):
+        csmb.encode(part)
+
+
+class TestDesired:
+    def test_only_differences_are_said(self):
+        desired = Desired()
+        desired.replace([SERVER_1], {5: [TARGET]})
+        assert desired.dirty == {5: SERVER | TABLE}
+        desired.dirty.clear()
+        desired.replace([SERVER_1], {5: [TARGET]})
+        assert desired.dirty == {}
+        desired.replace([SERVER_1], {5: [TARGET._replace(weight=0)]})
+        assert desired.dirty == {5: TABLE}
+        assert desired.tables[5][0] == 2
+
+    def test_a_removed_one_takes_its_distribution_along(self):
+        desired = Desired()
+        desired.replace([SERVER_1], {5: [TARGET]})
+        desired.replace([], {})
+        assert not desired.servers and not desired.tables and desired.dirty == {5: SERVER | TABLE}
+
+    def test_what_cannot_be_said_is_refused_at_once(self):
+        desired = Desired()
+        with pytest.raises(EncodeError):
+            desired.put(SERVER_1._replace(port=-1))
+        with pytest.raises(EncodeError):
+            desired.distribute(5, [TARGET])
+        desired.put(SERVER_1)
+        with pytest.raises(EncodeError):
+            desired.distribute(5, [TARGET._replace(weight=70000)])
+        assert desired.tables == {}
