@@ -1,280 +1,34 @@
 # SPDX-FileCopyrightText: The lbapp authors
 # SPDX-License-Identifier: Apache-2.0
-"""Ports of a real bridge get veth pairs in front of them, keep working, and get rid of them again.
+"""Ports of a real bridge get veth pairs in front of them, keep their numbers, and follow what changes.
 
 The two programs here are the least that can stand there: every frame goes on to where the map says.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
-import os
-import platform
-import re
 import subprocess
-import sys
-import textwrap
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lbapp.dataflow.fastpath import ports as ports_module
-from lbapp.dataflow.fastpath.netlink import Netlink, NetlinkError
-from lbapp.dataflow.fastpath.ports import PortsError, Programs, Wire, Wires, remove
-from lbapp.dataflow.ovs import PrivateOvs
-from tests.integration.leading import SOURCE, Loaded
-from tests.integration.support import tcp
+from lbapp.dataflow.fastpath.ports import Wire
+from lbapp.dataflow.fastpath.removal import PRIORITY
+from tests.integration.wires import BRIDGE, HOSTS, Site, in_another_process, site_number
 from tests.namespaces import require
-from topologies.namespace import Namespace, wait_until
+from topologies.namespace import wait_until
 
 pytestmark = pytest.mark.integration
+pytest_plugins = ["tests.integration.wires"]
 
-ROOT = Path(__file__).resolve().parents[2]
-HOSTS = 3
-BRIDGE = "br0"
-NUMBERS = [1, 20, 3]
-"""The second port's number was asked for, the others' were given."""
-PORT = 7000
 NO_PAUSE = 0.3
 """Seconds: one retransmission (Linux's shortest time-out is 0.2 s)."""
 ATTACH_WITHIN = 2.0
-
-
-# ------------------------------------------------------------------ programs
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Loaded]]:
-    """Load the programs, each time anew."""
-    require("clang", "bpftool")
-    directory = tmp_path_factory.mktemp("bpf")
-    (directory / "lead.bpf.c").write_text(SOURCE)
-    subprocess.run(["clang", "-O2", "-g", "-target", "bpf", f"-I/usr/include/{platform.machine()}-linux-gnu", "-c",
-                    "lead.bpf.c", "-o", "lead.bpf.o"], cwd=directory, check=True)
-    with ExitStack() as cleanup:
-        def make() -> Loaded:
-            pins = Path(f"/sys/fs/bpf/lbapp-test-{os.getpid()}-{time.monotonic_ns()}")
-            done = subprocess.run(["bpftool", "prog", "loadall", str(directory / "lead.bpf.o"), str(pins), "pinmaps",
-                                   str(pins / "maps")], check=False, capture_output=True, text=True)
-            if done.returncode:
-                pytest.skip(f"eBPF programs cannot be loaded: {done.stderr.strip().splitlines()[-1]}")
-            cleanup.callback(unpin, pins)
-            loaded = Loaded(pins)
-            cleanup.callback(loaded.close)
-            return loaded
-
-        yield make
-
-
-def unpin(pins: Path) -> None:
-    for path in sorted(pins.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    pins.rmdir()
-
-
-# ---------------------------------------------------------------------- site
-
-
-class Site:
-    """A bridge in a namespace of its own, with hosts."""
-
-    def __init__(self, directory: Path, cleanup: ExitStack) -> None:
-        self.cleanup = cleanup
-        self.root = Namespace.create("the switch's")
-        cleanup.callback(self.root.close)
-        self.ovs = PrivateOvs(directory / "ovs", self.root.prefix)
-        cleanup.callback(self.ovs.stop)
-        self.ovs.ensure_running()
-        self.hosts: list[Namespace] = []
-
-    def host(self) -> str:
-        """A further host and its interface W in the switch's namespace."""
-        host = Namespace.create(f"h{len(self.hosts) + 1}")
-        self.cleanup.callback(host.close)
-        self.hosts.append(host)
-        name = f"w{len(self.hosts)}"
-        self.plug(name, host)
-        return name
-
-    def plug(self, name: str, host: Namespace) -> None:
-        self.root.run("ip", "link", "add", name, "mtu", "1500", "type", "veth", "peer", "name", "eth0", "netns",
-                      str(host.pid), "address", f"02:00:00:00:00:{self.hosts.index(host) + 1:02x}")
-        self.root.run("ip", "link", "set", name, "up")
-        host.run("ip", "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
-        host.run("ip", "link", "set", "eth0", "up")
-
-    def address(self, host: Namespace) -> str:
-        return f"10.9.0.{self.hosts.index(host) + 1}"
-
-    def reset(self) -> None:
-        """Whatever the test before did: one bridge, a learning switch, three hosts."""
-        self.ovs.ensure_running()
-        with self.root.entered():
-            remove(self.ovs)
-        for bridge in self.ovs.bridges():
-            self.ovs.delete_bridge(bridge)
-        while len(self.hosts) < HOSTS:
-            self.host()
-        self.ovs.add_bridge(BRIDGE)
-        self.ovs.ofctl("add-flow", BRIDGE, "priority=0,actions=NORMAL")
-        for number, host in enumerate(self.hosts[:HOSTS]):
-            name = f"w{number + 1}"
-            if not self.root.run("ip", "link", "show", name, check=False).stdout:
-                self.plug(name, host)
-            self.root.run("tc", "qdisc", "del", "dev", name, "clsact", check=False)
-            self.root.run("ip", "link", "set", name, "up", "mtu", "1500")
-            host.run("ip", "link", "set", "eth0", "up")
-            self.ovs.add_port(BRIDGE, name, NUMBERS[number] if number == 1 else None)
-            # The system's first port number may not be 1 where others came and went.
-        self.ping()
-
-    @contextmanager
-    def wires(self, loaded: Loaded, bridge: str = BRIDGE, **options: Any) -> Iterator[Wires]:
-        with self.root.entered():
-            options.setdefault("connect", loaded.connect)
-            options.setdefault("programs", loaded.programs)
-            made = Wires(self.ovs, bridge, **options)
-        try:
-            yield made
-        finally:
-            made.close()
-
-    # ------------------------------------------------------------ what there is
-
-    def ping(self) -> None:
-        """Every host reaches the others."""
-        for host in self.hosts[:HOSTS]:
-            for other in self.hosts[:HOSTS]:
-                if other is not host:
-                    reached = "ping", "-c1", "-i0.2", "-W1", self.address(other)
-                    wait_until(lambda: host.run(*reached, check=False).returncode == 0, 5,  # noqa: B023 (asked at once)
-                               f"{host.name} reaches {other.name}")
-
-    def links(self) -> dict[str, dict[str, Any]]:
-        listed = json.loads(self.root.run("ip", "-j", "-d", "link").stdout)
-        return {link["ifname"]: link for link in listed}
-
-    def filters(self, name: str) -> list[dict[str, Any]]:
-        listed = json.loads(self.root.run("tc", "-j", "filter", "show", "dev", name, "ingress").stdout or "[]")
-        return [one for one in listed if "options" in one]
-
-    def port_numbers(self, bridge: str = BRIDGE) -> dict[str, int]:
-        """OpenFlow's port numbers by name."""
-        lines = self.ovs.ofctl("show", bridge).splitlines()
-        found = [line.strip().partition("(") for line in lines if "): addr:" in line]
-        return {name.partition(")")[0]: int(number) for number, _, name in found if number != "LOCAL"}
-
-    def places(self) -> dict[str, str]:
-        """OpenFlow's and the datapath's port numbers by name, of ports that are not the bridge's own."""
-        return dict(re.findall(r"^    (\S+) (\d+/\d+): \(system\)", self.ovs.appctl("dpif/show"), re.MULTILINE))
-
-    def link_down(self, number: int) -> bool:
-        """What OpenFlow says of a port."""
-        lines = self.ovs.ofctl("show", BRIDGE).splitlines()
-        start = next(i for i, line in enumerate(lines) if line.strip().startswith(f"{number}("))
-        return "LINK_DOWN" in lines[start + 2]
-
-    def everything(self) -> dict[str, Any]:
-        """All that a pair changes, and must have changed back."""
-        kept = ("flags", "mtu", "address", "promiscuity", "ifalias", "link_index")
-        links = {name: {key: link.get(key) for key in kept} for name, link in self.links().items()}
-        return {
-            "links": links,
-            "qdiscs": self.root.run("tc", "qdisc").stdout,
-            "filters": {name: self.root.run("tc", "filter", "show", "dev", name, "ingress").stdout for name in links},
-            "switch": sorted(self.ovs.vsctl("show").splitlines()),
-            "interfaces": sorted(self.ovs.vsctl(
-                "--columns=name,ofport,ofport_request,external_ids,type,mtu_request,other_config,error", "--format=csv",
-                "list", "Interface").splitlines()),
-            "numbers": self.port_numbers(),
-            "places": self.places(),
-            "rules": self.ovs.ofctl("--no-stats", "dump-flows", BRIDGE),
-        }
-
-
-@pytest.fixture(scope="module")
-def _site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    require("ovs-vswitchd", "ovsdb-server", "ovs-vsctl", "tc", "ping")
-    with ExitStack() as cleanup:
-        yield Site(tmp_path_factory.mktemp("ports"), cleanup)
-
-
-@pytest.fixture
-def site(_site: Site) -> Site:
-    _site.reset()
-    return _site
-
-
-class Stream:
-    """A TCP connection on which something is sent every few milliseconds; knows the longest silence.
-
-    Args:
-        begun: the server's end listens in ``server``, the client is in ``client``.
-    """
-
-    EVERY = 0.005
-
-    def __init__(self, site: Site, client: Namespace, server: Namespace) -> None:
-        import socket
-
-        with server.entered():
-            listener = socket.create_server((site.address(server), PORT))
-        self._sender = tcp(client, site.address(server), PORT)
-        self._receiver, _ = listener.accept()
-        listener.close()
-        self._sent, self._received = hashlib.sha256(), hashlib.sha256()
-        self._ending = threading.Event()
-        self.arrivals: list[float] = []
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._send, self._receive)]
-        for thread in self._threads:
-            thread.start()
-
-    def _send(self) -> None:
-        while not self._ending.wait(self.EVERY):
-            block = os.urandom(1000)
-            self._sender.sendall(block)
-            self._sent.update(block)
-        self._sender.close()
-
-    def _receive(self) -> None:
-        self._receiver.settimeout(20)
-        while block := self._receiver.recv(65536):
-            self._received.update(block)
-            self.arrivals.append(time.monotonic())
-
-    def flowing(self) -> None:
-        """Wait until something arrives that was sent after now."""
-        now = time.monotonic()
-        wait_until(lambda: self.arrivals and self.arrivals[-1] > now + 4 * self.EVERY, 15, "the transfer goes on")
-
-    def longest_silence(self, since: float) -> float:
-        times = [since, *(when for when in self.arrivals if when > since)]
-        return max(later - earlier for earlier, later in itertools.pairwise(times))
-
-    def end(self) -> None:
-        """Assert that all that was sent has come."""
-        self._ending.set()
-        for thread in self._threads:
-            thread.join(20)
-        self._receiver.close()
-        assert self._sent.hexdigest() == self._received.hexdigest()
-
-
-@pytest.fixture
-def stream(site: Site) -> Iterator[Stream]:
-    """From the first host to the second."""
-    made = Stream(site, site.hosts[0], site.hosts[1])
-    made.flowing()
-    yield made
-    made.end()
 
 
 # ------------------------------------------------------------------- attaching
@@ -332,17 +86,13 @@ def test_bulk_transfers_stay_in_large_frames(site, load):
         assert speed > 1e9
 
 
-def site_number(site: Site, wires: Wires, name: str) -> int:
-    return next(number for number, wire in wires.ports.items() if wire.name == name)
-
-
 def counters(site: Site, name: str) -> tuple[int, int]:
     """Packets and bytes that the bridge sent through a port."""
     found = json.loads(site.root.run("ip", "-j", "-s", "link", "show", name).stdout)[0]["stats64"]["tx"]
     return found["packets"], found["bytes"]
 
 
-def test_a_pair_says_nothing_by_itself(site, load):
+def test_a_pair_has_no_addresses_from_which_it_would_speak(site, load):
     with site.wires(load()) as wires:
         wires.sync()
         names = [end for wire in wires.ports.values() for end in (wire.outer, wire.outer.replace("lbo", "lbi"))]
@@ -359,7 +109,7 @@ def test_others_filters_stay(site, load):
     with site.wires(loaded) as wires:
         wires.sync()
         site.ping()
-        assert [one["pref"] for one in site.filters("w1")] == [7, ports_module.PRIORITY]
+        assert [one["pref"] for one in site.filters("w1")] == [7, PRIORITY]
         wires.take_down()
     assert site.everything() == before
 
@@ -467,187 +217,6 @@ def test_a_transfer_survives_attaching_adoption_and_taking_down(site, load, stre
 def program_id(descriptor: int) -> int:
     lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("prog_id:"))
-
-
-# ------------------------------------------------------------------------ crashes
-
-
-def in_another_process(site: Site, code: str, *arguments: str) -> subprocess.Popen[str]:
-    return site.root.popen(sys.executable, "-c", textwrap.dedent(code), *arguments, cwd=ROOT, text=True,
-                           stdout=subprocess.PIPE)
-
-
-def test_forwarding_survives_a_kill_and_repair_leaves_nothing(site, load, stream):
-    before, loaded = site.everything(), load()
-    process = in_another_process(site, """
-        import sys
-        from tests.integration.leading import attach_and_wait
-        attach_and_wait(*sys.argv[1:])
-        """, str(site.ovs.rundir), BRIDGE, str(loaded.pins))
-    assert process.stdout is not None and process.stdout.readline() == "attached\n"
-    stream.flowing()
-    begun = time.monotonic()
-    process.kill()
-    process.wait()
-    stream.flowing()
-    assert stream.longest_silence(begun) < NO_PAUSE
-    assert site.port_numbers() != before["numbers"]
-    site.ping()
-    with site.root.entered():
-        assert set(remove(site.ovs, BRIDGE)) == {"w1", "w2", "w3"}
-    stream.flowing()
-    assert site.everything() == before
-    with site.root.entered():
-        assert remove(site.ovs, BRIDGE) == []
-        assert remove(site.ovs) == []
-
-
-@pytest.mark.parametrize("damage", ["pair", "filter", "clsact", "switch", "unlabelled"])
-def test_half_of_it_is_gone(site, load, damage):
-    before, loaded = site.everything(), load()
-    with site.wires(loaded) as wires:
-        wires.sync()
-        wire = wires.ports[site_number(site, wires, "w1")]
-    broken = {"pair": ["ip", "link", "del", wire.outer],
-              "filter": ["tc", "filter", "del", "dev", "w1", "ingress"],
-              "clsact": ["tc", "qdisc", "del", "dev", f"lbi{wire.ifindex}", "clsact"],
-              "switch": ["true"],
-              "unlabelled": ["ip", "link", "set", f"lbi{wire.ifindex}", "alias", ""]}[damage]
-    site.root.run(*broken)
-    if damage == "switch":
-        site.ovs.kill_switch()
-        site.ovs.ensure_running()
-    with site.wires(loaded) as wires:  # repaired by the next one
-        wires.sync()
-        assert {wire.name for wire in wires.ports.values()} == {"w1", "w2", "w3"}
-        assert sorted(wires.ports) == sorted(before["numbers"].values())
-        if damage == "switch":
-            site.ovs.ofctl("add-flow", BRIDGE, "priority=0,actions=NORMAL")
-        site.ping()
-    site.root.run(*broken, check=False)
-    with site.root.entered():
-        remove(site.ovs)
-    after = site.everything()
-    if damage == "switch":
-        del before["places"], after["places"]  # a datapath that starts numbers its ports anew
-    assert after == before
-
-
-def test_the_switch_is_dead(site, load):
-    """Kernel and database are put in order; the switch reads it when it starts."""
-    before, loaded = site.everything(), load()
-    with site.wires(loaded) as wires:
-        site.ovs.kill_switch()
-        # Nothing can be attached now, and nothing is left of the attempt.
-        with pytest.raises(PortsError, match=BRIDGE):
-            wires.sync()
-        assert not [name for name in site.links() if name.startswith(("lbi", "lbo"))]
-        site.ovs.ensure_running()
-        wires.sync()
-        site.ovs.kill_switch()
-        begun = time.monotonic()
-        wires.take_down()
-        assert time.monotonic() - begun < 5
-        assert not [name for name in site.links() if name.startswith(("lbi", "lbo"))]
-        site.ovs.ensure_running()
-        assert site.port_numbers() == before["numbers"]
-
-
-def test_a_bridge_that_is_no_more(site, load):
-    with site.wires(load()) as wires:
-        wires.sync()
-        site.ovs.delete_bridge(BRIDGE)
-        with pytest.raises(PortsError, match=f"{BRIDGE}.*no such bridge"):
-            wires.sync()
-        wires.take_down()
-    assert not [name for name in site.links() if name.startswith(("lbi", "lbo"))]
-    assert not site.filters("w1")
-    assert "PROMISC" not in site.links()["w1"]["flags"]
-
-
-def test_another_bridges_wires_are_not_touched(site, load):
-    loaded = load()
-    site.root.run("ip", "link", "add", "x1", "type", "veth", "peer", "name", "x1p")
-    try:
-        site.ovs.add_bridge("br1")
-        site.ovs.add_port("br1", "x1")
-        with site.wires(loaded) as wires, site.wires(loaded, "br1") as others:
-            wires.sync()
-            others.sync()
-            kept = others.ports
-            wires.take_down()
-            assert others.sync() == ({}, {})
-            assert others.ports == kept
-            assert site.filters("x1")
-            with site.root.entered():
-                assert remove(site.ovs) == ["x1"]
-            assert not [name for name in site.links() if name.startswith(("lbi", "lbo"))]
-    finally:
-        site.root.run("ip", "link", "del", "x1")
-
-
-# ------------------------------------------------------------------------ refusals
-
-
-def test_failures_leave_the_bridge_as_it_was(site, load):
-    before, loaded = site.everything(), load()
-
-    def refuse(wire: Wire) -> None:
-        if wire.name == "w3":
-            raise PortsError("the map is full")
-
-    gone: list[str] = []
-    for options, said in (
-            ({"connect": refuse}, "the map is full"),
-            # Of another type: refused at the last step, when the ports have been exchanged.
-            ({"programs": Programs(loaded.other, loaded.out)}, "w[123]:"),
-            ({"programs": Programs(loaded.wire, loaded.other)}, "w[123]:")):
-        with (site.wires(loaded, **options, disconnect=lambda wire: gone.append(wire.name)) as wires,
-              pytest.raises(PortsError, match=f"{BRIDGE}.*{said}")):
-            wires.sync()
-        assert site.everything() == before
-        assert wires.ports == {}
-    assert gone == ["w1", "w3", "w1", "w3", "w2"]  # those that were connected; at the last attempt none
-    site.ping()
-
-
-def test_a_new_port_that_is_refused_leaves_the_others_attached(site, load):
-    loaded = load()
-    name = "w4" if len(site.hosts) > HOSTS else site.host()
-
-    def refuse(wire: Wire) -> None:
-        if wire.name == name:
-            raise PortsError("no room")
-        loaded.connect(wire)
-
-    with site.wires(loaded, connect=refuse) as wires:
-        wires.sync()
-        kept = wires.ports
-        site.ovs.add_port(BRIDGE, name)
-        with pytest.raises(PortsError, match="no room"):
-            wires.sync()
-        assert wires.ports == kept
-        assert name in site.port_numbers()
-        site.ping()
-
-
-def test_what_is_no_program_or_no_bridge(site, load):
-    loaded = load()
-    with (pytest.raises(PortsError, match="no eBPF program"),
-          site.wires(loaded, programs=Programs(loaded.onward, loaded.out))):
-        pass
-    with site.wires(loaded, "br9") as wires, pytest.raises(PortsError, match=r"br9.*no such bridge"):
-        wires.sync()
-
-
-def test_refusals_of_the_kernel_are_told(site):
-    with site.root.entered(), Netlink() as netlink:
-        with pytest.raises(NetlinkError):
-            netlink.add_pair("lo", "x", 1500, bytes([2, 0, 0, 0, 0, 1]))
-        with pytest.raises(NetlinkError):
-            netlink.change(999_999, up=True)
-        assert netlink.delete(999_999) is False
-        assert netlink.filters(netlink.links()["lo"].ifindex) == []
 
 
 # ------------------------------------------------------------------------- changes

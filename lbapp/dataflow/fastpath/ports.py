@@ -15,7 +15,7 @@ pair: there only ``wire`` is attached.
 Owns pairs, filters, and the exchange in Open vSwitch's database. Everything needed to undo it is
 kept where it acts: the Interface record names W, lbi7's alias and the filters' names name the
 bridge. So a process that was killed leaves a bridge that forwards, the next one adopts it without
-moving a port, and :func:`remove` finds all of it. Never looks into programs or maps; whoever does
+moving a port, and ``remove`` (removal.py) finds all of it. Never looks into programs or maps; whoever does
 is told of each wire before its first frame (``connect``).
 """
 
@@ -26,30 +26,29 @@ import errno
 import logging
 import re
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from lbapp.dataflow.fastpath.netlink import EGRESS, INGRESS, Filter, Link, LinkEvents, Netlink, NetlinkError
-from lbapp.dataflow.fastpath.records import Record, forget_requests, give_back, in_order, put_in_front, read
+from lbapp.dataflow.fastpath.netlink import Filter, Link, LinkEvents, Netlink, NetlinkError
+from lbapp.dataflow.fastpath.records import Record, in_order, put_in_front, read
+from lbapp.dataflow.fastpath.removal import (
+    ALIAS,
+    HANDLE,
+    OURS,
+    OUT_FILTER,
+    OWN_CLSACT,
+    PRIORITY,
+    WIRE_FILTER,
+    PortsError,
+    about,
+    clear,
+    mine,
+    remove,
+)
 from lbapp.dataflow.ovs import Ovs, OvsError
 
 LOG = logging.getLogger(__name__)
-
-PRIORITY = 0x4C42
-"""TC priority ("pref") of our filters. A late one: ``wire`` keeps what it gets, so others' filters come first."""
-HANDLE = 1
-_INNER = re.compile(r"lbi(\d+)")
-_OURS = re.compile(r"lb[io]\d+")
-_ALIAS = "lbapp "
-_WIRE, _OUT = "lbapp-wire", "lbapp-out"
-_OWN_CLSACT = " clsact"
-"""At the end of a filter's name or a pair's alias: W had no clsact before."""
-
-
-class PortsError(Exception):
-    """A bridge's ports cannot be brought in order. The message names the interface or bridge and what was expected."""
-
 
 class Programs(NamedTuple):
     """File descriptors of the two loaded TC programs."""
@@ -114,7 +113,7 @@ class Wires:
         self._lock = threading.RLock()
         self._lowered: set[int] = set()
         self._promiscuous: set[int] = set()
-        with _about(f"bridge {bridge}"):
+        with about(f"bridge {bridge}"):
             self._netlink = Netlink()
             self._events = LinkEvents()
             self._identifiers = Programs(*map(_program_identifier, programs))
@@ -148,11 +147,11 @@ class Wires:
         Raises:
             PortsError: a port could not get its wire; those that were to get theirs now have none, the others stay.
         """
-        with self._lock, _about(f"bridge {self.bridge}"):
+        with self._lock, about(f"bridge {self.bridge}"):
             self._events.drain()
             links, records = self._look()
             wires = _adoptable(records, links)
-            if _clear(self.ovs, self._netlink, self.bridge, {wire.ifindex for wire in wires.values()}, records):
+            if clear(self.ovs, self._netlink, self.bridge, {wire.ifindex for wire in wires.values()}, records):
                 links, records = self._look()
                 wires = _adoptable(records, links)
             gone = {number: wire for number, wire in self.ports.items() if wires.get(number) != wire}
@@ -192,7 +191,7 @@ class Wires:
             for record in new:
                 assert record.ofport is not None
                 link = links[record.name]
-                with _about(record.name):
+                with about(record.name):
                     inner = self._make_pair(link, links)
                 made[record.ofport] = wire = Wire(record.ofport, link.name, link.ifindex, inner, f"lbo{link.ifindex}")
                 self._connect(wire)
@@ -205,7 +204,7 @@ class Wires:
             return made
         except BaseException as error:
             try:
-                _clear(self.ovs, self._netlink, self.bridge, {wire.ifindex for wire in self.ports.values()})
+                clear(self.ovs, self._netlink, self.bridge, {wire.ifindex for wire in self.ports.values()})
             except (PortsError, OvsError, NetlinkError) as further:
                 LOG.error("bridge %s: ports could not be put back: %s", self.bridge, further)
                 error.add_note(f"and ports could not be put back: {further}")
@@ -223,13 +222,13 @@ class Wires:
         found = self._netlink.links()
         try:
             foreign = link.ifindex in self._netlink.clsacts()
-            alias = f"{_ALIAS}{self.bridge}" + ("" if foreign else _OWN_CLSACT)
+            alias = f"{ALIAS}{self.bridge}" + ("" if foreign else OWN_CLSACT)
             self._netlink.label(found[inner].ifindex, alias)
             for name in (outer, inner):
                 # Nothing but what passes: no neighbour discovery, no answers to ARP.
                 self._netlink.without_addresses(found[name].ifindex)
                 self._netlink.change(found[name].ifindex, up=name == outer or link.carrier, arp=False)
-            self._set_program(found[inner].ifindex, _OUT, self.programs.out)
+            self._set_program(found[inner].ifindex, OUT_FILTER, self.programs.out)
         except BaseException:
             self._netlink.delete(found[inner].ifindex)
             raise
@@ -249,25 +248,25 @@ class Wires:
 
     def _attach(self, wire: Wire) -> None:
         """Both programs are where they belong, and are the ones of now."""
-        with _about(wire.name):
+        with about(wire.name):
             if wire.inner:
                 # Open vSwitch undoes its own setting when it lets go of an interface.
                 self._netlink.change(wire.ifindex, promiscuous=True)
                 if not self._runs(self._netlink.filters(wire.inner), self._identifiers.out):
-                    self._set_program(wire.inner, _OUT, self.programs.out)
+                    self._set_program(wire.inner, OUT_FILTER, self.programs.out)
             if not self._runs(self._netlink.filters(wire.ifindex), self._identifiers.wire):
-                self._set_program(wire.ifindex, _WIRE, self.programs.wire)
+                self._set_program(wire.ifindex, WIRE_FILTER, self.programs.wire)
 
     @staticmethod
     def _runs(filters: Iterable[Filter], identifier: int) -> bool:
-        return any(_mine(one) and one.program == identifier for one in filters)
+        return any(mine(one) and one.program == identifier for one in filters)
 
     def _set_program(self, index: int, kind: str, program: int) -> None:
-        before = [one for one in self._netlink.filters(index) if _mine(one)]
+        before = [one for one in self._netlink.filters(index) if mine(one)]
         new = self._netlink.add_clsact(index)
         name = f"{kind} {self.bridge}"
-        if new or any(one.name.endswith(_OWN_CLSACT) for one in before):
-            name += _OWN_CLSACT
+        if new or any(one.name.endswith(OWN_CLSACT) for one in before):
+            name += OWN_CLSACT
         try:
             self._netlink.set_program(index, PRIORITY, HANDLE, program, name)
         except BaseException:
@@ -290,7 +289,7 @@ class Wires:
         Raises:
             PortsError: the kernel refused.
         """
-        with self._lock, _about(f"bridge {self.bridge}"):
+        with self._lock, about(f"bridge {self.bridge}"):
             if not self._events.drain():
                 return False
             links = self._netlink.links()
@@ -339,118 +338,6 @@ class Wires:
         return outer.promiscuous
 
 
-# ------------------------------------------------------------------------- removal
-
-
-def remove(ovs: Ovs, bridge: str | None = None, netlink: Netlink | None = None) -> list[str]:
-    """Undo all that any process ever did to a bridge's ports, or to all bridges'; whatever of it is left.
-
-    Args:
-        ovs: the switch.
-        bridge: its name; None for all, and for what bridges that are no more left behind.
-        netlink: a socket in the namespace of the bridge; by default one in the calling thread's.
-
-    Returns:
-        The interfaces that are ports again.
-
-    Raises:
-        PortsError: something could not be undone (Open vSwitch does not answer); all the rest was.
-    """
-    where = f"bridge {bridge}" if bridge else "removing the fast path's ports"
-    with contextlib.ExitStack() as stack, _about(where):
-        return _clear(ovs, netlink or stack.enter_context(Netlink()), bridge, frozenset())
-
-
-def _clear(ovs: Ovs, netlink: Netlink, bridge: str | None, keep: Collection[int],
-           records: Collection[Record] | None = None) -> list[str]:
-    """:func:`remove`, except for wires of interfaces with the indices to keep."""
-    problems: list[str] = []
-    if records is None:
-        try:
-            records = [record for record in read(ovs) if bridge in (None, record.bridge)]
-        except OvsError as error:
-            records = []
-            problems.append(str(error))
-    kept = {f"lbo{index}" for index in keep}
-    displaced = [record for record in records if record.wire is not None and record.name not in kept]
-    links = netlink.links()
-    ports = {record.name for record in records}
-    former = {record.wire or "" for record in displaced}
-    former |= _take_filters(netlink, links, bridge, keep, former)
-    for name in former - ports:
-        if name in links and links[name].promiscuous:
-            # Before Open vSwitch takes it: what it finds set, it would leave set for ever.
-            with _gone_meanwhile():
-                netlink.change(links[name].ifindex, promiscuous=False)
-    given = _give_back(ovs, displaced, links, problems)
-    for name in _pairs(links, bridge, {record.name for record in displaced}) - kept:
-        if name in links:
-            netlink.delete(links[name].ifindex)
-    if problems:
-        raise PortsError("; ".join(problems))
-    return given
-
-
-def _take_filters(netlink: Netlink, links: Mapping[str, Link], bridge: str | None, keep: Collection[int],
-                  former: Collection[str]) -> set[str]:
-    """Take our filters off interfaces, and return the names of these; clsact too where it was ours."""
-    taken = set()
-    able = netlink.clsacts()
-    for link in links.values():
-        if link.ifindex not in able or link.ifindex in keep:
-            continue
-        with _gone_meanwhile():
-            inner = links.get(f"lbi{link.ifindex}")
-            own = link.name in former and inner is not None and inner.alias.endswith(_OWN_CLSACT)
-            for one in netlink.filters(link.ifindex):
-                kind, _, whose = one.name.removesuffix(_OWN_CLSACT).partition(" ")
-                if _mine(one) and kind == _WIRE and bridge in (None, whose):
-                    netlink.delete_filter(link.ifindex, one.priority, one.handle)
-                    own = own or one.name.endswith(_OWN_CLSACT)
-                    taken.add(link.name)
-            if own and not netlink.filters(link.ifindex, (INGRESS, EGRESS)):
-                netlink.delete_clsact(link.ifindex)
-    return taken
-
-
-def _give_back(ovs: Ovs, displaced: Collection[Record], links: Collection[str], problems: list[str]) -> list[str]:
-    """Those that stood in a port before stand there again; the names of those that could."""
-    if not displaced:
-        return []
-    try:
-        displaced, wait = in_order(ovs, displaced), True
-    except OvsError:
-        wait = False  # it will read the database when it starts
-    given = []
-    for record in displaced:  # one that cannot be must not keep the others
-        try:
-            ovs.vsctl(*give_back(record), wait=wait)
-            given.append(record)
-        except OvsError as error:
-            problems.append(f"{record.wire} did not get its place in bridge {record.bridge} back: {error}")
-    # In a transaction of its own, and not before it is open: the request is what gives it its number.
-    unrequested = forget_requests(record for record in given if wait and record.wire in links)
-    if unrequested:
-        ovs.vsctl(*unrequested)
-    return [record.wire or "" for record in given]
-
-
-def _pairs(links: Mapping[str, Link], bridge: str | None, outers: Collection[str]) -> set[str]:
-    """The outer ends of pairs that belong to a bridge (to any), or are among ``outers``."""
-    found = set()
-    for link in links.values():
-        number = _INNER.fullmatch(link.name)
-        if number is None or link.kind != "veth":
-            continue
-        outer = f"lbo{number[1]}"
-        whose = (link.alias.removeprefix(_ALIAS).removesuffix(_OWN_CLSACT) if link.alias.startswith(_ALIAS) else None)
-        # One without an alias: its maker ended in that very moment.
-        nobodys = not link.alias and outer in links and link.peer == links[outer].ifindex
-        if outer in outers or (whose is not None and bridge in (None, whose)) or (nobodys and bridge is None):
-            found.add(outer)
-    return found
-
-
 # ------------------------------------------------------------------------- reading
 
 
@@ -495,17 +382,13 @@ def _why_not(record: Record, links: Mapping[str, Link]) -> str | None:
         return "does not exist"
     if record.ofport is None:
         return f"is not open: {record.error or 'Open vSwitch has not come to it yet'}"
-    if _OURS.fullmatch(record.name):
+    if OURS.fullmatch(record.name):
         return "has a name that the fast path uses itself"
     return None
 
 
 def _needs_pair(record: Record) -> bool:
     return record.datapath_type == "netdev"
-
-
-def _mine(one: Filter) -> bool:
-    return one.priority == PRIORITY and one.handle == HANDLE and one.kind == "bpf"
 
 
 def _program_identifier(program: int) -> int:
@@ -519,26 +402,3 @@ def _program_identifier(program: int) -> int:
         if found is not None:
             return int(found[1])
     raise PortsError(f"file descriptor {program} is no eBPF program")
-
-
-@contextlib.contextmanager
-def _about(what: str) -> Iterator[None]:
-    """Errors name what they are about."""
-    try:
-        yield
-    except PortsError as error:
-        raise PortsError(f"{what}: {error}") from error
-    except NetlinkError as error:
-        raise PortsError(f"{what}: {error.strerror}") from error
-    except (OvsError, OSError) as error:
-        raise PortsError(f"{what}: {error}") from error
-
-
-@contextlib.contextmanager
-def _gone_meanwhile() -> Iterator[None]:
-    """An interface that ended while it was looked after needs nothing more."""
-    try:
-        yield
-    except NetlinkError as error:
-        if error.errno != errno.ENODEV:
-            raise
