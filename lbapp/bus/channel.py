@@ -78,7 +78,7 @@ class Channel:
         self._since: dict[Kind, float] = {}
         # The stream we send: what waits for a number, what is under way by number.
         self._queue: deque[Body] = deque()
-        self._flight: dict[int, Body] = {}
+        self._flight: dict[int, tuple[Body, float]] = {}
         self._next = first
         self._lost = 0
         self._again_at: float | None = None
@@ -117,6 +117,8 @@ class Channel:
             self._peer, self._expected = peer, 0
             self._early.clear()
         self._again = self.timing.again
+        # All of it went to another session, if anywhere.
+        self._flight = {batch: (body, float("-inf")) for batch, (body, _) in self._flight.items()}
         self._again_at = now if self._flight else None
         self._ack_at, self._unanswered = None, 0
         return self.tick(now)
@@ -208,11 +210,22 @@ class Channel:
                 body, self._lost = ssmb.lost(self._lost), 0
             else:
                 break
-            self._flight[self._next] = body
+            self._flight[self._next] = (body, now)
             out.append(self._seal(body, now, self._next))
             self._next += 1
         if self._flight and self._again_at is None:
             self._again_at = now + self._again
+        return out
+
+    def _repeat(self, now: float) -> list[bytes]:
+        """The oldest batches that were not sent just now, once more."""
+        out = []
+        for batch in list(self._flight)[:self.timing.burst]:
+            body, sent = self._flight[batch]
+            if now - sent >= self.timing.again:
+                self._flight[batch] = (body, now)
+                out.append(self._seal(body, now, batch))
+                self.counts["resent"] += 1
         return out
 
     def _seal(self, body: Body, now: float, batch: int = 0) -> bytes:
@@ -243,16 +256,14 @@ class Channel:
         if self._keys is None:
             return []
         out: list[bytes] = []
+        if self._again_at is not None and now >= self._again_at:
+            out += self._repeat(now)
+            self._again = min(self._again * 2, self.timing.again_most)
+            self._again_at = now + self._again if self._flight else None
         for kind, since in list(self._since.items()):
             if now - since >= (self.timing.urgent if kind in URGENT else self.timing.patient):
                 out += self._pack(kind, now, whole=True)
         out += self._launch(now)
-        if self._again_at is not None and now >= self._again_at:
-            for batch in list(self._flight)[:self.timing.burst]:
-                out.append(self._seal(self._flight[batch], now, batch))
-                self.counts["resent"] += 1
-            self._again = min(self._again * 2, self.timing.again_most)
-            self._again_at = now + self._again if self._flight else None
         if self._ack_at is not None and now >= self._ack_at:
             out.append(self._seal(ACK, now))
         return out
@@ -315,12 +326,12 @@ class Channel:
             return []
         while flight and (oldest := next(iter(flight))) <= ack:
             del flight[oldest]
+        # What is the oldest now was perhaps lost as well: it need not wait for as long as the one before it.
         self._again = self.timing.again
-        self._again_at = now + self._again if flight else None
+        self._again_at = max(next(iter(flight.values()))[1] + self._again, now) if flight else None
         if self._barrier and ack >= self._barrier:
             self._barrier = 0
-            return self.tick(now)
-        return self._launch(now)
+        return self.tick(now)
 
     def _ordered(self, code: int, flags: int, number: int, records: bytes, batch: int, back: int,
                  now: float) -> list[Any]:
