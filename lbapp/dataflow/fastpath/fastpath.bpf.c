@@ -1157,13 +1157,19 @@ static long sweep_one(void *map, const struct fp_key *key, struct fp_flow *flow,
 			limit = patience(sweep, flow, key->protocol);
 		}
 	}
+	if (sweep->relocate && matches(sweep, flow, other)) {
+		copy6(flow->destination_mac, sweep->mac);
+		flow->ifindex = sweep->place;
+		sweep->relocated++;
+		goto live;
+	}
 	if (matches(sweep, flow, other) || (asked && asked->final))
 		reason = FP_DELETED;
 	else if (flow->state & FP_CLOSED && (idle > limit || asked))
 		reason = FP_SHUTDOWN;
 	else if (idle > limit)
 		reason = FP_IDLE;
-	else if (sweep->evict && idle > sweep->evict)
+	else if (sweep->evict && idle > sweep->evict && sweep->overflow < sweep->evict_most)
 		reason = FP_OVERFLOW;
 	else {
 		if (asked && !asked->idle_seconds && !report(key, flow, other, FP_ALIVE, now))

@@ -220,11 +220,16 @@ struct fp_sweep {
 	__u32 handshake;        /* ticks that a client may take for its second packet */
 	__u32 half_closed;      /* ticks of silence when one side has finished */
 	__u32 evict;            /* not 0: ticks of silence after which anything goes */
+	__u32 evict_most;       /* but not more than these */
 	__u32 match;
 	__u32 virtual_server;
 	__u32 member;
 	__u32 ifindex;
 	__u32 wanted;           /* not 0: look into "wanted" */
+	__u32 relocate;         /* not 0: what matches is not deleted, its member is now at mac and place */
+	__u32 place;
+	__u8 mac[6];
+	__u16 pad;
 	__u32 now;              /* results from here on */
 	__u32 live;
 	__u32 lingering;
@@ -233,6 +238,7 @@ struct fp_sweep {
 	__u32 idle;
 	__u32 overflow;
 	__u32 deleted;
+	__u32 relocated;
 	__u32 histogram[FP_HISTOGRAM]; /* of live: log2 of the ticks since the client's last packet */
 };
 

@@ -1,0 +1,268 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""The fast path of one bridge: tables, wires, and the packets that an agent sends.
+
+Owns setting it all up and taking it all down. What is in the tables is the agent's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import sys
+import zlib
+from pathlib import Path
+
+from lbapp.dataflow.fastpath import build, kernel
+from lbapp.dataflow.fastpath.netlink import Netlink, NetlinkError
+from lbapp.dataflow.fastpath.ports import Changes, Programs, Wire, Wires
+from lbapp.dataflow.fastpath.removal import HANDLE, PRIORITY, PortsError
+from lbapp.dataflow.fastpath.removal import remove as remove_ports
+from lbapp.dataflow.fastpath.tables import MAX_CONNECTIONS, Tables, all_pins
+from lbapp.dataflow.ovs import Ovs, OvsError
+from lbapp.dataflow.pipeline import VIRTUAL_MAC
+
+LOG = logging.getLogger("lbapp.fastpath")
+
+_SO_MARK = 36
+_LARGEST_MTU = 65_535
+
+
+class FastPathUnavailable(Exception):
+    """This switch can have no fast path here. The message says why; Open vSwitch does it all then."""
+
+
+class FastPath(Tables):
+    """A bridge's fast path; made by :meth:`open`.
+
+    Attributes:
+        ports: the wires by OpenFlow port number.
+    """
+
+    bridge: str
+    wires: Wires
+    _injector: Injector
+
+    @classmethod
+    def open(cls, ovs: Ovs, bridge: str, *, max_connections: int = MAX_CONNECTIONS,
+             bpffs: str | Path = kernel.BPFFS) -> FastPath:
+        """Put a fast path in front of every port of a bridge, or take over the one that is there.
+
+        One that is there goes on forwarding all the while.
+
+        Raises:
+            FastPathUnavailable: no compiler and no compiled object, no eBPF, no permission, ports that cannot be
+                moved. The bridge is as it was.
+        """
+        where = Path(bpffs)
+        if not where.is_dir() and not where.parent.is_dir():
+            raise FastPathUnavailable(f"there is no {where}: this kernel has no eBPF")
+        try:
+            build.build()
+        except build.BuildError as error:
+            if not build.OBJECT.exists():
+                raise FastPathUnavailable(str(error)) from None
+            LOG.warning("going on with programs older than their sources: %s", error)
+        try:
+            kernel.mount(where)
+            found = cls(build.OBJECT, _pins(ovs, bridge, where), max_connections=max_connections, mac=VIRTUAL_MAC)
+        except (kernel.KernelError, OSError, OvsError) as error:
+            raise FastPathUnavailable(str(error)) from None
+        found.bridge = bridge
+        with contextlib.ExitStack() as undo:
+            undo.callback(lambda: Tables.close(found, keep=found.adopted))
+            try:
+                found._injector = Injector(bridge, found.programs["again"])
+                undo.callback(found._injector.close)
+                found.wires = Wires(ovs, bridge, Programs(found.programs["wire"], found.programs["out"]),
+                                    found._connect, found._disconnect)
+                undo.callback(found.wires.close)
+                found.wires.sync()
+            except (PortsError, NetlinkError, OvsError, OSError) as error:
+                raise FastPathUnavailable(str(error)) from None
+            undo.pop_all()
+        for name, reason in found.wires.left_alone.items():
+            LOG.info("bridge %s: port %s has no fast path: %s", bridge, name, reason)
+        return found
+
+    @property
+    def ports(self) -> dict[int, Wire]:
+        """The wires by OpenFlow port number."""
+        return self.wires.ports
+
+    def port_of(self, ifindex: int) -> int | None:
+        """The OpenFlow port number of a wire."""
+        return next((number for number, wire in self.wires.ports.items() if wire.ifindex == ifindex), None)
+
+    def sync_ports(self) -> Changes:
+        """Follow the bridge's ports; connections through those that are gone are deleted.
+
+        Raises:
+            PortsError: a port could not get its wire; the others have theirs.
+        """
+        changes = self.wires.sync()
+        there = {wire.ifindex for wire in self.wires.ports.values()}
+        for ifindex in {wire.ifindex for wire in changes.removed.values()} - there:
+            self.delete(ifindex=ifindex)
+        if changes.removed:
+            self._injector.forget()
+        return changes
+
+    def inject(self, ifindex: int, frame: bytes) -> bool:
+        """Let a frame walk once more, as if it had come in on that wire. Its checksums have to be whole.
+
+        Returns:
+            False if the kernel had no room for it: as lost as any packet can be.
+        """
+        return self._injector.inject(ifindex, frame)
+
+    def send(self, ifindex: int, frame: bytes) -> bool:
+        """Send a frame out on a wire. False if the kernel had no room for it."""
+        return self._injector.send(ifindex, frame)
+
+    def close(self, keep: bool = False) -> None:
+        """End. ``keep``: wires, tables and connections stay and go on; otherwise nothing of it is left behind.
+
+        Raises:
+            PortsError: a port could not be given back; all else was.
+        """
+        try:
+            if not keep:
+                self.wires.take_down()
+        finally:
+            self.wires.close()
+            self._injector.close()
+            super().close(keep)
+
+    def _connect(self, wire: Wire) -> None:
+        self.maps["inner"].update(_index(wire.ifindex), _index(wire.inner))
+        if wire.inner:
+            self.maps["outer"].update(_index(wire.inner), _index(wire.ifindex))
+
+    def _disconnect(self, wire: Wire) -> None:
+        self.maps["inner"].delete(_index(wire.ifindex))
+        if wire.inner:
+            self.maps["outer"].delete(_index(wire.inner))
+
+
+class Injector:
+    """Sends frames: into the program ``again``, or out on a wire.
+
+    For the former there is a veth pair: what is sent into one end meets the program at the other one's ingress, and
+    the socket's mark tells it the wire.
+
+    Args:
+        bridge: names the pair.
+        program: the program ``again``.
+    """
+
+    def __init__(self, bridge: str, program: int) -> None:
+        self._here, there = pair(bridge)
+        self._sockets: dict[tuple[str, int], socket.socket] = {}
+        with Netlink() as netlink:
+            links = netlink.links()
+            if self._here in links:  # of a process that was killed
+                netlink.delete(links[self._here].ifindex)
+            netlink.add_pair(self._here, there, _LARGEST_MTU, b"\x02lb\0\0\x03")
+            try:
+                links = netlink.links()
+                for name in (self._here, there):
+                    netlink.without_addresses(links[name].ifindex)
+                    netlink.change(links[name].ifindex, up=True, arp=False)
+                netlink.add_clsact(links[there].ifindex)
+                netlink.set_program(links[there].ifindex, PRIORITY, HANDLE, program, f"lbapp-again {bridge}")
+            except BaseException:
+                netlink.delete(links[self._here].ifindex)
+                raise
+
+    def inject(self, ifindex: int, frame: bytes) -> bool:
+        """See :meth:`FastPath.inject`."""
+        return self._send(self._here, ifindex, frame)
+
+    def send(self, ifindex: int, frame: bytes) -> bool:
+        """See :meth:`FastPath.send`."""
+        try:
+            return self._send(socket.if_indextoname(ifindex), 0, frame)
+        except OSError:
+            return False
+
+    def _send(self, name: str, mark: int, frame: bytes) -> bool:
+        one = self._sockets.get((name, mark))
+        try:
+            if one is None:
+                one = self._sockets[name, mark] = self._socket(name, mark)
+            one.send(frame)
+        except OSError:
+            # No room, longer than the MTU, or an interface that has gone: then the next one must not meet its socket.
+            if one is not None:
+                one.close()
+            self._sockets.pop((name, mark), None)
+            return False
+        return True
+
+    @staticmethod
+    def _socket(name: str, mark: int) -> socket.socket:
+        made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, _SO_MARK, mark)
+            made.bind((name, 0))
+        except OSError:
+            made.close()
+            raise
+        return made
+
+    def forget(self) -> None:
+        """Interfaces have gone: open sockets anew when they are needed."""
+        for one in self._sockets.values():
+            one.close()
+        self._sockets.clear()
+
+    def close(self) -> None:
+        """Close the sockets and remove the pair."""
+        self.forget()
+        with contextlib.suppress(NetlinkError, OSError), Netlink() as netlink:
+            links = netlink.links()
+            if self._here in links:
+                netlink.delete(links[self._here].ifindex)
+
+
+def pair(bridge: str) -> tuple[str, str]:
+    """The names of the veth pair by which a bridge's agent sends packets once more."""
+    name = f"lbq{zlib.crc32(bridge.encode()):08x}"
+    return f"{name}a", f"{name}b"
+
+
+def remove(ovs: Ovs, bridge: str, bpffs: str | Path = kernel.BPFFS) -> list[str]:
+    """Undo all that a fast path, of whatever process, did to a bridge.
+
+    Returns:
+        The interfaces that are ports again.
+
+    Raises:
+        PortsError, OvsError: something could not be undone; all the rest was.
+    """
+    try:
+        return remove_ports(ovs, bridge)
+    finally:
+        with contextlib.suppress(NetlinkError, OSError), Netlink() as netlink:
+            links = netlink.links()
+            for name in set(pair(bridge)) & links.keys():
+                netlink.delete(links[name].ifindex)
+        with contextlib.suppress(OvsError):
+            kernel.unpin(_pins(ovs, bridge, Path(bpffs)))
+
+
+def _pins(ovs: Ovs, bridge: str, bpffs: Path) -> Path:
+    """Where a bridge's maps are pinned: by its datapath id, which a new bridge of the same name may not share."""
+    identifier = ovs.vsctl("get", "bridge", bridge, "datapath_id", wait=False).strip().strip('"')
+    if not identifier.strip("[]"):
+        raise OvsError(f"bridge {bridge} has no datapath id yet")
+    return bpffs / "lbapp" / identifier
+
+
+def _index(value: int) -> bytes:
+    return value.to_bytes(4, sys.byteorder)
+
+
+__all__ = ["FastPath", "FastPathUnavailable", "Injector", "all_pins", "pair", "remove"]

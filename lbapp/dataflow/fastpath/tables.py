@@ -1,0 +1,342 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""The fast path's programs and maps: what they are told, what they tell.
+
+Owns the loaded object, its pins and its rings. Knows neither interfaces nor Open vSwitch
+(:mod:`lbapp.dataflow.fastpath.fastpath` adds them).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import logging
+import os
+import secrets
+import struct
+import time
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+from pathlib import Path
+
+from lbapp.dataflow.fastpath import kernel, layout
+from lbapp.dataflow.fastpath.layout import (
+    Closed,
+    Counter,
+    Flow,
+    FlowKey,
+    Layout,
+    QueryRecord,
+    Result,
+    Service,
+    ServiceKey,
+    Swept,
+    Target,
+    Traffic,
+    Wanted,
+)
+
+LOG = logging.getLogger("lbapp.fastpath")
+
+MAX_CONNECTIONS = 1 << 20
+HANDSHAKE_MS = 15_000
+"""How long a client may take for its second packet: what a flood of SYN leaves does not stay longer."""
+HALF_CLOSED_MS = 300_000
+"""How long the other side may be silent when one has finished; as conntrack's tcp_fin_wait (lbapp.dataflow.ovs)."""
+
+_U32 = struct.Struct("=I")
+_ZERO = bytes(4)
+_NOT_PINNED = ("installs", "sweeping", "decisions")
+_TRACKED = struct.Struct("=52xI24xIII4x")
+"""State, serial, virtual server and member of a flow."""
+
+
+class Tables:
+    """Programs and maps, loaded.
+
+    Args:
+        program: the compiled object.
+        pins: the folder in which maps are pinned: they are taken over if they are there already, with everything in
+            them, and outlive this process. None: they end with this object.
+        max_connections: how many connections fit.
+        mac: the balancer's hardware address.
+        seed: the secret of the hashes; by default that of the maps that were there, else a new one.
+
+    Raises:
+        kernel.KernelError: the kernel has not what is needed, or not for us.
+    """
+
+    def __init__(self, program: Path, pins: Path | None = None, *, max_connections: int = MAX_CONNECTIONS,
+                 mac: bytes, seed: tuple[int, int] | None = None) -> None:
+        self.adopted = pins is not None and _adoptable(pins)
+        if pins is not None:
+            if not self.adopted:
+                kernel.unpin(pins)
+            pins.mkdir(parents=True, exist_ok=True)
+        self.pins = pins
+        self._object = kernel.Object(program, pins, lambda name: name not in _NOT_PINNED,
+                                     {"flows": 2 * max_connections})
+        maps = self._object.maps
+        self.programs = self._object.programs
+        self.maps: Mapping[str, kernel.Map] = maps
+        self._flows, self._services, self._targets = maps["flows"], maps["services"], maps["targets"]
+        self._closed, self._queries = kernel.Ring(maps["closed"]), kernel.Ring(maps["queries"])
+        self._installs = maps["installs"].mapped()
+        if seed is None:
+            old = Layout.unpack(maps["layout"].lookup(_ZERO) or bytes(layout.LAYOUT.size))
+            seed = old.seed if self.adopted else (secrets.randbits(64), secrets.randbits(64))
+        maps["layout"].update(_ZERO, Layout.current(seed, mac).pack())
+        if self.adopted and self._flows.max_entries != 2 * max_connections:
+            LOG.warning("the fast path's table for %d connections is kept as it was made", self.max_flows)
+        self._told: dict[ServiceKey, Service] = {}
+
+    def close(self, keep: bool = False) -> None:
+        """Let go of everything. ``keep``: what is pinned stays, and what is attached goes on."""
+        self._closed.close()
+        self._queries.close()
+        self._installs.close()
+        self._object.close()
+        if not keep and self.pins is not None:
+            kernel.unpin(self.pins)
+
+    # ---------------------------------------------------------- virtual servers
+
+    def set_targets(self, targets: Mapping[int, Target | None]) -> None:
+        """Set or (None) delete targets, by their number. Others stay."""
+        self._targets.update_all({_U32.pack(number): target.pack() for number, target in targets.items()
+                                  if target is not None})
+        self._targets.delete_all(_U32.pack(number) for number, target in targets.items() if target is None)
+
+    def targets(self) -> KeysView[int]:
+        """The numbers of all targets."""
+        return {_U32.unpack(key)[0]: None for key, _ in self._targets.items()}.keys()
+
+    def set_services(self, services: Mapping[ServiceKey, Service | None]) -> None:
+        """Set or (None) delete virtual servers; one that is as it was told before is left alone. Others stay.
+
+        Each is replaced at once: no packet meets half of it, and established connections do not notice.
+        """
+        changed = {key: service for key, service in services.items()
+                   if service is not None and self._told.get(key) != service}
+        self._services.update_all({key.pack(): service.pack() for key, service in changed.items()})
+        self._told.update(changed)
+        for key in [key for key, service in services.items() if service is None]:
+            self._services.delete(key.pack())
+            self._told.pop(key, None)
+
+    def services(self) -> dict[ServiceKey, int]:
+        """All virtual servers' numbers."""
+        return {ServiceKey.unpack(key): _U32.unpack_from(value)[0] for key, value in self._services.items()}
+
+    # ------------------------------------------------------------- connections
+
+    @property
+    def max_flows(self) -> int:
+        """How many connections fit."""
+        return self._flows.max_entries // 2
+
+    def install(self, flows: Sequence[tuple[FlowKey, Flow]]) -> list[Result]:
+        """Enter connections: both directions of each, or none.
+
+        A connection that is there already is left as it is (EXISTS), unless it is closed: then it makes room. So is
+        one whose way back is another connection's (TAKEN).
+
+        Args:
+            flows: the way there of each connection, and behind it its way back. Of the latter, only where the
+                client is (``destination_mac``, ``ifindex``) is read: all the rest follows from the former.
+
+        Returns:
+            One result a connection.
+        """
+        results: list[Result] = []
+        memory, pack, size, swapped = self._installs, layout.INSTALL.pack_into, layout.INSTALL.size, layout.swap
+        mapped, opened = layout.mapped, _now()
+        for first in range(0, len(flows), 2 * layout.INSTALLS):
+            offset = 0
+            for index in range(first, min(first + 2 * layout.INSTALLS, len(flows)), 2):
+                key, flow = flows[index]
+                way = flows[index + 1][1]
+                pack(memory, offset, mapped(key[0]), mapped(key[1]), swapped(key[2]), swapped(key[3]), key[4],
+                     mapped(flow[0]), mapped(flow[1]), swapped(flow[2]), swapped(flow[3]), flow[4], flow[5], flow[6],
+                     flow[7], opened, opened, 0, 0, flow[8], flow[9], flow[10], min(flow[11], 0xFFFF), way[4], way[6])
+                offset += size
+            results += self._enter(offset // size)
+        return results
+
+    def _enter(self, count: int) -> list[Result]:
+        context = (ctypes.c_uint32 * 2)(count, 0)
+        kernel.run(self.programs["install"], context=context)
+        if context[1] == count:
+            return [Result.OPENED] * count
+        unpack = _U32.unpack_from
+        return [_RESULTS[unpack(self._installs, index * layout.INSTALL.size + layout.INSTALL_RESULT)[0]]
+                for index in range(count)]
+
+    def lookup(self, key: FlowKey) -> Flow | None:
+        """One direction of a connection."""
+        found = self._flows.lookup(key.pack())
+        return Flow.unpack(found) if found is not None else None
+
+    def flows(self, limit: int, after: FlowKey | None = None) -> list[tuple[FlowKey, Flow]]:
+        """Some flows, both directions, in the map's order, at most ``limit``; ``after``: those behind this one."""
+        found: list[tuple[FlowKey, Flow]] = []
+        skipping = after is not None
+        for keys, values in self._flows.chunks(min(kernel.BATCH, max(limit, 64))):
+            for index in range(len(keys) // layout.KEY.size):
+                if len(found) >= limit:
+                    return found
+                key = FlowKey.unpack(keys[index * 40:index * 40 + 40])
+                if skipping:
+                    skipping = key != after
+                    continue
+                found.append((key, Flow.unpack(values[index * 96:index * 96 + 96])))
+        return found
+
+    def tracked(self) -> list[tuple[int, int, int]]:
+        """The open connections that the control segment counts: (serial, virtual server, member)."""
+        wanted, mask = layout.TRACKED, layout.TRACKED | layout.OUTBOUND | layout.CLOSED
+        return [(serial, virtual_server, member) for _, values in self._flows.chunks()
+                for state, serial, virtual_server, member in _TRACKED.iter_unpack(values) if state & mask == wanted]
+
+    # -------------------------------------------------------------------- rings
+
+    def closed(self, limit: int = 4096) -> list[Closed]:
+        """Connections that ended, at most ``limit``, and the live ones that somebody had asked for."""
+        found: list[Closed] = []
+        record, make, add = layout.CLOSED_RECORD, Closed._make, found.append
+        read = 0
+        with self._closed.pending(limit * record.size) as waiting:
+            for fields in record.iter_unpack(waiting[:len(waiting) - len(waiting) % record.size]):
+                if fields[0] & kernel.BUSY:
+                    break
+                read += 1
+                if not fields[0] & kernel.DISCARD:
+                    add(make(fields[1:]))
+        if read:
+            self._closed.consume(read * record.size)
+        return found
+
+    def queries(self, limit: int = 1024) -> list[QueryRecord]:
+        """First packets that the control segment is to be asked about, at most ``limit``."""
+        head, unpack = layout.QUERY.size, layout.QUERY.unpack_from
+        found: list[QueryRecord] = []
+        for record in self._queries.drain(limit):
+            ifindex, virtual_server, length, _ = unpack(record)
+            found.append(QueryRecord(ifindex, virtual_server, record[head:head + length]))
+        return found
+
+    def queries_fileno(self) -> int:
+        """For poll: readable when a query comes. The ring of closed connections wakes nobody; look there at times."""
+        return self._queries.fd
+
+    # ----------------------------------------------------------------- sweeping
+
+    def sweep(self, linger_ms: float = 5000, evict_ms: float = 0, *, evict_most: int = 0xFFFFFFFF,
+              handshake_ms: float = HANDSHAKE_MS, half_closed_ms: float = HALF_CLOSED_MS) -> Swept:
+        """Walk over all connections; delete what has ended or is idle.
+
+        Args:
+            linger_ms: how long a closed connection must have been silent before it goes.
+            evict_ms: not 0: whatever has been silent for longer goes, however much time it still had.
+            evict_most: but not more than so many.
+            handshake_ms: how long a client may take for its second packet.
+            half_closed_ms: how long silence may last when one side has finished.
+        """
+        return self._sweep(linger_ms, evict_ms, evict_most, handshake_ms, half_closed_ms)
+
+    def delete(self, *, virtual_server: int | None = None, member: int | None = None, ifindex: int | None = None,
+               serial: int | None = None, everything: bool = False) -> Swept:
+        """Delete the connections to which all that is given applies, alive or not. Each call walks over all of them."""
+        if serial is not None:
+            return self.reap({serial: Wanted(final=True)})[0]
+        match = (0 if virtual_server is None else layout.MATCH_VIRTUAL_SERVER) | (
+            0 if member is None else layout.MATCH_MEMBER) | (0 if ifindex is None else layout.MATCH_IFINDEX) | (
+            layout.MATCH_ALL if everything else 0)
+        return self._sweep(match=match, virtual_server=virtual_server or 0, member=member or 0, ifindex=ifindex or 0)
+
+    def relocate(self, member: int, mac: bytes, ifindex: int) -> Swept:
+        """A member is somewhere else now: its connections go there."""
+        return self._sweep(match=layout.MATCH_MEMBER, member=member, place=ifindex, mac=mac, relocate=1)
+
+    def reap(self, wanted: Mapping[int, Wanted]) -> tuple[Swept, set[int]]:
+        """Look after the flows of these serials (003, REAP and TIMEOUT), in one walk.
+
+        Returns:
+            What was swept, and the serials of which no flow is there. Live ones that were asked about come
+            out of :meth:`closed` as ``ALIVE``.
+        """
+        missing: set[int] = set()
+        swept = Swept.nothing()
+        table, pending = self.maps["wanted"], iter(wanted.items())
+        while some := dict(itertools.islice(pending, table.max_entries // 2)):
+            table.update_all({_U32.pack(serial): what.pack() for serial, what in some.items()})
+            try:
+                swept = self._sweep(wanted=1)
+                missing.update(_U32.unpack(key)[0] for key, value in table.items()
+                               if not layout.WANTED.unpack(value)[2])
+            finally:
+                table.delete_all(map(_U32.pack, some))
+        return swept, missing
+
+    def _sweep(self, linger_ms: float = 1 << 30, evict_ms: float = 0, evict_most: int = 0xFFFFFFFF,
+               handshake_ms: float = 1 << 30, half_closed_ms: float = 1 << 30, *, match: int = 0,
+               virtual_server: int = 0, member: int = 0, ifindex: int = 0, wanted: int = 0, relocate: int = 0,
+               place: int = 0, mac: bytes = layout.KEEP_MAC) -> Swept:
+        ticks, sweeping = layout.ticks, self.maps["sweeping"]
+        what = layout.SWEEP_WHAT.pack(ticks(linger_ms), ticks(handshake_ms), ticks(half_closed_ms), ticks(evict_ms),
+                                      evict_most, match, virtual_server, member, ifindex, wanted, relocate, place, mac)
+        sweeping.update(_ZERO, what.ljust(layout.SWEEP_SIZE, b"\0"))
+        kernel.run(self.programs["sweep"])
+        return Swept.unpack(sweeping.lookup(_ZERO) or bytes(layout.SWEEP_SIZE))
+
+    # ----------------------------------------------------------------- counting
+
+    def counters(self) -> dict[str, int]:
+        """What the programs counted, by name."""
+        table = self.maps["counters"]
+        return {counter.name.lower(): sum(struct.unpack(f"={table.stride // 8}Q", table.lookup(_U32.pack(counter)) or
+                                                        bytes(table.stride))) for counter in Counter}
+
+    def service_stats(self) -> dict[tuple[int, int], Traffic]:
+        """By virtual server and member."""
+        found = {}
+        for key, value in self.maps["service_stats"].items():
+            opened, closed, packets_in, bytes_in, packets_out, bytes_out = layout.STATS.unpack(value)
+            found[layout.STATS_KEY.unpack(key)] = Traffic(opened, closed, packets_in + packets_out,
+                                                          bytes_in + bytes_out)
+        return found
+
+    def forget_stats(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Drop the statistics of what is no more: (virtual server, member)."""
+        self.maps["service_stats"].delete_all(layout.STATS_KEY.pack(*pair) for pair in pairs)
+
+    def kernel_memory(self) -> dict[str, int]:
+        """Bytes by map."""
+        return {name: one.memory() for name, one in self.maps.items()}
+
+
+_RESULTS = list(Result)
+
+
+def _now() -> int:
+    return (time.clock_gettime_ns(time.CLOCK_MONOTONIC) >> layout.TICK_SHIFT) & 0xFFFFFFFF
+
+
+def _adoptable(pins: Path) -> bool:
+    """Whether maps are pinned there that this version can take over."""
+    pinned = kernel.pinned_map(pins / "layout")
+    if pinned is None:
+        return False
+    try:
+        if pinned.value_size != layout.LAYOUT.size:
+            return False
+        value = pinned.lookup(_ZERO)
+        return value is not None and Layout.unpack(value).fits()
+    finally:
+        os.close(pinned.fd)
+
+
+def all_pins(bpffs: Path = kernel.BPFFS) -> Iterator[Path]:
+    """The folders of pins of all switches, also those that a process left behind."""
+    folder = bpffs / "lbapp"
+    if folder.is_dir():
+        yield from sorted(folder.iterdir())
