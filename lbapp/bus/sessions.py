@@ -55,6 +55,8 @@ from lbapp.bus.errors import BusError, DecodeError, Fault
 from lbapp.bus.holdings import MOST_SERVERS, SERVER, TABLE, Desired, Held
 
 AUTHENTICATE_WITHIN = 5.0
+MESSAGE_WITHIN = 0.8
+"""Seconds from a message's first byte to its last, before authentication (HELLO and AUTH are one segment each)."""
 MISSED = 3
 """HELLOs that may be missed before the peer counts as dead."""
 INTERVALS = (50, 60_000)
@@ -153,6 +155,7 @@ class Session:
         self._nonce = nonce
         self._peer_nonce = b""
         self._began = self._heard = now
+        self._cut_since: float | None = None
         self._now = now
         self._said: list[bytes] = []
         self._in = bytearray()
@@ -182,6 +185,10 @@ class Session:
         except BusError as error:
             self.end(error.fault, str(error))
         del self._in[:place]
+        if not self._in:
+            self._cut_since = None
+        elif place or self._cut_since is None:
+            self._cut_since = now
 
     def tick(self, now: float) -> None:
         """Let time pass: a peer that does not authenticate, or is not heard any more, is given up."""
@@ -191,6 +198,8 @@ class Session:
         if self.phase is not Phase.UP:
             if now - self._began > AUTHENTICATE_WITHIN:
                 self.end(Fault.LATE, f"not authenticated within {AUTHENTICATE_WITHIN:g} s")
+            elif self._cut_since is not None and now - self._cut_since > MESSAGE_WITHIN:
+                self.end(Fault.SLOW, f"a message of which {len(self._in)} bytes came, and no more")
         elif now - self._heard > MISSED * self._interval:
             self.end(Fault.SILENT, f"nothing heard for {now - self._heard:.1f} s")
 

@@ -218,6 +218,20 @@ def test_authentication_takes_five_seconds_at_most():
     assert pair.cs.fault is pair.dfs.fault is Fault.LATE
 
 
+def test_a_message_that_does_not_go_on_ends_the_connection():
+    pair = Pair()
+    for octet in message(Kind.HELLO, 0, 0, HELLO_BODY)[:8]:
+        pair.tick(0.09)
+        pair.dfs.receive(bytes((octet,)), pair.now)
+    assert pair.dfs.phase is Phase.HELLO
+    pair.tick(0.2)
+    assert pair.dfs.fault is Fault.SLOW
+    pair = Pair().up()
+    pair.dfs.receive(b"\0", pair.now)
+    pair.tick(1.0)
+    assert pair.dfs.phase is Phase.UP  # here HELLOs tell
+
+
 # ------------------------------------------------------------------ bad messages
 
 
