@@ -25,6 +25,7 @@ CLOCKS_AND_SOCKETS = {
 }
 # service.py is the second Ryu application: it carries the store and REST beside app.py.
 HUB_ALLOWED = ("lbapp/readings.py",)
+BUS_PURE = ("auth.py", "channel.py", "csmb.py", "errors.py", "holdings.py", "sessions.py", "ssmb.py")
 RYU_ALLOWED = ("lbapp/app.py", "lbapp/launcher.py", "lbapp/service.py", "lbapp/dataflow/ryu_shim.py", "lbapp/api/")
 
 
@@ -72,6 +73,18 @@ def test_control_imports_only_the_model_and_the_standard_library(path):
         top = module.partition(".")[0]
         if top == "lbapp":
             assert within(module, "lbapp.control", "lbapp.config.model", "lbapp.config.routing"), module
+        else:
+            assert top in sys.stdlib_module_names and top not in CLOCKS_AND_SOCKETS, module
+
+
+@each([ROOT / "lbapp/bus" / module for module in BUS_PURE])
+def test_bus_codecs_and_sessions_do_no_io(path):
+    """Bytes and ``now`` in, bytes and messages out; sockets, clocks and nonces are the transports'."""
+    for module in imports(path):
+        top = module.partition(".")[0]
+        if top == "lbapp":
+            pure = tuple(f"lbapp.bus.{name.removesuffix('.py')}" for name in BUS_PURE)
+            assert within(module, "lbapp.control.messages", "lbapp.config.model", *pure), module
         else:
             assert top in sys.stdlib_module_names and top not in CLOCKS_AND_SOCKETS, module
 

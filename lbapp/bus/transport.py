@@ -33,7 +33,7 @@ from lbapp.bus.sessions import CsSession, DfsSession, Down, Event, Phase, Up
 from lbapp.bus.ssmb import Kind
 from lbapp.control.messages import AppQuery, Closed, NewFlow, Query, Reap, Refused, Reply, Stats, Timeout
 
-BEAT = 0.05
+BEAT = 0.1
 """Seconds between two looks at the sessions' clocks."""
 UNAUTHENTICATED = 32
 CONTROL_SEGMENTS = 16

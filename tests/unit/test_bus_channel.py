@@ -177,7 +177,7 @@ def test_bad_datagrams_are_ignored_and_counted(pair):
     refused(cs, sealed(delete, sequence=53, batch=5, back=5), now, Fault.VALUE)
     refused(cs, sealed(ask, sequence=54, ack=1), now, Fault.VALUE)
     refused(cs, sealed(ask._replace(kind=Kind.REPLY), sequence=55), now, Fault.DIRECTION)
-    refused(cs, sealed(ask._replace(kind=77), sequence=56), now, Fault.KIND)
+    refused(cs, sealed(ssmb.Body(77, 0, 1, b""), sequence=56), now, Fault.KIND)  # type: ignore[arg-type]
     refused(cs, sealed(ask._replace(number=2), sequence=57), now, Fault.LENGTH)
     # One of our own, sent back; sealed with a key that is not the sender's.
     own = cs.send(Kind.TIMEOUT, [Timeout(SWITCH, 1, 1)], now) + cs.flush(now)
@@ -346,8 +346,9 @@ def test_loss_duplication_and_reordering(seed):
     chance = random.Random(seed)
     pair = Pair(queue=100_000)
     pair.open()
-    network, tie, got = [], 0, {id(pair.dfs): [], id(pair.cs): []}
-    faults = set()
+    network: list[tuple[float, int, Channel, bytes]] = []
+    got: dict[int, list] = {id(pair.dfs): [], id(pair.cs): []}
+    tie, faults = 0, set()
 
     def throw(datagrams, to):
         nonlocal tie
@@ -365,9 +366,11 @@ def test_loss_duplication_and_reordering(seed):
             throw(pair.dfs.send(Kind.QUERY, [query(step)], pair.now), pair.cs)
             sent += 1
         if step % 400 == 399 and step < 1500:
-            pair.dfs.close(), pair.cs.close()
+            pair.dfs.close()
+            pair.cs.close()
             out, back = pair.open()
-            throw(out, pair.cs), throw(back, pair.dfs)
+            throw(out, pair.cs)
+            throw(back, pair.dfs)
         while network and network[0][0] <= pair.now:
             _, _, to, datagram = heapq.heappop(network)
             try:

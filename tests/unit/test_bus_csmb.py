@@ -52,9 +52,9 @@ messages = st.one_of(
               st.integers(0, 3).map(HelloFlag), st.sampled_from(Error), optional, optional),
     st.builds(Challenge, nonce), st.builds(Response, nonce), st.builds(AddVs, servers), st.builds(DeleteVs, u32),
     st.just(VsListRequest()), st.builds(SyncDone, u32),
-    st.builds(lambda part, some: VsList(*part, tuple(some)), parts, st.lists(servers, max_size=5)),
-    st.builds(lambda number, generation, part, some: Table(number, generation, *part, tuple(some)), u32, u32, parts,
-              st.lists(targets, max_size=20)),
+    st.builds(lambda part, some: VsList(part[0], part[1], tuple(some)), parts, st.lists(servers, max_size=5)),
+    st.builds(lambda number, generation, part, some: Table(number, generation, part[0], part[1], tuple(some)), u32, u32,
+              parts, st.lists(targets, max_size=20)),
 )
 
 
@@ -126,7 +126,7 @@ def test_bodies_are_as_documented(message, expected):
     AddVs(SERVER_1._replace(port=65536)), AddVs(SERVER_1._replace(address=b"")),
     AddVs(SERVER_1._replace(address=MAPPED + bytes(4))), AddVs(SERVER_1._replace(app_data=bytes(256))),
     Table(5, 3, 2, 2, ()), Table(5, 3, 0, 1, (TARGET._replace(mac=b""),)), Challenge(b"short"),
-    Hello(Version(16, 0), Role.DFS, 1, 1, 1, b"", 1, 1), DeleteVs(None), "no message",
+    Hello(Version(16, 0), Role.DFS, 1, 1, 1, b"", 1, 1), DeleteVs(2**32), "no message",
 ])
 def test_what_cannot_be_carried_is_an_encode_error(message):
     with pytest.raises(EncodeError):

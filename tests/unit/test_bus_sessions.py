@@ -167,7 +167,7 @@ def test_a_version_cannot_be_forced_down():
     for _ in range(4):
         pair.dfs.receive(to_dfs(pair.cs.take()), 0)
         pair.cs.receive(to_cs(pair.dfs.take()), 0)
-    assert pair.dfs.peer.version == V10
+    assert pair.dfs.peer is not None and pair.dfs.peer.version == V10
     assert pair.dfs.fault is Fault.UNAUTHENTICATED
     assert Up not in kinds(pair.cs.drain() + pair.dfs.drain())
 

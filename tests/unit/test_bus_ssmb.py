@@ -185,7 +185,7 @@ def test_a_datagram_is_as_documented():
     datagram = ssmb.seal(KEY, Role.CS, body, 0x10, 0x1122334455667788, 3, ack=9)
     assert datagram[:-16].hex() == ("10" "07" "02" "01" "0000" "1122334455667788" "0000000000000003"
                                     "0000000000000000" "0000000000000009" "00000007" "0000003c")
-    # python3 -c "import hmac; print(hmac.digest(bytes(range(32)), bytes.fromhex('...'), 'sha256')[:16].hex())"
+    # HMAC-SHA256 of the bytes above with the key, cut to 16 bytes.
     assert datagram[-16:].hex() == "a6d226c42fa1c226ff2448c388d8f9f2"
 
 
@@ -244,7 +244,7 @@ def test_app_data_is_bounded_by_the_datagram():
     (Kind.QUERY, QUERY._replace(serial=2**32)),
     (Kind.QUERY, QUERY._replace(client_mac=b"short")),
     (Kind.QUERY, QUERY._replace(signature=SIGNATURE._replace(destination=bytes(16)))),
-    (Kind.QUERY, QUERY._replace(in_port="1")),
+    (Kind.QUERY, QUERY._replace(in_port="1")),  # type: ignore[arg-type]
     (Kind.REPLY, Reply(QUERY, Error.OK, 1, Translation(bytes(16), 1, Host(bytes(6), 1)))),
     (Kind.REPLY, QUERY),
     (Kind.NEWFLOW, NewFlow(QUERY, 1, Translation(None, 1, Host(bytes(6), 1)), False, 1, None)),

@@ -71,7 +71,7 @@ class Site:
         log = []
         end = DfsServer(listen, key, identity, lambda peer, event: log.append((peer.identity, event)),
                         lambda peer, messages: log.extend((peer.identity, message) for message in messages), **more)
-        end.log = log
+        end.log = log  # type: ignore[attr-defined]
         self.ends.append(end)
         return end
 
@@ -85,7 +85,7 @@ class Site:
 
         end = CsClient(address or dfs.address, key, identity, lambda peer, event: log.append(event), messages,
                        interval=0.2, **more)
-        end.log = log
+        end.log = log  # type: ignore[attr-defined]
         self.ends.append(end)
         return end
 
@@ -268,14 +268,14 @@ def test_a_handler_that_fails_harms_nobody_else(site, caplog):
         calls.append(messages)
         raise RuntimeError("boom")
 
-    cs = CsClient(dfs.address, KEY, 77, lambda *_: 1 / 0, fail, interval=0.2)
+    cs = CsClient(dfs.address, KEY, 77, fail, fail, interval=0.2)
     site.ends.append(cs)
     until(lambda: cs.connected and dfs.peers and dfs.peers[77].connected)
     for _ in range(3):
         dfs.peers[77].send_queries([query(1)])
         dfs.peers[77].flush()
         eventlet.sleep(0.01)
-    until(lambda: len(calls) == 3)
+    until(lambda: len(calls) == 5)  # Up, Synced, and three times QUERY
     assert "boom" in caplog.text and "Traceback" not in caplog.text
 
 
@@ -443,7 +443,8 @@ def test_a_cs_closes_a_bad_dfs_and_keeps_its_others(site):
     good = site.cs(dfs)
     until(lambda: good.connected)
     for data in (BAD["zero length"], BAD["zeros"], BAD["HTTP"], BAD["unauthenticated ADD_VS"], b"\0", b""):
-        listener, closed = eventlet.listen(("127.0.0.1", 0)), []
+        listener = eventlet.listen(("127.0.0.1", 0))
+        closed: list[float] = []
 
         def serve(listener=listener, data=data, closed=closed):
             stream, _ = listener.accept()
