@@ -99,6 +99,7 @@ class Installation:
         inside = processes.Namespace("the middle", anchor.pid)
         self.process = ControllerProcess(inside, lab.directory / "state", options=options,
                                          environment=self.ovs.environment)
+        lab.on_close(lambda: self.process.remove_fastpath([BRIDGE]))
         lab.on_close(self.process.stop)
         try:
             self.process.start(READY_SECONDS)

@@ -118,7 +118,7 @@ class LoadBalancer(app_manager.RyuApp):
         self.wsgi = kwargs["wsgi"]
         self.control = ControlSegment()
         self.configuration = Configuration()
-        self.fastpaths = FastPaths(self.control, self._perform)
+        self.fastpaths = FastPaths(self.control, self.perform)
         self._configured = hub.Event()
         self.switches: dict[int, Switch] = {}
         self.reconnects: Counter[int] = Counter()
@@ -158,7 +158,7 @@ class LoadBalancer(app_manager.RyuApp):
         for switch in self.switches.values():
             switch.encoder = carrier.ReplyEncoder(switch.id, configuration, routes)
             self._queue(switch, ("configure", configuration))
-        self._perform(commands)
+        self.perform(commands)
 
     # -------------------------------------------------------------- the short path
 
@@ -218,7 +218,7 @@ class LoadBalancer(app_manager.RyuApp):
         full = punted.cookie >> 48 & 0xFF == Kind.FULL
         switch.counters["conntrack_full" if full else "member_gone"] += 1
         if full:
-            self._perform(self.control.handle(Refused(switch.id, mark.serial, mark.virtual_server), time.monotonic()))
+            self.perform(self.control.handle(Refused(switch.id, mark.serial, mark.virtual_server), time.monotonic()))
         try:
             packet = frames.parse(punted.frame)
         except frames.MalformedError:
@@ -242,7 +242,7 @@ class LoadBalancer(app_manager.RyuApp):
         if switch.closed:
             batch, switch.closed = tuple(switch.closed), []
             switch.counters["delete_batches"] += 1
-            self._perform(self.control.handle(Delete(switch.id, batch), time.monotonic()))
+            self.perform(self.control.handle(Delete(switch.id, batch), time.monotonic()))
 
     def _flow_removed(self, switch: Switch, data: bytes) -> bytes | None:
         removed = carrier.decode_flow_removed(data)
@@ -260,7 +260,7 @@ class LoadBalancer(app_manager.RyuApp):
         seen = frames.neighbour(punted.frame, punted.in_port)
         if seen is not None and switch.session.ready:
             address, host = seen
-            self._perform(self.control.handle(NeighbourSeen(switch.id, address_text(address), host),
+            self.perform(self.control.handle(NeighbourSeen(switch.id, address_text(address), host),
                                               time.monotonic()))
         return b""
 
@@ -277,7 +277,7 @@ class LoadBalancer(app_manager.RyuApp):
         if text not in switch.held and len(switch.held) >= HELD_HOSTS:
             switch.counters["lookups_dropped"] += len(switch.held.popitem(last=False)[1])
         switch.held.setdefault(text, deque(maxlen=HELD_PACKETS)).append((now, punted.frame))
-        self._perform(self.control.want(switch.id, text, now))
+        self.perform(self.control.want(switch.id, text, now))
         return b""
 
     def _release(self, switch: Switch, change: HostChanged) -> None:
@@ -309,14 +309,14 @@ class LoadBalancer(app_manager.RyuApp):
     def _forget(self, switch: Switch) -> None:
         self._flush(switch)
         hub.kill(switch.worker)
-        self._perform(self.control.handle(SwitchDown(switch.id), time.monotonic()))
+        self.perform(self.control.handle(SwitchDown(switch.id), time.monotonic()))
 
     @set_ev_cls(ofp_event.EventOFPPortStatus, MAIN_DISPATCHER)
     def _port_status(self, event: Any) -> None:
         message = event.msg
         down = message.reason == ofproto_v1_3.OFPPR_DELETE or message.desc.state & ofproto_v1_3.OFPPS_LINK_DOWN
         if down and message.datapath.id in self.switches:
-            self._perform(self.control.handle(PortDown(message.datapath.id, message.desc.port_no), time.monotonic()))
+            self.perform(self.control.handle(PortDown(message.datapath.id, message.desc.port_no), time.monotonic()))
 
     def _multipart(self, switch: Switch, data: bytes) -> bytes | None:
         if not switch.session.on_multipart(data):
@@ -330,7 +330,7 @@ class LoadBalancer(app_manager.RyuApp):
             if not answer.rules:
                 message = Delete(switch.id, tuple(Closed(answer.serial, 0, 0, Reason.DELETED, outbound)
                                                   for outbound in (False, True)))
-            self._perform(self.control.handle(message, time.monotonic()))
+            self.perform(self.control.handle(message, time.monotonic()))
         return b""
 
     def _error(self, switch: Switch, data: bytes) -> bytes | None:
@@ -350,7 +350,7 @@ class LoadBalancer(app_manager.RyuApp):
             return b""  # its other direction was refused before
         full = data[8:12] == bytes((0, FLOW_MOD_FAILED, 0, TABLE_FULL))
         switch.counters["table_full" if full else "flow_mods_failed"] += 1
-        self._perform(self.control.handle(Refused(switch.id, serial, carrier.owner_of(known[0].cookie)),
+        self.perform(self.control.handle(Refused(switch.id, serial, carrier.owner_of(known[0].cookie)),
                                           time.monotonic()))
         return delete_by_cookie(connection_cookie(Kind.CONNECTION_IN, serial), ANY_CONNECTION) + (
             carrier.refuse(*known) or b"")
@@ -385,7 +385,7 @@ class LoadBalancer(app_manager.RyuApp):
                 sent += count
                 hub.sleep(0)
             LOG.info("switch %016x reconciled: %d changes", switch.id, sent)
-            self._perform(commands)
+            self.perform(commands)
             self.on_ready(switch.id)
             self._queue(switch, ("configure", self.configuration))
         elif job == "configure" and session.ready:
@@ -404,7 +404,7 @@ class LoadBalancer(app_manager.RyuApp):
 
     # -------------------------------------------------------------- commands and time
 
-    def _perform(self, commands: Iterable[ToSwitch]) -> None:
+    def perform(self, commands: Iterable[ToSwitch]) -> None:
         """Do what the control segment says.
 
         Raises:
@@ -428,12 +428,14 @@ class LoadBalancer(app_manager.RyuApp):
                     self.fastpaths.reap(command)
                 elif switch.encoder.is_rules(command.virtual_server):
                     switch.session.ask_connection(command.serial)
+                else:
+                    self.fastpaths.reap(command)
             else:
                 raise TypeError(f"cannot do {type(command).__name__}")
 
     def live(self, switch: int, connections: tuple[tuple[int, int, int], ...]) -> None:
         """Tell the control segment which followed connections a switch's conntrack holds."""
-        self._perform(self.control.handle(Live(switch, connections), time.monotonic()))
+        self.perform(self.control.handle(Live(switch, connections), time.monotonic()))
 
     def _ticks(self) -> None:
         while True:
@@ -441,6 +443,7 @@ class LoadBalancer(app_manager.RyuApp):
             try:
                 for switch in list(self.switches.values()):
                     self._flush(switch)
-                self._perform(self.control.tick(time.monotonic()))
+                self.perform(self.control.tick(time.monotonic()))
+                self.fastpaths.tick()
             except Exception:
                 LOG.exception("tick failed")

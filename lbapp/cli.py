@@ -96,6 +96,10 @@ def cli(ctx: click.Context, url: str, token: str | None, token_file: Path | None
               help="Where the bearer token is kept.  [default: token in the state directory]")
 @click.option("--fastpath", is_flag=True, envvar="LBAPP_FASTPATH", show_envvar=True,
               help="Put an eBPF fast path in front of the bridges of this host.")
+@click.option("--agent", "agents", type=HostPort(), multiple=True, metavar="HOST:PORT",
+              help="An agent beside a switch of another host; may be repeated.")
+@click.option("--bus-key", type=PATH, envvar="LBAPP_BUS_KEY", show_envvar=True,
+              help="Shared key of the buses, made on the first run.  [default: bus.key in the state directory]")
 @click.option("--queries", type=click.Choice(["agent", "openflow"]), default="agent", show_default=True,
               help="How first packets come from a switch with a fast path: straight, or as packet-ins.")
 @click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False),
@@ -126,6 +130,31 @@ def run(access: Access, listen: tuple[str, int], ryu_apps: tuple[str, ...], toke
     with contextlib.suppress(KeyboardInterrupt):
         launcher.run(launcher.Settings(openflow=listen, ryu_apps=ryu_apps, token_file=token_file,
                                        log_level=log_level.upper(), queries=queries == "agent", **options))
+
+
+@cli.command()
+@click.option("--bridge", required=True, help="Whose ports get the fast path.")
+@click.option("--listen", type=HostPort(), default="127.0.0.1:6654", show_default=True,
+              help="For controllers (CSMB over TCP; SSMB over UDP at the same address).")
+@click.option("--key", type=PATH, envvar="LBAPP_BUS_KEY", show_envvar=True,
+              help="Shared key of the buses, as on the controller.  [default: bus.key in the state directory]")
+@click.option("--state-dir", type=PATH, envvar="LBAPP_STATE_DIR", default=STATE_DIR, show_default=True,
+              show_envvar=True)
+@click.option("--max-connections", type=click.IntRange(1024, 1 << 23), default=1 << 20, show_default=True,
+              help="Size of the fast path's table.")
+@click.option("--leave", is_flag=True, help="Leave the fast path in place at the end, for the next agent to adopt.")
+@click.option("--remove", is_flag=True, help="Take down what an earlier agent left, and do nothing else.")
+@click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False),
+              default="INFO", show_default=True)
+@click.option("--log-file", type=PATH, help="Log there instead of to standard error.")
+def agent(**options: Any) -> None:
+    """Run the agent beside a switch: the eBPF fast path in front of a bridge."""
+    from lbapp import launcher
+
+    if not options["remove"] and not loopback(f"[{options['listen'][0]}]"):
+        warn(f"--listen {options['listen'][0]}: peers are authenticated, but what they say is not encrypted")
+    with contextlib.suppress(KeyboardInterrupt):
+        launcher.run_agent(**options)
 
 
 @cli.command()

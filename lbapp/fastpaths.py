@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, Protocol
 from lbapp.config.model import Configuration
 from lbapp.config.routing import Routes
 from lbapp.control.engine import ControlSegment
-from lbapp.control.messages import Closed, Delete, Error, Query, Reap, Reply
-from lbapp.dataflow.distribution import Distribution, Mode, distribution
+from lbapp.control.messages import Closed, Delete, Error, FromSwitch, Query, Reap, Reply
+from lbapp.dataflow.distribution import Distribution, distribution
+from lbapp.dataflow.fastpath.layout import Mode
 
 LOG = logging.getLogger("lbapp.fastpath")
 
@@ -38,11 +39,12 @@ class MemberTraffic(NamedTuple):
 class Reading(NamedTuple):
     """What an agent tells of its fast path on demand.
 
-    ``counters`` are by name; ``members`` by (virtual server, member); ``connections`` is how many it holds.
+    ``counters`` are by name; ``members`` by (virtual server, member); ``connections`` is how many it holds, None
+    where that is not known here.
     ``before``: what ``opened`` was when this controller began.
     """
 
-    connections: int
+    connections: int | None
     counters: Mapping[str, int]
     members: Mapping[tuple[int, int], MemberTraffic]
     before: Mapping[tuple[int, int], int] = {}
@@ -61,7 +63,8 @@ class Link(Protocol):
         """Install the flows of these replies (003, REPLY) and let the packets go that wait for them."""
 
     def reap(self, reaps: Sequence[Reap]) -> None:
-        """Delete flows: of a serial, or with serial 0 all of a member."""
+        """Delete flows unless they are alive: of a serial, or with serial 0 all of a member. Answers come by
+        :meth:`FastPaths.heard`."""
 
     def live(self) -> Sequence[tuple[int, int, int]]:
         """The connections it holds that the control segment follows: (serial, virtual server, member)."""
@@ -79,12 +82,13 @@ class Link(Protocol):
 class _Side:
     """What is known of one switch's link."""
 
-    __slots__ = ("asked", "before", "counters", "link", "replies", "told")
+    __slots__ = ("asked", "before", "counters", "link", "reaps", "replies", "told")
 
     def __init__(self, link: Link) -> None:
         self.link = link
         self.told: dict[int, Distribution] = {}
         self.replies: list[Reply] = []
+        self.reaps: list[Reap] = []
         self.counters: Counter[str] = Counter()
         self.asked: Counter[int] = Counter()
         self.before = {key: traffic.opened for key, traffic in link.read().members.items()}
@@ -185,10 +189,17 @@ class FastPaths:
             side.link.reply(replies)
 
     def reap(self, reap: Reap) -> None:
-        """The control segment wants a flow deleted."""
+        """The control segment asks whether a flow is dead, or wants it deleted: with the next :meth:`tick`."""
         side = self._sides.get(reap.switch)
         if side is not None:
-            side.link.reap((reap,))
+            side.reaps.append(reap)
+
+    def tick(self) -> None:
+        """Ask agents what the control segment wants to know, all in one."""
+        for side in list(self._sides.values()):
+            if side.reaps:
+                reaps, side.reaps = side.reaps, []
+                side.link.reap(reaps)
 
     # -------------------------------------------------------------- what they ask and tell
 
@@ -211,6 +222,11 @@ class FastPaths:
             side.counters["deletes"] += len(closed)
             side.counters["delete_messages"] += 1
         self._perform(self._control.handle(Delete(switch, tuple(closed)), time.monotonic()))
+
+    def heard(self, messages: Iterable[FromSwitch]) -> None:
+        """Answers to what was asked, and whatever else an agent has to say."""
+        for message in messages:
+            self._perform(self._control.handle(message, time.monotonic()))
 
     # -------------------------------------------------------------- views
 

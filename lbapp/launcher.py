@@ -37,6 +37,7 @@ class Settings:
         database: remote of an existing OVSDB server; by default one is started in ``state_dir``.
         token_file: where the bearer token is kept.
         fastpath: whether switches of this host get a fast path, with the agent in this process.
+        agents: agents on other hosts, and the file with the key that is shared with them.
         queries: whether agents ask by message bus; otherwise first packets come as packet-ins.
         ryu_apps: other Ryu applications to run beside.
     """
@@ -52,6 +53,8 @@ class Settings:
     database: str | None = None
     token_file: Path | None = None
     fastpath: bool = False
+    agents: tuple[tuple[str, int], ...] = ()
+    bus_key: Path | None = None
     queries: bool = True
     log_level: str = "INFO"
     log_file: Path | None = None
@@ -69,7 +72,7 @@ def run(settings: Settings) -> None:
         StartError: an address is in use, a file is missing, the database cannot be opened.
     """
     _patch()
-    _log(settings)
+    _log(settings.log_level, settings.log_file)
     from lbapp.service import Service  # after the process was patched
 
     service = Service(settings)
@@ -83,6 +86,36 @@ def run(settings: Settings) -> None:
         service.close()
 
 
+def run_agent(*, bridge: str, listen: tuple[str, int], key: Path | None, state_dir: Path, max_connections: int,
+              leave: bool, remove: bool, log_level: str, log_file: Path | None) -> None:
+    """Run an agent until it is told to stop; or, with ``remove``, take down what one has left.
+
+    Raises:
+        StartError: there can be no agent here; the message says why.
+    """
+    _patch()
+    _log(log_level, log_file)
+    from lbapp import agent_process  # after the process was patched
+    from lbapp.bus import keyfile
+    from lbapp.dataflow.fastpath.fastpath import FastPathUnavailable
+    from lbapp.dataflow.fastpath.removal import PortsError
+    from lbapp.dataflow.ovs import OvsError
+
+    try:
+        if remove:
+            agent_process.remove(bridge)
+            return
+        _stop_on_signals()
+        agent_process.run(agent_process.Settings(
+            bridge, listen, keyfile.read(key or state_dir / "bus.key"), max_connections, leave))
+    except KeyboardInterrupt:
+        pass
+    except (FastPathUnavailable, PortsError, OvsError, keyfile.KeyFileError) as error:
+        raise StartError(str(error)) from error
+    except OSError as error:
+        raise StartError(f"cannot listen on {listen[0]}:{listen[1]}: {error.strerror or error}") from error
+
+
 def _patch() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # eventlet says that it is deprecated; Ryu needs it
@@ -93,19 +126,19 @@ def _patch() -> None:
         eventlet.wsgi.ALREADY_HANDLED = []
 
 
-def _log(settings: Settings) -> None:
+def _log(level: str, file: Path | None) -> None:
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
-    if settings.log_file is not None:
+    if file is not None:
         try:
-            settings.log_file.parent.mkdir(parents=True, exist_ok=True)
-            handler = logging.handlers.RotatingFileHandler(settings.log_file, maxBytes=10_000_000, backupCount=3)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.handlers.RotatingFileHandler(file, maxBytes=10_000_000, backupCount=3)
         except OSError as error:
-            raise StartError(f"log file {settings.log_file}: {error.strerror}") from error
+            raise StartError(f"log file {file}: {error.strerror}") from error
     handler.setFormatter(logging.Formatter(FORMAT))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    logging.getLogger("lbapp").setLevel(settings.log_level.upper())
+    logging.getLogger("lbapp").setLevel(level.upper())
 
 
 def _ryu(settings: Settings, service: Any) -> None:

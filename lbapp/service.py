@@ -73,6 +73,14 @@ class Service:
         """Have switches of this host get a fast path when they are ready."""
         settings, fastpaths = self._settings, application.fastpaths
         fastpaths.queries = settings.queries
+        self._close_fastpaths = fastpaths.close
+        if settings.agents:
+            from lbapp.remote_agents import RemoteAgents, own_identity, shared_key
+
+            remote = RemoteAgents(fastpaths, shared_key(settings.bus_key or settings.state_dir / "bus.key"),
+                                  own_identity(settings.state_dir / "identity"))
+            for address in settings.agents:
+                remote.connect(address)
         if not settings.fastpath:
             return
         from lbapp.agents import local_link  # its netlink and eBPF parts only where they are wanted
@@ -87,7 +95,6 @@ class Service:
                 fastpaths.add(switch, link)
 
         application.on_ready = ready
-        self._close_fastpaths = fastpaths.close
 
     def close(self) -> None:
         """Stop what was started here."""

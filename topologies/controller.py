@@ -172,6 +172,17 @@ class ControllerProcess:
                 if str(self.state).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(pid, signal.SIGTERM)
 
+    @property
+    def fastpath(self) -> bool:
+        """Whether it puts a fast path in front of the bridges."""
+        return "--fastpath" in self.options or bool(os.environ.get("LBAPP_FASTPATH"))
+
+    def remove_fastpath(self, bridges: Sequence[str]) -> None:
+        """Take down the fast paths that it left in front of bridges: a controller that ends leaves them forwarding."""
+        for bridge in bridges if self.fastpath else ():
+            self.namespace.run("env", *(f"{name}={value}" for name, value in self.environment.items()), self.argv[0],
+                               "agent", "--bridge", bridge, "--remove", "--log-level", "WARNING")
+
     def log_tail(self, lines: int = 30) -> str:
         """The end of what it printed."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""

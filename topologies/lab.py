@@ -94,6 +94,7 @@ class Lab:
             self._start_network()
             self.controller = ControllerProcess(self.root, directory / "state", applications, options,
                                                 self.ovs.environment)
+            self._cleanup.callback(self.controller.remove_fastpath, self.bridges)
             self._cleanup.callback(self.controller.stop)
         except BaseException:
             self.close()

@@ -144,7 +144,7 @@ class FastPathStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """Counters of a switch's fast path and of the messages of its agent.
 
     Attributes:
-        connections: those it holds now.
+        connections: those it holds now; null where its agent runs on another host.
         hits: packets that it translated itself.
         misses: packets that it left to Open vSwitch, by reason.
         drops: what found no room or no answer, by reason.
@@ -152,7 +152,7 @@ class FastPathStatistics(msgspec.Struct, frozen=True, kw_only=True):
         query_messages, delete_messages: the messages that carried them (bundled).
     """
 
-    connections: Count = 0
+    connections: Count | None = 0
     hits: Count = 0
     misses: dict[str, int] = {}
     drops: dict[str, int] = {}

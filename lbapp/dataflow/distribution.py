@@ -8,7 +8,6 @@ the old one at once. Pure: configuration and neighbours in, values out.
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -18,31 +17,11 @@ from lbapp.config.routing import Routes
 from lbapp.control.messages import FlowSignature, Host
 from lbapp.control.selection import Candidate, WeightedRoundRobin, maglev_table
 from lbapp.control.statistics import Counts
+from lbapp.dataflow.fastpath.layout import SLOTS, Hash, Mode
 from lbapp.dataflow.matches import packed
 from lbapp.dataflow.ovs import CONNTRACK_TIMEOUTS
 
 _ANY = FlowSignature(b"", 0, b"", 0, 0)
-SLOTS = 1021
-"""The most slots a virtual server has in the fast path: a prime, as Maglev's table wants."""
-
-
-class Mode(enum.IntEnum):
-    """Who selects the member of a new connection that the fast path sees first."""
-
-    PASS = 0
-    """Open vSwitch and, by packet-in, the control segment."""
-    DECIDE = 1
-    """The fast path itself."""
-    PUNT = 2
-    """The control segment, asked by the agent (QUERY over the message bus)."""
-
-
-class Pick(enum.IntEnum):
-    """How the fast path finds a connection's slot."""
-
-    SOURCE = 0
-    FLOW = 1
-    TURN = 2
 
 
 class Target(NamedTuple):
@@ -67,7 +46,7 @@ class Distribution(NamedTuple):
     port: int
     protocol: int
     mode: Mode
-    pick: Pick
+    hash: Hash
     idle: int
     targets: tuple[Target, ...]
 
@@ -107,13 +86,13 @@ def distribution(virtual_server: VirtualServer, pool: Pool | None, eligible: Seq
             mode = Mode.DECIDE if takers <= SLOTS else Mode.PASS
         elif queries:
             mode = Mode.PUNT
-    pick = Pick.TURN
+    how = Hash.TURN
     if pool is not None and pool.lb_algorithm is Algorithm.SOURCE_IP:
-        pick = Pick.SOURCE
+        how = Hash.SOURCE
     elif pool is not None and pool.lb_algorithm is Algorithm.CONSISTENT_HASH:
-        pick = Pick.FLOW
+        how = Hash.FLOW
     return Distribution(virtual_server.number, packed(virtual_server.vip_address), virtual_server.protocol_port,
-                        virtual_server.protocol.number, mode, pick, idle_seconds(virtual_server.protocol), targets)
+                        virtual_server.protocol.number, mode, how, idle_seconds(virtual_server.protocol), targets)
 
 
 def _targets(virtual_server: VirtualServer, pool: Pool, eligible: Sequence[Member], routes: Routes,
@@ -148,7 +127,7 @@ def slots(made: Distribution) -> tuple[int, ...]:
     weights = [target.weight for target in made.targets]
     if not any(weights):
         return ()
-    if made.pick is not Pick.TURN:
+    if made.hash is not Hash.TURN:
         places = {target.member: index for index, target in enumerate(made.targets)}
         table = maglev_table([(target.member, target.weight) for target in made.targets], SLOTS)
         return tuple(places[member] for member in table)

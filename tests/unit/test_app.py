@@ -230,22 +230,22 @@ def test_a_packet_that_was_held_too_long_is_let_go(monkeypatch):
 
 def test_a_final_reap_deletes_and_another_asks():
     bench = Bench(RULES)
-    bench.app._perform([Reap(1, 5, 1, 1, final=True)])
+    bench.app.perform([Reap(1, 5, 1, 1, final=True)])
     deleted = connection_cookie(Kind.CONNECTION_IN, 5)
     assert struct.unpack_from("!QQB", bench.sent[-1], 8) == (deleted, ANY_CONNECTION, 0xFF)
-    bench.app._perform([Reap(1, 5, 1, 1)])
+    bench.app.perform([Reap(1, 5, 1, 1)])
     assert bench.sent[-1][1] == 18
     count = len(bench.sent)
-    bench.app._perform([Reap(2, 5, 1, 1, final=True)])  # a switch that is gone
+    bench.app.perform([Reap(2, 5, 1, 1, final=True)])  # a switch that is gone
     assert len(bench.sent) == count
     with pytest.raises(TypeError):
-        bench.app._perform([SwitchDown(1)])  # type: ignore[list-item]
+        bench.app.perform([SwitchDown(1)])  # type: ignore[list-item]
 
 
 def test_reap_of_a_dead_connection_ends_it_and_of_a_live_one_keeps_it():
     bench = Bench(RULES)
     serial = serial_of(bench.punt())
-    bench.app._perform([Reap(1, serial, 1, 1)])
+    bench.app.perform([Reap(1, serial, 1, 1)])
     xid = int.from_bytes(bench.sent[-1][4:8], "big")
     assert bench.receive(message(19, struct.pack("!HH4x", 1, 0), xid)) == b""
     assert list(bench.app.control.connections()) == []

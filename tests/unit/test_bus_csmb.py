@@ -169,6 +169,8 @@ class TestDesired:
     def test_only_differences_are_said(self):
         desired = Desired()
         desired.replace([SERVER_1], {5: [TARGET]})
+        assert desired.dirty == {}  # there is nobody yet
+        desired.all_again()
         assert desired.dirty == {5: SERVER | TABLE}
         desired.dirty.clear()
         desired.replace([SERVER_1], {5: [TARGET]})
@@ -180,8 +182,11 @@ class TestDesired:
     def test_a_removed_one_takes_its_distribution_along(self):
         desired = Desired()
         desired.replace([SERVER_1], {5: [TARGET]})
+        desired.all_again()
         desired.replace([], {})
         assert not desired.servers and not desired.tables and desired.dirty == {5: SERVER | TABLE}
+        desired.silence()
+        assert desired.dirty == {}
 
     def test_what_cannot_be_said_is_refused_at_once(self):
         desired = Desired()

@@ -162,6 +162,21 @@ def test_configuration_crosses_and_survives_a_restart_of_the_agent(site):
     assert [type(event) for event in cs.log].count(Up) == 2
 
 
+def test_another_switch_at_the_same_address_gets_nothing_that_waited(site):
+    dfs, cs = site.pair()
+    address = dfs.address
+    dfs.close()
+    until(lambda: not cs.connected)
+    flow = NewFlow(query(6), 9, Translation(None, 0, Host(bytes(6), 4)))
+    cs.send_newflows([flow] * 100)
+    assert cs.channel.backlog
+    other = site.dfs(0x2B, listen=address)
+    until(lambda: cs.connected and cs.identity == 0x2B)
+    cs.send_newflows([flow._replace(member=10)])
+    until(lambda: any(isinstance(one, NewFlow) for _, one in other.log))
+    assert [one.member for _, one in other.log if isinstance(one, NewFlow)] == [10]
+
+
 def test_a_dfs_drops_what_a_returning_cs_no_longer_has(site):
     dfs, cs = site.pair()
     cs.replace([server(1), server(2)], {})

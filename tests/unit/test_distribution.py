@@ -14,17 +14,8 @@ from hypothesis import strategies as st
 from lbapp.config.model import Algorithm, Configuration, Decision, Member, Network, Pool, Protocol, State, VirtualServer
 from lbapp.config.routing import Routes
 from lbapp.control.messages import Host
-from lbapp.dataflow.distribution import (
-    SLOTS,
-    Distribution,
-    Mode,
-    Pick,
-    Target,
-    distribution,
-    distributions,
-    idle_seconds,
-    slots,
-)
+from lbapp.dataflow.distribution import Distribution, Target, distribution, distributions, idle_seconds, slots
+from lbapp.dataflow.fastpath.layout import SLOTS, Hash, Mode
 
 
 def members(*weights: int) -> tuple[Member, ...]:
@@ -54,18 +45,18 @@ def made(virtual_server: VirtualServer, of: Pool, *, queries: bool = True, route
 
 
 @pytest.mark.parametrize(("algorithm", "decision", "mode", "pick"), [
-    (Algorithm.WEIGHTED_ROUND_ROBIN, Decision.AUTO, Mode.DECIDE, Pick.TURN),
-    (Algorithm.SOURCE_IP, Decision.AUTO, Mode.DECIDE, Pick.SOURCE),
-    (Algorithm.CONSISTENT_HASH, Decision.AUTO, Mode.DECIDE, Pick.FLOW),
-    (Algorithm.ROUND_ROBIN, Decision.SWITCH, Mode.DECIDE, Pick.TURN),
-    (Algorithm.ROUND_ROBIN, Decision.AUTO, Mode.PUNT, Pick.TURN),
-    (Algorithm.LEAST_CONNECTIONS, Decision.AUTO, Mode.PUNT, Pick.TURN),
-    (Algorithm.WEIGHTED_ROUND_ROBIN, Decision.CONTROLLER, Mode.PUNT, Pick.TURN),
+    (Algorithm.WEIGHTED_ROUND_ROBIN, Decision.AUTO, Mode.DECIDE, Hash.TURN),
+    (Algorithm.SOURCE_IP, Decision.AUTO, Mode.DECIDE, Hash.SOURCE),
+    (Algorithm.CONSISTENT_HASH, Decision.AUTO, Mode.DECIDE, Hash.FLOW),
+    (Algorithm.ROUND_ROBIN, Decision.SWITCH, Mode.DECIDE, Hash.TURN),
+    (Algorithm.ROUND_ROBIN, Decision.AUTO, Mode.PUNT, Hash.TURN),
+    (Algorithm.LEAST_CONNECTIONS, Decision.AUTO, Mode.PUNT, Hash.TURN),
+    (Algorithm.WEIGHTED_ROUND_ROBIN, Decision.CONTROLLER, Mode.PUNT, Hash.TURN),
 ])
-def test_who_decides(algorithm: Algorithm, decision: Decision, mode: Mode, pick: Pick) -> None:
+def test_who_decides(algorithm: Algorithm, decision: Decision, mode: Mode, pick: Hash) -> None:
     told = made(server(decision=decision), pool(algorithm))
     assert told is not None
-    assert (told.mode, told.pick) == (mode, pick)
+    assert (told.mode, told.hash) == (mode, pick)
     assert [target.member for target in told.targets] == [1, 2]
 
 
@@ -138,21 +129,21 @@ def test_all_virtual_servers_of_a_configuration() -> None:
     assert [one.number for one in told] == [1, 3]
 
 
-def weighted(pick: Pick, *weights: int) -> Distribution:
+def weighted(pick: Hash, *weights: int) -> Distribution:
     return Distribution(1, b"", 80, 6, Mode.DECIDE, pick, 60, tuple(
         Target(n, weight, None, 0, host(1), False) for n, weight in enumerate(weights)))
 
 
 def test_turns_are_smooth_and_exact() -> None:
-    table = slots(weighted(Pick.TURN, 10, 2, 2))
+    table = slots(weighted(Hash.TURN, 10, 2, 2))
     assert Counter(table) == {0: 5, 1: 1, 2: 1}
     assert all(table[n:n + 4] != (0, 0, 0, 0) for n in range(4))
-    assert slots(weighted(Pick.TURN, 4, 4)) == (0, 1)
-    assert slots(weighted(Pick.TURN)) == ()
+    assert slots(weighted(Hash.TURN, 4, 4)) == (0, 1)
+    assert slots(weighted(Hash.TURN)) == ()
 
 
-@given(st.lists(st.integers(1, 256), min_size=1, max_size=40), st.sampled_from(Pick))
-def test_shares_follow_weights(weights: list[int], pick: Pick) -> None:
+@given(st.lists(st.integers(1, 256), min_size=1, max_size=40), st.sampled_from(Hash))
+def test_shares_follow_weights(weights: list[int], pick: Hash) -> None:
     table = slots(weighted(pick, *weights))
     assert 0 < len(table) <= SLOTS
     counted = Counter(table)
@@ -163,8 +154,8 @@ def test_shares_follow_weights(weights: list[int], pick: Pick) -> None:
 
 
 def test_a_member_that_goes_leaves_other_clients_where_they_were() -> None:
-    before = slots(weighted(Pick.SOURCE, 1, 1, 1, 1, 1))
-    gone = weighted(Pick.SOURCE, 1, 1, 1, 1, 1)
+    before = slots(weighted(Hash.SOURCE, 1, 1, 1, 1, 1))
+    gone = weighted(Hash.SOURCE, 1, 1, 1, 1, 1)
     after = slots(gone._replace(targets=gone.targets[:4]))
     moved = sum(1 for a, b in zip(before, after, strict=True) if a != 4 and a != b)
     assert moved < 0.1 * len(before)

@@ -94,7 +94,7 @@ def root_log():
 
 def test_the_log_goes_to_its_file(tmp_path, root_log):
     path = tmp_path / "deep" / "lbapp.log"
-    launcher._log(settings(tmp_path, log_file=path, log_level="debug"))
+    launcher._log("debug", path)
     # Mininet, once imported, makes all new loggers of a class of its own: these two are older.
     logging.getLogger("lbapp").debug("a word")
     logging.getLogger().info("not this")
@@ -106,7 +106,7 @@ def test_a_log_file_that_cannot_be_is_said_in_words(tmp_path, root_log):
     blocker = tmp_path / "file"
     blocker.write_text("")
     with pytest.raises(StartError, match=r"log file .*lbapp\.log"):
-        launcher._log(settings(tmp_path, log_file=blocker / "lbapp.log"))
+        launcher._log("INFO", blocker / "lbapp.log")
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:

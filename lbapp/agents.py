@@ -1,0 +1,175 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""Runs agents under eventlet: in the controller's own process, where controller and switch share a host.
+
+Owns the greenlets that wait for the fast path's rings, and the time at which it is swept. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import eventlet
+from eventlet.hubs import trampoline
+
+from lbapp.control.messages import Closed, Query, Reap, Reply, Stats
+from lbapp.dataflow.agent import Agent
+from lbapp.dataflow.distribution import Distribution
+from lbapp.dataflow.fastpath.fastpath import FastPath, FastPathUnavailable
+from lbapp.dataflow.ovs import Ovs, OvsError
+from lbapp.fastpaths import FastPaths, MemberTraffic, Reading
+
+LOG = logging.getLogger("lbapp.agent")
+
+BATCH = 1024
+"""Closed connections told of in one message where it does not have to fit a datagram."""
+CLOSED_SECONDS = 0.05
+"""Closed connections are told of together: after so long, or a whole batch."""
+COALESCE_SECONDS = 0.0003
+"""As for packet-ins: after a batch of queries, let what comes next gather."""
+TICK_SECONDS = 0.25
+SWEEP_SECONDS = 1.0
+SWEEP_SHARE = 0.02
+"""The most of one core that sweeping takes: a large table is swept less often."""
+PORTS_SECONDS = 2.0
+
+
+class AgentLoop:
+    """Runs one agent.
+
+    Args:
+        agent: the agent.
+        asked: takes a batch of QUERY.
+        closed: takes a batch of DELETE.
+        alive: takes a batch of STATS.
+        batch: the most closed connections in one.
+    """
+
+    def __init__(self, agent: Agent, asked: Callable[[list[Query]], None], closed: Callable[[list[Closed]], None],
+                 alive: Callable[[list[Stats]], None], batch: int = BATCH) -> None:
+        self.agent = agent
+        self._asked = asked
+        self._closed = closed
+        self._alive = alive
+        self._batch = batch
+        self._threads: list[Any] = []
+
+    def start(self) -> None:
+        """Begin."""
+        self._threads = [eventlet.spawn(self._guarded, work) for work in (
+            self._queries, self._closings, self._ticks, self._sweeps, self._ports)]
+
+    def stop(self) -> None:
+        """End; the fast path goes on."""
+        for thread in self._threads:
+            thread.kill()
+        self._threads = []
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        while True:
+            try:
+                work()
+            except Exception:
+                LOG.exception("switch %016x: %s failed; going on", self.agent.switch, work.__name__.strip("_"))
+                eventlet.sleep(1.0)
+
+    def _queries(self) -> None:
+        descriptor = self.agent.fastpath.queries_fileno()
+        while True:
+            trampoline(descriptor, read=True)
+            queries = self.agent.queries(time.monotonic())
+            if queries:
+                self._asked(queries)
+            eventlet.sleep(COALESCE_SECONDS)
+
+    def _closings(self) -> None:
+        while True:
+            eventlet.sleep(CLOSED_SECONDS)  # the fast path wakes nobody for a connection that ended
+            while any(ended := self.agent.ended(self._batch)):
+                closed, alive = ended
+                if closed:
+                    self._closed(closed)
+                if alive:
+                    self._alive(alive)
+                eventlet.sleep(0)
+
+    def _ticks(self) -> None:
+        while True:
+            eventlet.sleep(TICK_SECONDS)
+            self.agent.tick(time.monotonic())
+
+    def _sweeps(self) -> None:
+        while True:
+            before = time.monotonic()
+            self.agent.sweep()
+            eventlet.sleep(max(SWEEP_SECONDS, (time.monotonic() - before) / SWEEP_SHARE))
+
+    def _ports(self) -> None:
+        while True:
+            eventlet.sleep(PORTS_SECONDS)
+            self.agent.sync_ports()
+
+
+class LocalLink:
+    """See :class:`lbapp.fastpaths.Link`: the agent is in this process."""
+
+    def __init__(self, agent: Agent, fastpaths: FastPaths) -> None:
+        self.agent = agent
+        self._fastpaths = fastpaths
+        switch = agent.switch
+        self._loop = AgentLoop(agent, lambda queries: fastpaths.asked(switch, queries),
+                               lambda closed: fastpaths.closed(switch, closed), fastpaths.heard)
+        self._loop.start()
+
+    def configure(self, changed: Mapping[int, Distribution | None], *, whole: bool = False) -> None:
+        """See :class:`lbapp.fastpaths.Link`."""
+        self.agent.configure(changed, whole=whole)
+
+    def reply(self, replies: Sequence[Reply]) -> None:
+        """See :class:`lbapp.fastpaths.Link`."""
+        self.agent.reply(replies)
+
+    def reap(self, reaps: Sequence[Reap]) -> None:
+        """See :class:`lbapp.fastpaths.Link`."""
+        self._fastpaths.heard(self.agent.reap(reaps))
+
+    def live(self) -> Sequence[tuple[int, int, int]]:
+        """See :class:`lbapp.fastpaths.Link`."""
+        return self.agent.fastpath.tracked()
+
+    def read(self) -> Reading:
+        """See :class:`lbapp.fastpaths.Link`."""
+        fastpath = self.agent.fastpath
+        return Reading(self.agent.held, {**fastpath.counters(), **self.agent.counters},
+                       {key: MemberTraffic(*traffic) for key, traffic in fastpath.service_stats().items()})
+
+    def connections(self, limit: int) -> Iterable[Any]:
+        """See :class:`lbapp.fastpaths.Link`."""
+        return self.agent.fastpath.flows(limit)
+
+    def close(self) -> None:
+        """See :class:`lbapp.fastpaths.Link`."""
+        self._loop.stop()
+        with contextlib.suppress(OvsError, OSError):
+            self.agent.fastpath.close(keep=True)
+
+
+def local_link(switch: int, fastpaths: FastPaths, ovs: Ovs, **options: Any) -> LocalLink | None:
+    """Give a switch of this host a fast path; None, with a line in the log that says why, where that cannot be."""
+    try:
+        bridge = ovs.bridge_of(switch)
+        if bridge is None:
+            LOG.info("switch %016x is not on this host: it needs an agent there for a fast path", switch)
+            return None
+        fastpath = FastPath.open(ovs, bridge, **options)
+    except (FastPathUnavailable, OvsError) as error:
+        LOG.warning("switch %016x has no fast path, Open vSwitch does it all: %s", switch, error)
+        return None
+    LOG.info("switch %016x: fast path in front of %d ports of %s", switch, len(fastpath.ports), bridge)
+    return LocalLink(Agent(fastpath, switch, itertools.count(secrets.randbits(31) * 2 + 1, 2)), fastpaths)

@@ -1,0 +1,185 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""The virtual servers of several control segments in one data flow segment: who announced what, who is asked.
+
+Each control segment numbers its virtual servers itself; the fast path needs numbers of its own. One address,
+protocol and port is one virtual server here, whoever announced it: the first one to do so that is connected is
+asked about its new connections, and all who announced it are told of those that ended (003, "redundant CS").
+Pure: no sockets, no clock.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from lbapp.bus import csmb
+from lbapp.control.messages import Closed, Host, NewFlow, Query, Reply
+from lbapp.dataflow.distribution import Distribution, Target
+from lbapp.dataflow.fastpath.layout import Hash, Mode
+
+_UNSERVED = (csmb.Flag.WILDCARD_ADDR | csmb.Flag.WILDCARD_PORT | csmb.Flag.SSL_PROXY | csmb.Flag.COOKIE_PROXY
+             | csmb.Flag.HTTP_PROXY | csmb.Flag.RAW_PROXY)
+"""What is not this fast path's: the most specific match, and application data."""
+
+Key = tuple[bytes, int, int]
+
+
+class _Announced(NamedTuple):
+    """What one control segment says of a virtual server."""
+
+    server: csmb.VirtualServer
+    targets: tuple[csmb.Target, ...]
+
+
+class ControlSegments:
+    """All control segments of one data flow segment, by their identity."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._local: dict[Key, int] = {}
+        self._keys: dict[int, Key] = {}
+        self._announced: dict[Key, dict[int, _Announced]] = {}
+        self._by_number: dict[tuple[int, int], Key] = {}
+        self._connected: dict[int, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    # -------------------------------------------------------------- who is there
+
+    def connected(self, identity: int) -> Iterable[int]:
+        """A control segment is there. Returns the virtual servers (local numbers) that are to be told anew."""
+        self._connected[identity] = None
+        return self._of(identity)
+
+    def disconnected(self, identity: int) -> Iterable[int]:
+        """A control segment went. What it announced goes on being served, but it cannot be asked."""
+        self._connected.pop(identity, None)
+        return self._of(identity)
+
+    def _of(self, identity: int) -> list[int]:
+        return [self._local[key] for key, by in self._announced.items() if identity in by]
+
+    # -------------------------------------------------------------- what they announce
+
+    def added(self, identity: int, server: csmb.VirtualServer) -> list[int]:
+        """ADD_VS. Returns the local numbers that are to be told anew."""
+        key = (server.address, server.port, server.protocol)
+        before = self._by_number.get((identity, server.number))
+        changed = [] if before is None or before == key else self.removed(identity, server.number)
+        if key not in self._local:
+            number = next(self._numbers)
+            self._local[key], self._keys[number] = number, key
+        by = self._announced.setdefault(key, {})
+        by[identity] = _Announced(server, by[identity].targets if identity in by else ())
+        self._by_number[identity, server.number] = key
+        return [*changed, self._local[key]]
+
+    def distributed(self, identity: int, number: int, targets: tuple[csmb.Target, ...]) -> list[int]:
+        """TABLE, whole. Returns the local numbers that are to be told anew."""
+        key = self._by_number.get((identity, number))
+        if key is None:
+            return []
+        self._announced[key][identity] = self._announced[key][identity]._replace(targets=targets)
+        return [self._local[key]]
+
+    def removed(self, identity: int, number: int) -> list[int]:
+        """DELETE_VS. Returns the local numbers that are to be told anew."""
+        key = self._by_number.pop((identity, number), None)
+        if key is None:
+            return []
+        by = self._announced[key]
+        del by[identity]
+        local = self._local[key]
+        if not by:
+            del self._announced[key], self._local[key], self._keys[local]
+        return [local]
+
+    # -------------------------------------------------------------- what follows
+
+    def _asked(self, key: Key) -> int | None:
+        """Who is asked: the first that announced it and is connected."""
+        return next((identity for identity in self._announced[key] if identity in self._connected), None)
+
+    def distribution(self, number: int) -> Distribution | None:
+        """What the fast path is told of a virtual server (local number); None: it is gone."""
+        key = self._keys.get(number)
+        if key is None:
+            return None
+        asked = self._asked(key)
+        said = self._announced[key][asked if asked is not None else next(iter(self._announced[key]))]
+        server = said.server
+        mode = Mode(server.mode)
+        if server.flags & _UNSERVED or server.assist is not csmb.Assist.DFS_ASSIST:
+            mode = Mode.PASS
+        elif mode is Mode.PUNT and asked is None:
+            mode = Mode.PASS  # nobody would answer: perhaps Open vSwitch has a controller
+        return Distribution(number, server.address, server.port, server.protocol, mode, Hash(server.hash),
+                            server.idle_seconds, tuple(_target(target) for target in said.targets))
+
+    def numbers(self) -> Iterable[int]:
+        """All local numbers."""
+        return self._keys.keys()
+
+    # -------------------------------------------------------------- messages
+
+    def queries(self, queries: Sequence[Query]) -> Iterator[tuple[int, list[Query]]]:
+        """Queries with local numbers, as (who is asked, queries with that one's numbers)."""
+        batches: dict[int, list[Query]] = {}
+        for query in queries:
+            key = self._keys.get(query.virtual_server)
+            asked = self._asked(key) if key is not None else None
+            if key is not None and asked is not None:
+                server = self._announced[key][asked].server
+                batches.setdefault(asked, []).append(query._replace(virtual_server=server.number))
+        yield from batches.items()
+
+    def local(self, identity: int, virtual_server: int) -> int:
+        """The local number of a control segment's virtual server; 0 where it has announced none such."""
+        key = self._by_number.get((identity, virtual_server))
+        return self._local[key] if key is not None else 0
+
+    def replies(self, identity: int, replies: Sequence[Reply | NewFlow]) -> list[Reply | NewFlow]:
+        """Replies of a control segment, with local numbers."""
+        return [reply._replace(query=reply.query._replace(
+            virtual_server=self.local(identity, reply.query.virtual_server))) for reply in replies]
+
+    def closed(self, closed: Sequence[Closed]) -> Iterator[tuple[int, list[Closed]]]:
+        """Closed connections with local numbers, as (who is told, the same with that one's numbers)."""
+        batches: dict[int, list[Closed]] = {}
+        for one in closed:
+            key = self._keys.get(one.virtual_server)
+            for identity, said in self._announced[key].items() if key is not None else ():
+                batches.setdefault(identity, []).append(one._replace(virtual_server=said.server.number))
+        yield from batches.items()
+
+
+def _target(target: csmb.Target) -> Target:
+    flags = target.flags
+    return Target(target.member, target.weight, target.address if flags & csmb.TargetFlag.TRANSLATE_ADDR else None,
+                  target.port if flags & csmb.TargetFlag.TRANSLATE_PORT else 0, Host(target.mac, target.out_port),
+                  bool(flags & csmb.TargetFlag.ROUTED))
+
+
+def announce(made: Distribution) -> tuple[csmb.VirtualServer, tuple[csmb.Target, ...]]:
+    """A distribution as ADD_VS and TABLE say it (the control segment's side)."""
+    flags = csmb.Flag.ROUTE_BY_DST_IP
+    targets = []
+    for target in made.targets:
+        bits = csmb.TargetFlag(0)
+        if target.address is not None:
+            bits |= csmb.TargetFlag.TRANSLATE_ADDR
+            flags |= csmb.Flag.TRANSLATE_ADDR
+        if target.port:
+            bits |= csmb.TargetFlag.TRANSLATE_PORT
+            flags |= csmb.Flag.TRANSLATE_PORT
+        if target.routed:
+            bits |= csmb.TargetFlag.ROUTED
+        address = target.address if target.address is not None else made.address
+        targets.append(csmb.Target(target.member, address, target.port, target.host.mac, target.host.port,
+                                   target.weight, bits))
+    server = csmb.VirtualServer(made.number, made.address, made.port, made.protocol, flags,
+                                mode=csmb.Mode(made.mode), hash=csmb.Hash(made.hash), idle_seconds=made.idle)
+    return server, tuple(targets)

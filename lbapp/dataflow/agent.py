@@ -1,0 +1,349 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""The data flow segment's half of 003's messages, for the fast path of one switch.
+
+Turns distributions into the fast path's tables, first packets into QUERY, REPLY into flows, the fast path's
+ledger into DELETE. Owns the packets that wait for a REPLY and what the tables hold; decides nothing, and knows
+neither sockets nor clocks: the process that runs it (``lbapp run``, ``lbapp agent``) does.
+
+Who owns a connection: the fast path, from the moment its entry is there until its ledger has told of its end.
+Open vSwitch keeps a connection that came by packet-in in conntrack as well, until that finds it idle: it serves
+whatever reaches it before the entry is there, or should the entry be lost.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from lbapp.control.messages import (
+    Closed,
+    Delete,
+    Error,
+    FlowSignature,
+    NewFlow,
+    Query,
+    Reap,
+    Reason,
+    Reply,
+    Stats,
+    Timeout,
+    Translation,
+)
+from lbapp.dataflow import frames
+from lbapp.dataflow.distribution import Distribution, Target, slots
+from lbapp.dataflow.fastpath import layout
+from lbapp.dataflow.fastpath.fastpath import FastPath
+from lbapp.dataflow.fastpath.layout import Mode
+from lbapp.dataflow.matches import TCP
+from lbapp.dataflow.pipeline import VIRTUAL_MAC
+
+LOG = logging.getLogger("lbapp.agent")
+
+MAX_WAITING = 16_384
+"""Flows whose packets wait for a REPLY; the oldest makes room."""
+MAX_FRAMES = 8
+"""Packets of one flow that wait (003: "the DFS buffers all incoming packets in the flow")."""
+ASK_AGAIN_SECONDS = 0.5
+"""A packet that comes again after so long asks again: the QUERY or its REPLY was lost."""
+GIVE_UP_SECONDS = 3.0
+NEARLY_FULL = 0.95
+ROOM = 0.85
+"""Where the table is fuller than the first, the oldest connections go until it is as full as the second."""
+LINGER_MS = 5000
+"""How long a closed connection still translates what comes late."""
+
+_REASONS: dict[int, Reason] = {layout.Reason.SHUTDOWN: Reason.SHUTDOWN, layout.Reason.IDLE: Reason.IDLE,
+            layout.Reason.OVERFLOW: Reason.OVERFLOW, layout.Reason.DELETED: Reason.DELETED}
+
+
+class Waiting(NamedTuple):
+    """A flow that was asked about. ``frames`` are its packets so far, with whole checksums."""
+
+    query: Query
+    asked: float
+    first: float
+    ifindex: int
+    frames: list[bytes]
+    packet: frames.Packet
+
+
+class Agent:
+    """The agent of one switch.
+
+    Args:
+        fastpath: its fast path.
+        switch: its datapath id.
+        serials: serials for the flows that this agent originates; the controller's own are even, these odd.
+
+    Attributes:
+        counters: what the agent itself has dropped or refused, by name.
+        held: connections in the table at the last sweep.
+    """
+
+    def __init__(self, fastpath: FastPath, switch: int, serials: Iterator[int]) -> None:
+        self.fastpath = fastpath
+        self.switch = switch
+        self.counters: Counter[str] = Counter()
+        self.held = 0
+        self._serials = serials
+        self._waiting: OrderedDict[FlowSignature, Waiting] = OrderedDict()
+        self._told: dict[int, Distribution] = {}
+        self._targets: dict[tuple[int, int], int] = {}
+        self._free: deque[int] = deque()
+        # Tables of an agent that was here before go on until this one knows better.
+        self._next = max(fastpath.targets(), default=0) + 1
+
+    # -------------------------------------------------------------- what it is told
+
+    def configure(self, changed: Mapping[int, Distribution | None], *, whole: bool = False) -> None:
+        """Take over these virtual servers; None: it is gone, and so are its flows.
+
+        No packet meets half of it: targets are there before the table that names them, and go after it.
+
+        Args:
+            changed: by number.
+            whole: these are all; whatever else is there from before is gone as well.
+        """
+        stale: list[tuple[int, int]] = []
+        gone: list[int] = []
+        targets: dict[int, layout.Target] = {}
+        services: dict[layout.ServiceKey, layout.Service | None] = {}
+        for number, made in changed.items():
+            old = self._told.pop(number, None)
+            if old is not None and (made is None or _key(made) != _key(old)):
+                services[_key(old)] = None
+                gone.append(number)
+            if made is not None:
+                self._told[number] = made
+                for target in made.targets:
+                    wire = self.fastpath.ports.get(target.host.port)
+                    if wire is not None:
+                        targets[self._target_id(number, target.member)] = layout.Target(
+                            target.address, target.port, target.host.mac, wire.ifindex, target.member, target.routed)
+                services[_key(made)] = self._service(made, targets)
+            if old is not None:
+                kept = {target.member for target in made.targets} if made is not None else set()
+                stale += [(number, target.member) for target in old.targets if target.member not in kept]
+                if made is not None:
+                    self._relocate(old, made)
+        if whole:
+            gone += self._leftovers(services)
+        self.fastpath.set_targets(targets)
+        self.fastpath.set_services(services)
+        if whole:
+            self.fastpath.set_targets(dict.fromkeys(self.fastpath.targets() - self._targets.values()))
+        ids = [self._targets.pop(key) for key in stale if key in self._targets]
+        self.fastpath.set_targets(dict.fromkeys(ids))
+        self._free.extend(ids)
+        for number in gone:
+            self.fastpath.delete(virtual_server=number)
+
+    def _leftovers(self, services: dict[layout.ServiceKey, layout.Service | None]) -> list[int]:
+        """Note what the fast path serves and nobody told of; returns the virtual servers that are no more."""
+        there = self.fastpath.services()
+        services.update(dict.fromkeys(there.keys() - services.keys()))
+        return [number for number in set(there.values()) if number not in self._told]
+
+    def _target_id(self, virtual_server: int, member: int) -> int:
+        key = (virtual_server, member)
+        if key not in self._targets:
+            self._targets[key] = self._free.popleft() if self._free else self._next
+            self._next += self._targets[key] == self._next
+        return self._targets[key]
+
+    def _service(self, made: Distribution, targets: Mapping[int, layout.Target]) -> layout.Service:
+        ids = [self._targets.get((made.number, target.member), 0) for target in made.targets]
+        # A member behind a port that this fast path has not: the switch's own rules know the way.
+        reachable = made._replace(targets=tuple(
+            target if number in targets else target._replace(weight=0)
+            for number, target in zip(ids, made.targets, strict=True)))
+        table = slots(reachable) if made.mode is Mode.DECIDE else ()
+        mode = Mode.PASS if made.mode is Mode.DECIDE and not table else made.mode
+        return layout.Service(made.number, mode, made.hash, made.idle, tuple(ids[index] for index in table))
+
+    def _relocate(self, old: Distribution, made: Distribution) -> None:
+        """A member that moved takes its established connections along."""
+        before = {target.member: target.host for target in old.targets}
+        for target in made.targets:
+            if before.get(target.member, target.host) != target.host:
+                wire = self.fastpath.ports.get(target.host.port)
+                if wire is not None:
+                    self.fastpath.relocate(target.member, target.host.mac, wire.ifindex)
+
+    def reply(self, replies: Sequence[Reply | NewFlow]) -> None:
+        """Install the flows of a batch of REPLY or NEWFLOW; then the packets that wait for them go, or refusals."""
+        pairs: list[tuple[layout.FlowKey, layout.Flow]] = []
+        released: list[Waiting] = []
+        for reply in map(_as_reply, replies):
+            waiting = self._waiting.pop(reply.query.signature, None)
+            if reply.error is not Error.OK or reply.translation is None:
+                if waiting is not None:
+                    self._refuse(waiting)
+                continue
+            pair = self._flows(reply, reply.translation)
+            if pair is None:
+                self.counters["reply_unknown_port"] += 1
+                continue
+            pairs += pair
+            if waiting is not None:
+                released.append(waiting)
+        if pairs:
+            self.fastpath.install(pairs)
+        for waiting in released:
+            for frame in waiting.frames:
+                self.fastpath.inject(waiting.ifindex, frame)
+
+    def _flows(self, reply: Reply, translation: Translation) -> tuple[
+            tuple[layout.FlowKey, layout.Flow], tuple[layout.FlowKey, layout.Flow]] | None:
+        query, signature = reply.query, reply.query.signature
+        ports = self.fastpath.ports
+        client, server = ports.get(query.in_port), ports.get(translation.host.port)
+        if client is None or server is None:
+            return None
+        told = self._told.get(query.virtual_server)
+        if told is None:
+            return None
+        address = translation.address if translation.address is not None else signature.destination
+        port = translation.port or signature.destination_port
+        protocol = signature.protocol
+        state = (layout.ROUTED if translation.routed else 0) | (layout.TRACKED if reply.tracked else 0)
+        identity = (query.serial, query.virtual_server, reply.member, told.idle)
+        inbound = layout.FlowKey(signature.source, signature.destination, signature.source_port,
+                                 signature.destination_port, protocol)
+        outbound = layout.FlowKey(address, signature.source, port, signature.source_port, protocol)
+        return (
+            (inbound, layout.Flow(signature.source, address, signature.source_port, port, translation.host.mac,
+                                  VIRTUAL_MAC if translation.routed else layout.KEEP_MAC, server.ifindex, state,
+                                  *identity)),
+            (outbound, layout.Flow(signature.destination, signature.source, signature.destination_port,
+                                   signature.source_port, query.client_mac, VIRTUAL_MAC, client.ifindex,
+                                   state | layout.OUTBOUND, *identity)))
+
+    def _refuse(self, waiting: Waiting) -> None:
+        self.counters["refused"] += 1
+        answer = frames.refusal(waiting.frames[0], waiting.packet, VIRTUAL_MAC)
+        if answer is not None:
+            self.fastpath.send(waiting.ifindex, answer)
+
+    def reap(self, asked: Sequence[Reap | Timeout]) -> list[Delete]:
+        """Delete flows unless alive, or in any case (REAP, 003 FIGURE 19); give them other time-outs (TIMEOUT).
+
+        A Reap with serial 0 is for all flows of its member. Returns the answer for those that are not there; of the
+        others :meth:`ended` tells.
+        """
+        wanted: dict[int, layout.Wanted] = {}
+        for one in asked:
+            if isinstance(one, Timeout):
+                wanted[one.serial] = layout.Wanted(False, min(one.seconds, 65535))
+            elif one.serial:
+                wanted[one.serial] = layout.Wanted(one.final, 0)
+            elif one.member:
+                self.fastpath.delete(member=one.member)
+        if not wanted:
+            return []
+        _, missing = self.fastpath.reap(wanted)
+        return [Delete(self.switch, tuple(Closed(serial, 0, 0, Reason.DELETED, False, False)
+                                          for serial in sorted(missing)))] if missing else []
+
+    def reset(self) -> None:
+        """Forget every flow (RESET)."""
+        self.fastpath.delete(everything=True)
+
+    # -------------------------------------------------------------- what it asks and tells
+
+    def queries(self, now: float) -> list[Query]:
+        """The first packets that came, as a batch of QUERY."""
+        asked: list[Query] = []
+        for ifindex, virtual_server, frame in self.fastpath.queries():
+            try:
+                packet = frames.parse(frame)
+                frame = frames.with_checksum(frame, packet)
+            except frames.MalformedError:
+                self.counters["malformed"] += 1
+                continue
+            known = self._waiting.get(packet.signature)
+            if known is not None:
+                if packet.signature.protocol == TCP:
+                    known.frames[:] = (frame,)  # a SYN again
+                elif len(known.frames) < MAX_FRAMES:
+                    known.frames.append(frame)
+                else:
+                    self.counters["waiting_dropped"] += 1
+                if now - known.asked >= ASK_AGAIN_SECONDS:
+                    self._waiting[packet.signature] = known._replace(asked=now)
+                    asked.append(known.query)
+                continue
+            port = self.fastpath.port_of(ifindex)
+            if port is None:
+                self.counters["query_unknown_port"] += 1
+                continue
+            query = Query(next(self._serials) & 0xFFFFFFFF, self.switch, port, packet.source_mac, packet.signature,
+                          virtual_server, packet.tcp_flags)
+            if len(self._waiting) >= MAX_WAITING:
+                self._waiting.popitem(last=False)
+                self.counters["waiting_dropped"] += 1
+            self._waiting[packet.signature] = Waiting(query, now, now, ifindex, [frame], packet)
+            asked.append(query)
+        return asked
+
+    def ended(self, limit: int) -> tuple[list[Closed], list[Stats]]:
+        """Connections that ended, as one batch of DELETE, and live ones that were asked about, as STATS (CONNALIVE).
+
+        Totals are of both directions.
+        """
+        closed: list[Closed] = []
+        alive: list[Stats] = []
+        for one in self.fastpath.closed(limit):
+            (_, _, _, _, _, virtual_server, member, serial, reason, _, _, packets_in, bytes_in, packets_out,
+             bytes_out) = one
+            if reason == layout.Reason.ALIVE:
+                alive.append(Stats(self.switch, serial, Error.CONNALIVE, packets_in + packets_out,
+                                   bytes_in + bytes_out))
+            else:
+                closed.append(Closed(serial, virtual_server, member, _REASONS[reason], False, True,
+                                     packets_in + packets_out, bytes_in + bytes_out, one.duration_ms / 1000))
+        return closed, alive
+
+    def tick(self, now: float) -> None:
+        """Give up on what nobody answered."""
+        while self._waiting:
+            signature, waiting = next(iter(self._waiting.items()))
+            if now - waiting.first < GIVE_UP_SECONDS:
+                break
+            del self._waiting[signature]
+            self.counters["unanswered"] += 1
+
+    def sweep(self) -> layout.Swept:
+        """Delete what has ended or is idle; where the table is nearly full, the oldest too (003, FIGURE 18)."""
+        swept = self.fastpath.sweep(LINGER_MS)
+        size = self.fastpath.max_flows
+        surplus = swept.live + swept.lingering - int(ROOM * size)
+        if swept.live + swept.lingering > NEARLY_FULL * size:
+            swept = self.fastpath.sweep(LINGER_MS, swept.older_than(surplus), evict_most=surplus)
+        self.held = swept.live
+        return swept
+
+    def sync_ports(self) -> None:
+        """Follow the bridge's ports; what goes by one that changed is told anew."""
+        if self.fastpath.sync_ports():
+            self.configure(dict(self._told))
+
+
+def _as_reply(message: Reply | NewFlow) -> Reply:
+    """A NEWFLOW is a REPLY to what nobody asked. Offsets (ADD_TCP_OFFSETS) are for proxied handshakes, which this
+    fast path has not: such a flow is not installed, rather than wrongly."""
+    if isinstance(message, Reply):
+        return message
+    if message.seq_offset or message.ack_offset:
+        return Reply(message.query, Error.UNKNOWN)
+    return Reply(message.query, Error.OK, message.member, message.translation, tracked=message.tracked)
+
+
+def _key(made: Distribution) -> layout.ServiceKey:
+    return layout.ServiceKey(made.address, made.port, made.protocol)
+
+
+__all__ = ["Agent", "Target", "Waiting"]

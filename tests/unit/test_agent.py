@@ -1,0 +1,377 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""The agent (:mod:`lbapp.dataflow.agent`) against a fast path that only remembers what it was told."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import pytest
+
+from lbapp.control.messages import Closed, Delete, Error, Host, Query, Reap, Reason, Reply, Stats, Timeout, Translation
+from lbapp.dataflow import agent as module
+from lbapp.dataflow import frames
+from lbapp.dataflow.agent import Agent
+from lbapp.dataflow.distribution import Distribution, Target
+from lbapp.dataflow.fastpath import layout
+from lbapp.dataflow.fastpath.layout import Hash, Mode
+from lbapp.dataflow.pipeline import VIRTUAL_MAC
+from tests.fake_frames import frame
+
+SWITCH = 5
+VIP, CLIENT, MEMBER = bytes((10, 0, 0, 100)), bytes((10, 0, 0, 1)), bytes((10, 0, 0, 13))
+CLIENT_WIRE, MEMBER_WIRE = 101, 104
+
+
+class Wire(NamedTuple):
+    ifindex: int
+
+
+class FakeFastPath:
+    """Remembers."""
+
+    def __init__(self) -> None:
+        self.ports = {1: Wire(CLIENT_WIRE), 4: Wire(MEMBER_WIRE)}
+        self.told: list[tuple[str, Any]] = []
+        self.kept_targets: dict[int, Any] = {}
+        self.kept_services: dict[Any, Any] = {}
+        self.arrived: list[layout.QueryRecord] = []
+        self.ending: list[layout.Closed] = []
+        self.missing: set[int] = set()
+        self.max_flows = 1000
+        self.found = layout.Swept(0, 10, 2, 0, 0, 0, 0, 0, 0, (0,) * 32)
+        self.port_change = False
+
+    def targets(self) -> Any:
+        return dict.fromkeys(self.kept_targets).keys()
+
+    def services(self) -> dict[Any, int]:
+        return {key: service.number for key, service in self.kept_services.items()}
+
+    def set_targets(self, targets: Mapping[int, Any]) -> None:
+        self._keep(self.kept_targets, targets)
+
+    def set_services(self, services: Mapping[Any, Any]) -> None:
+        for service in services.values():
+            # No packet may meet a table that leads nowhere.
+            assert service is None or set(service.slots) <= self.kept_targets.keys()
+        self._keep(self.kept_services, services)
+
+    @staticmethod
+    def _keep(kept: dict[Any, Any], changed: Mapping[Any, Any]) -> None:
+        for key, value in changed.items():
+            kept.pop(key, None)
+            if value is not None:
+                kept[key] = value
+
+    def port_of(self, ifindex: int) -> int | None:
+        return next((port for port, wire in self.ports.items() if wire.ifindex == ifindex), None)
+
+    def queries(self) -> list[layout.QueryRecord]:
+        arrived, self.arrived = self.arrived, []
+        return arrived
+
+    def closed(self, limit: int) -> list[layout.Closed]:
+        now, self.ending = self.ending[:limit], self.ending[limit:]
+        return now
+
+    def install(self, flows: Any) -> None:
+        self.told.append(("install", list(flows)))
+
+    def inject(self, ifindex: int, data: bytes) -> None:
+        self.told.append(("inject", (ifindex, data)))
+
+    def send(self, ifindex: int, data: bytes) -> None:
+        self.told.append(("send", (ifindex, data)))
+
+    def delete(self, **what: Any) -> None:
+        self.told.append(("delete", what))
+
+    def relocate(self, member: int, mac: bytes, ifindex: int) -> None:
+        self.told.append(("relocate", (member, mac, ifindex)))
+
+    def reap(self, wanted: Any) -> tuple[Any, set[int]]:
+        self.told.append(("reap", dict(wanted)))
+        return self.found, self.missing
+
+    def sweep(self, linger_ms: float, evict_ms: float = 0, **more: Any) -> layout.Swept:
+        self.told.append(("sweep", (evict_ms > 0, more)))
+        return self.found
+
+    def sync_ports(self) -> bool:
+        return self.port_change
+
+    def did(self, what: str) -> list[Any]:
+        return [value for kind, value in self.told if kind == what]
+
+
+@pytest.fixture
+def fast() -> FakeFastPath:
+    return FakeFastPath()
+
+
+@pytest.fixture
+def agent(fast: FakeFastPath) -> Agent:
+    made = Agent(fast, SWITCH, itertools.count(101, 2))  # type: ignore[arg-type]
+    made.configure({7: distribution()})
+    fast.told.clear()
+    return made
+
+
+def target(member: int = 3, weight: int = 1, port: int = 4, routed: bool = False) -> Target:
+    return Target(member, weight, MEMBER, 8080, Host(bytes((2, 0, 0, 0, 0, member)), port), routed)
+
+
+def distribution(*targets: Target, mode: Mode = Mode.PUNT, number: int = 7, port: int = 80) -> Distribution:
+    return Distribution(number, VIP, port, 6, mode, Hash.TURN, 7440, targets or (target(),))
+
+
+def syn(source_port: int = 4000) -> bytes:
+    return frame("10.0.0.1", "10.0.0.100", sport=source_port, dport=80, flags=2)
+
+
+def arrive(fast: FakeFastPath, *data: bytes, wire: int = CLIENT_WIRE) -> None:
+    fast.arrived += [layout.QueryRecord(wire, 7, one) for one in data]
+
+
+def ask(agent: Agent, fast: FakeFastPath, *data: bytes, now: float = 1.0) -> list[Query]:
+    arrive(fast, *data)
+    return agent.queries(now)
+
+
+def reply(query: Query, routed: bool = False, **more: Any) -> Reply:
+    where = Translation(MEMBER, 8080, Host(bytes((2, 0, 0, 0, 0, 3)), 4), routed)
+    return Reply(query, Error.OK, 3, where, **more)
+
+
+# ------------------------------------------------------------------ questions
+
+
+def test_a_first_packet_becomes_a_query(agent: Agent, fast: FakeFastPath) -> None:
+    (query,) = ask(agent, fast, syn())
+    assert query == Query(101, SWITCH, 1, frames.parse(syn()).source_mac, frames.parse(syn()).signature, 7, 2)
+
+
+def test_a_packet_that_comes_again_asks_again_but_not_at_once(agent: Agent, fast: FakeFastPath) -> None:
+    (query,) = ask(agent, fast, syn())
+    assert ask(agent, fast, syn(), now=1.1) == []
+    assert ask(agent, fast, syn(), now=1.0 + module.ASK_AGAIN_SECONDS) == [query], "with the same serial"
+    agent.reply([reply(query)])
+    assert len(fast.did("inject")) == 1, "of a SYN, one copy goes on"
+
+
+def test_datagrams_wait_together_and_in_order(agent: Agent, fast: FakeFastPath) -> None:
+    datagrams = [frame("10.0.0.1", "10.0.0.100", 17, sport=4000, dport=80, payload=bytes([n]))
+                 for n in range(module.MAX_FRAMES + 2)]
+    (query,) = ask(agent, fast, *datagrams)
+    agent.reply([reply(query)])
+    assert [data for _, data in fast.did("inject")] == datagrams[:module.MAX_FRAMES]
+    assert agent.counters["waiting_dropped"] == 2
+
+
+@pytest.mark.parametrize("broken", [b"", b"\0" * 60, syn()[:40]])
+def test_what_is_malformed_asks_nothing(agent: Agent, fast: FakeFastPath, broken: bytes) -> None:
+    assert ask(agent, fast, broken) == []
+    assert agent.counters["malformed"] == 1
+
+
+def test_a_wire_that_is_no_port_asks_nothing(agent: Agent, fast: FakeFastPath) -> None:
+    arrive(fast, syn(), wire=999)
+    assert agent.queries(1.0) == []
+    assert agent.counters["query_unknown_port"] == 1
+
+
+def test_waiting_is_bounded_in_number_and_time(agent: Agent, fast: FakeFastPath,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_WAITING", 3)
+    first, *rest = ask(agent, fast, *(syn(4000 + n) for n in range(4)))
+    agent.reply([reply(first)])
+    assert fast.did("inject") == [], "the oldest one had to make room"
+    agent.tick(1.0 + module.GIVE_UP_SECONDS - 0.1)
+    agent.reply([reply(rest[0])])
+    assert len(fast.did("inject")) == 1
+    agent.tick(1.0 + module.GIVE_UP_SECONDS)
+    agent.reply([reply(rest[1])])
+    assert len(fast.did("inject")) == 1
+    assert agent.counters["unanswered"] == 2
+
+
+# ------------------------------------------------------------------ answers
+
+
+def test_a_reply_installs_both_ways_before_the_packet_goes(agent: Agent, fast: FakeFastPath) -> None:
+    (query,) = ask(agent, fast, syn())
+    agent.reply([reply(query, tracked=True)])
+    assert [kind for kind, _ in fast.told] == ["install", "inject"]
+    ((there, way), (back, return_way)) = fast.did("install")[0]
+    assert there == (CLIENT, VIP, 4000, 80, 6)
+    assert back == (MEMBER, CLIENT, 8080, 4000, 6)
+    assert way[:8] == (CLIENT, MEMBER, 4000, 8080, bytes((2, 0, 0, 0, 0, 3)), layout.KEEP_MAC, MEMBER_WIRE,
+                       layout.TRACKED)
+    assert return_way[:8] == (VIP, CLIENT, 80, 4000, query.client_mac, VIRTUAL_MAC, CLIENT_WIRE,
+                              layout.TRACKED | layout.OUTBOUND)
+    assert way[8:12] == return_way[8:12] == (101, 7, 3, 7440)
+    assert fast.did("inject") == [(CLIENT_WIRE, syn())]
+
+
+def test_a_router_writes_its_own_address(agent: Agent, fast: FakeFastPath) -> None:
+    (query,) = ask(agent, fast, syn())
+    agent.reply([reply(query, routed=True)])
+    ((_, way), (_, back)) = fast.did("install")[0]
+    assert (way.source_mac, way.state, back.state) == (VIRTUAL_MAC, layout.ROUTED, layout.ROUTED | layout.OUTBOUND)
+
+
+def test_replies_are_installed_in_one_batch(agent: Agent, fast: FakeFastPath) -> None:
+    queries = ask(agent, fast, *(syn(4000 + n) for n in range(5)))
+    agent.reply([reply(query) for query in queries])
+    assert [len(batch) for batch in fast.did("install")] == [10]
+    assert [kind for kind, _ in fast.told] == ["install"] + ["inject"] * 5
+
+
+def test_the_reply_of_a_packet_in_installs_and_injects_nothing(agent: Agent, fast: FakeFastPath) -> None:
+    packet = frames.parse(syn())
+    agent.reply([reply(Query(2, SWITCH, 1, packet.source_mac, packet.signature, 7, 2))])
+    assert [kind for kind, _ in fast.told] == ["install"]
+
+
+def test_a_refusal_is_sent_at_once(agent: Agent, fast: FakeFastPath) -> None:
+    (query,) = ask(agent, fast, syn())
+    agent.reply([Reply(query, Error.NOTAVAIL)])
+    ((wire, data),) = fast.did("send")
+    assert wire == CLIENT_WIRE
+    refusal = frames.parse(data)
+    assert refusal.tcp_flags & frames.RST
+    assert refusal.signature[:4] == (VIP, 80, CLIENT, 4000)
+    assert fast.did("install") == []
+    agent.reply([Reply(query, Error.NOTAVAIL)])
+    assert len(fast.did("send")) == 1, "a reply that comes twice"
+
+
+@pytest.mark.parametrize(("in_port", "out_port", "number"), [(99, 4, 7), (1, 99, 7), (1, 4, 8)])
+def test_a_reply_about_what_is_not_here_installs_nothing(agent: Agent, fast: FakeFastPath, in_port: int, out_port: int,
+                                                         number: int) -> None:
+    packet = frames.parse(syn())
+    query = Query(2, SWITCH, in_port, packet.source_mac, packet.signature, number, 2)
+    agent.reply([Reply(query, Error.OK, 3, Translation(MEMBER, 8080, Host(bytes(6), out_port)))])
+    assert fast.told == []
+    assert agent.counters["reply_unknown_port"] == 1
+
+
+# ------------------------------------------------------------------ tables
+
+
+def test_decided_virtual_servers_get_targets_and_slots(agent: Agent, fast: FakeFastPath) -> None:
+    agent.configure({7: distribution(target(3, 2), target(4, 1), target(5, 0), mode=Mode.DECIDE)})
+    service = fast.kept_services[layout.ServiceKey(VIP, 80, 6)]
+    members = [fast.kept_targets[one].member for one in service.slots]
+    assert (service.number, service.mode, service.hash, service.idle_seconds) == (7, Mode.DECIDE, Hash.TURN, 7440)
+    assert sorted(members) == [3, 3, 4]
+
+
+def test_a_member_behind_an_unknown_port_is_left_to_the_switch(agent: Agent, fast: FakeFastPath) -> None:
+    agent.configure({7: distribution(target(3, port=9), mode=Mode.DECIDE)})
+    service = fast.kept_services[layout.ServiceKey(VIP, 80, 6)]
+    assert (service.mode, service.slots) == (Mode.PASS, ())
+
+
+def test_what_goes_leaves_nothing_behind(agent: Agent, fast: FakeFastPath) -> None:
+    agent.configure({7: distribution(target(3), target(4), mode=Mode.DECIDE)})
+    agent.configure({7: distribution(target(4), mode=Mode.DECIDE)})
+    assert [one.member for one in fast.kept_targets.values()] == [4]
+    agent.configure({7: None})
+    assert (fast.kept_targets, fast.kept_services) == ({}, {})
+    assert fast.did("delete") == [{"virtual_server": 7}], "and its connections"
+
+
+def test_a_virtual_server_that_moves_takes_its_old_address_away(agent: Agent, fast: FakeFastPath) -> None:
+    agent.configure({7: distribution(port=81)})
+    assert list(fast.kept_services) == [layout.ServiceKey(VIP, 81, 6)]
+    assert fast.did("delete") == [{"virtual_server": 7}]
+
+
+def test_numbers_of_targets_are_used_again_and_never_twice_at_once(agent: Agent, fast: FakeFastPath) -> None:
+    for turn in range(20):
+        agent.configure({7: distribution(target(turn + 3), target(turn + 4), mode=Mode.DECIDE)})
+        assert {one.member for one in fast.kept_targets.values()} == {turn + 3, turn + 4}
+    assert max(fast.kept_targets) <= 5
+
+
+def test_a_member_that_moved_takes_its_connections_along(agent: Agent, fast: FakeFastPath) -> None:
+    moved = target(3)._replace(host=Host(bytes((2, 0, 0, 0, 0, 99)), 1))
+    agent.configure({7: distribution(moved)})
+    assert fast.did("relocate") == [(3, bytes((2, 0, 0, 0, 0, 99)), CLIENT_WIRE)]
+
+
+def test_an_agent_that_starts_again_removes_what_nobody_wants_any_more(fast: FakeFastPath) -> None:
+    before = Agent(fast, SWITCH, itertools.count(1, 2))  # type: ignore[arg-type]
+    before.configure({7: distribution(target(3), mode=Mode.DECIDE),
+                      8: distribution(target(4), mode=Mode.DECIDE, number=8, port=81)}, whole=True)
+    fast.told.clear()
+    after = Agent(fast, SWITCH, itertools.count(1, 2))  # type: ignore[arg-type]
+    assert len(fast.kept_services) == 2, "it goes on until the new one knows better"
+    old = set(fast.kept_targets)
+    after.configure({7: distribution(target(3), mode=Mode.DECIDE)}, whole=True)
+    assert [service.number for service in fast.kept_services.values()] == [7]
+    assert not old & set(fast.kept_targets), "a number must not lead elsewhere while an old table names it"
+    assert fast.did("delete") == [{"virtual_server": 8}]
+
+
+def test_ports_that_changed_are_told_anew(agent: Agent, fast: FakeFastPath) -> None:
+    agent.configure({7: distribution(target(3), mode=Mode.DECIDE)})
+    agent.sync_ports()
+    fast.ports[4], fast.port_change = Wire(204), True
+    agent.sync_ports()
+    assert [one.ifindex for one in fast.kept_targets.values()] == [204]
+
+
+# ------------------------------------------------------------------ ends
+
+
+def ended(serial: int, reason: layout.Reason) -> layout.Closed:
+    return layout.Closed(bytes(16), bytes(16), 0, 0, 6, 7, 3, serial, reason, 0, layout.ticks(1500), 4, 400, 3, 3000)
+
+
+def test_closed_connections_are_told_of_in_batches(agent: Agent, fast: FakeFastPath) -> None:
+    fast.ending = [ended(serial, reason) for serial, reason in enumerate(
+        (layout.Reason.SHUTDOWN, layout.Reason.IDLE, layout.Reason.OVERFLOW, layout.Reason.DELETED), 11)]
+    closed, alive = agent.ended(3)
+    assert [(one.serial, one.reason) for one in closed] == [
+        (11, Reason.SHUTDOWN), (12, Reason.IDLE), (13, Reason.OVERFLOW)]
+    assert closed[0][:8] == Closed(11, 7, 3, Reason.SHUTDOWN, False, True, 7, 3400)[:8]
+    assert abs(closed[0].duration - 1.5) < 0.002
+    assert alive == []
+    assert [one.reason for one in agent.ended(3)[0]] == [Reason.DELETED]
+
+
+def test_reap_is_answered_for_the_dead_and_for_the_living(agent: Agent, fast: FakeFastPath) -> None:
+    fast.missing = {8}
+    answers = agent.reap([Reap(SWITCH, 8, 7, 3), Reap(SWITCH, 9, 7, 3), Reap(SWITCH, 10, 7, 3, final=True),
+                          Timeout(SWITCH, 11, 90), Reap(SWITCH, 0, 0, 3, final=True)])
+    assert answers == [Delete(SWITCH, (Closed(8, 0, 0, Reason.DELETED, False, False),))]
+    assert fast.did("reap") == [{8: layout.Wanted(), 9: layout.Wanted(), 10: layout.Wanted(final=True),
+                                 11: layout.Wanted(idle_seconds=90)}]
+    assert fast.did("delete") == [{"member": 3}]
+    fast.ending = [ended(9, layout.Reason.ALIVE)]
+    assert agent.ended(10) == ([], [Stats(SWITCH, 9, Error.CONNALIVE, 7, 3400)])
+
+
+def test_nothing_asked_is_no_walk(agent: Agent, fast: FakeFastPath) -> None:
+    assert agent.reap([]) == []
+    assert fast.told == []
+
+
+def test_reset_forgets_everything(agent: Agent, fast: FakeFastPath) -> None:
+    agent.reset()
+    assert fast.did("delete") == [{"everything": True}]
+
+
+def test_a_table_that_is_nearly_full_loses_its_oldest(agent: Agent, fast: FakeFastPath) -> None:
+    agent.sweep()
+    assert fast.did("sweep") == [(False, {})]
+    assert agent.held == 10
+    histogram: Iterable[int] = (*(0,) * 10, 900, 60, *(0,) * 20)
+    fast.found = fast.found._replace(live=960, lingering=0, histogram=tuple(histogram))
+    agent.sweep()
+    assert fast.did("sweep")[-1] == (True, {"evict_most": 960 - 850})

@@ -1,0 +1,135 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""Several control segments in one data flow segment (:mod:`lbapp.control_segments`)."""
+
+from __future__ import annotations
+
+from lbapp.bus import csmb
+from lbapp.control.messages import Closed, Error, FlowSignature, Host, Query, Reason, Reply
+from lbapp.control_segments import ControlSegments, announce
+from lbapp.dataflow.distribution import Distribution, Target
+from lbapp.dataflow.fastpath.layout import Hash, Mode
+
+VIP = bytes((10, 9, 0, 1))
+ONE, OTHER = 0xA, 0xB
+HOST = Host(bytes((2, 0, 0, 0, 0, 1)), 4)
+
+
+def distribution(number: int = 7, mode: Mode = Mode.PUNT, port: int = 80, member: int = 3) -> Distribution:
+    return Distribution(number, VIP, port, 6, mode, Hash.TURN, 7440, (
+        Target(member, 2, bytes((10, 0, 0, 1)), 8080, HOST, False), Target(member + 1, 1, None, 0, HOST, True)))
+
+
+def tell(segments: ControlSegments, identity: int, made: Distribution) -> list[int]:
+    server, targets = announce(made)
+    return [*segments.added(identity, server), *segments.distributed(identity, made.number, targets)]
+
+
+def query(virtual_server: int, serial: int = 1) -> Query:
+    return Query(serial, 1, 9, bytes(6), FlowSignature(bytes((10, 0, 0, 9)), 4000, VIP, 80, 6), virtual_server, 2)
+
+
+def closed(virtual_server: int) -> Closed:
+    return Closed(5, virtual_server, 3, Reason.SHUTDOWN, False, True, 10, 1000, 0.5)
+
+
+def test_a_distribution_arrives_as_it_was() -> None:
+    segments = ControlSegments()
+    segments.connected(ONE)
+    assert set(tell(segments, ONE, distribution(7))) == {1}
+    assert segments.distribution(1) == distribution(1)
+    assert segments.distribution(99) is None
+
+
+def test_one_address_is_one_virtual_server_whoever_announces_it() -> None:
+    segments = ControlSegments()
+    segments.connected(ONE)
+    segments.connected(OTHER)
+    tell(segments, ONE, distribution(7, member=3))
+    tell(segments, OTHER, distribution(500, member=30))
+    assert list(segments.numbers()) == [1]
+    told = segments.distribution(1)
+    assert told is not None
+    assert told.targets[0].member == 3, "the first one's members"
+    assert list(segments.queries([query(1)])) == [(ONE, [query(7)])]
+    assert dict(segments.closed([closed(1)])) == {ONE: [closed(7)], OTHER: [closed(500)]}
+
+
+def test_two_control_segments_with_the_same_numbers_do_not_meet() -> None:
+    segments = ControlSegments()
+    segments.connected(ONE)
+    segments.connected(OTHER)
+    tell(segments, ONE, distribution(7, port=80))
+    tell(segments, OTHER, distribution(7, port=81))
+    assert list(segments.queries([query(1), query(2), query(1, 9)])) == [
+        (ONE, [query(7), query(7, 9)]), (OTHER, [query(7)])]
+    assert (segments.local(ONE, 7), segments.local(OTHER, 7), segments.local(OTHER, 8)) == (1, 2, 0)
+
+
+def test_when_the_first_one_goes_the_next_is_asked() -> None:
+    segments = ControlSegments()
+    segments.connected(ONE)
+    segments.connected(OTHER)
+    tell(segments, ONE, distribution(7))
+    tell(segments, OTHER, distribution(8, member=30))
+    assert segments.disconnected(ONE) == [1]
+    told = segments.distribution(1)
+    assert told is not None
+    assert (told.mode, told.targets[0].member) == (Mode.PUNT, 30)
+    assert list(segments.queries([query(1)])) == [(OTHER, [query(8)])]
+    assert segments.disconnected(OTHER) == [1]
+    alone = segments.distribution(1)
+    assert alone is not None
+    assert alone.mode is Mode.PASS, "nobody would answer"
+    assert list(segments.queries([query(1)])) == []
+    assert segments.connected(OTHER) == [1]
+    again = segments.distribution(1)
+    assert again is not None
+    assert again.mode is Mode.PUNT
+
+
+def test_what_is_decided_in_the_data_flow_segment_needs_nobody() -> None:
+    segments = ControlSegments()
+    segments.connected(ONE)
+    tell(segments, ONE, distribution(7, Mode.DECIDE))
+    segments.disconnected(ONE)
+    assert segments.distribution(1) == distribution(1, Mode.DECIDE)
+
+
+def test_removing_and_moving() -> None:
+    segments = ControlSegments()
+    segments.connected(ONE)
+    segments.connected(OTHER)
+    tell(segments, ONE, distribution(7))
+    tell(segments, OTHER, distribution(8))
+    assert segments.removed(ONE, 7) == [1]
+    assert segments.distribution(1) is not None, "the other one still wants it"
+    assert segments.removed(OTHER, 8) == [1]
+    assert segments.distribution(1) is None
+    assert segments.removed(OTHER, 8) == []
+    assert segments.distributed(OTHER, 8, ()) == []
+    tell(segments, ONE, distribution(7, port=80))
+    moved = tell(segments, ONE, distribution(7, port=90))
+    assert [segments.distribution(number) is None for number in dict.fromkeys(moved)] == [True, False]
+
+
+def test_what_this_fast_path_cannot_serve_is_passed_on() -> None:
+    for more in ({"flags": csmb.Flag.HTTP_PROXY}, {"flags": csmb.Flag.WILDCARD_PORT},
+                 {"assist": csmb.Assist.CS_ASSIST}):
+        segments = ControlSegments()
+        segments.connected(ONE)
+        server, targets = announce(distribution())
+        segments.added(ONE, server._replace(**more))
+        segments.distributed(ONE, 7, targets)
+        told = segments.distribution(1)
+        assert told is not None
+        assert told.mode is Mode.PASS
+
+
+def test_replies_come_back_with_local_numbers() -> None:
+    segments = ControlSegments()
+    segments.connected(ONE)
+    tell(segments, ONE, distribution(7))
+    reply = Reply(query(7), Error.NOTAVAIL)
+    assert segments.replies(ONE, [reply]) == [Reply(query(1), Error.NOTAVAIL)]
+    assert segments.replies(OTHER, [reply]) == [Reply(query(0), Error.NOTAVAIL)]
