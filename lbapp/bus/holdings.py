@@ -23,13 +23,14 @@ class Desired:
     """What a CS wants one DFS to hold.
 
     What changed waits in ``dirty`` (number -> SERVER | TABLE), once however often it changes: a slow DFS gets the
-    latest state, not the history.
+    latest state, not the history. Without a session nothing waits: the next one says everything.
     """
 
     def __init__(self) -> None:
         self.servers: dict[int, VirtualServer] = {}
         self.tables: dict[int, tuple[int, tuple[Target, ...]]] = {}
         self.dirty: dict[int, int] = {}
+        self._live = False
         self._generation = 0
 
     def put(self, server: VirtualServer) -> None:
@@ -81,14 +82,21 @@ class Desired:
 
     def all_again(self) -> None:
         """A new connection: everything has to be said."""
+        self._live = True
         self.dirty = dict.fromkeys(self.servers, SERVER | TABLE)
+
+    def silence(self) -> None:
+        """The connection has ended."""
+        self._live = False
+        self.dirty.clear()
 
     def again(self, number: int) -> None:
         """The DFS does not hold this one as it was told: say it again."""
         self._mark(number, SERVER | TABLE)
 
     def _mark(self, number: int, what: int) -> None:
-        self.dirty[number] = self.dirty.get(number, 0) | what
+        if self._live:
+            self.dirty[number] = self.dirty.get(number, 0) | what
 
 
 class Held:

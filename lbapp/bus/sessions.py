@@ -364,6 +364,12 @@ class CsSession(Session):
             self._last_hello = now
             self._say(self.hello)
 
+    def end(self, fault: Fault, text: str) -> None:
+        """As in :class:`Session`."""
+        if self.phase is not Phase.DOWN:
+            self._desired.silence()
+        super().end(fault, text)
+
     def ask(self) -> None:
         """Ask VS_LIST, and repair what differs (:class:`Listed`). One question at a time."""
         if self.phase is Phase.UP and self._asked is None:

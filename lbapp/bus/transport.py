@@ -3,8 +3,9 @@
 """Both buses over sockets: ``DfsServer`` (agent) listens, ``CsClient`` (controller) connects, again and again.
 
 Owns who is connected. Never decides about a flow: messages and events are handed to two callbacks, in the order
-they came, from one greenlet each socket; a callback must not block for long. Needs eventlet's hub, monkey-patched
-or not.
+they came, from one greenlet each socket; a callback must not block for long. One list of messages is of one kind,
+or of those that are acknowledged (DELETE, REFUSED, NEWFLOW, RESET, LOST) in the order in which they were sent.
+Needs eventlet's hub, monkey-patched or not.
 
 What a peer is told while it is away: QUERY, REPLY and the like are dropped and counted, DELETE, NEWFLOW and RESET
 wait (``channel.py``), virtual servers and distributions are said anew (``holdings.py``).
@@ -350,6 +351,7 @@ class CsClient(Peer):
         super().__init__(Role.CS, switch or 0, timing, Complaints(), on_messages)
         self.complaints = self._complaints
         self.desired = Desired()
+        self._timing = timing
         self._csmb_address = address
         self._key = key
         self._on_event = on_event
@@ -443,6 +445,9 @@ class CsClient(Peer):
         if isinstance(event, Up):
             assert self._link is not None
             self._up_since = clock()
+            if self.identity and self.identity != event.peer.identity:
+                # Another switch answers at this address: what waits was not meant for it.
+                self.channel = Channel(Role.CS, event.peer.identity, self._timing, self.channel.next_batch)
             self._opened(connection, event, self._link, event.peer.identity)
             LOG.info("bus: datapath %x at %s is connected", self.identity, connection.address[0])
         if isinstance(event, Down):
