@@ -20,6 +20,7 @@ from eventlet.hubs import trampoline
 
 from lbapp.control.messages import Closed, Query, Reap, Reply, Stats
 from lbapp.dataflow.agent import Agent
+from lbapp.dataflow.carrier import Answered
 from lbapp.dataflow.distribution import Distribution
 from lbapp.dataflow.fastpath.fastpath import FastPath, FastPathUnavailable
 from lbapp.dataflow.ovs import Ovs, OvsError
@@ -134,6 +135,10 @@ class LocalLink:
     def reply(self, replies: Sequence[Reply]) -> None:
         """See :class:`lbapp.fastpaths.Link`."""
         self.agent.reply(replies)
+
+    def deliver(self, answered: Sequence[Answered]) -> Sequence[Answered]:
+        """See :class:`lbapp.fastpaths.Link`."""
+        return self.agent.deliver(answered)
 
     def reap(self, reaps: Sequence[Reap]) -> None:
         """See :class:`lbapp.fastpaths.Link`."""

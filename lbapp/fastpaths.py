@@ -18,8 +18,10 @@ from lbapp.config.model import Configuration
 from lbapp.config.routing import Routes
 from lbapp.control.engine import ControlSegment
 from lbapp.control.messages import Closed, Delete, Error, FromSwitch, Query, Reap, Reply
+from lbapp.dataflow.carrier import Answered
 from lbapp.dataflow.distribution import Distribution, distribution
 from lbapp.dataflow.fastpath.layout import Mode
+from lbapp.dataflow.frames import Packet
 
 LOG = logging.getLogger("lbapp.fastpath")
 
@@ -62,6 +64,10 @@ class Link(Protocol):
     def reply(self, replies: Sequence[Reply]) -> None:
         """Install the flows of these replies (003, REPLY) and let the packets go that wait for them."""
 
+    def deliver(self, answered: Sequence[Answered]) -> Sequence[Answered]:
+        """Install the flows of queries that came as packet-ins, and let their packets go; returns those that the
+        switch has to serve itself."""
+
     def reap(self, reaps: Sequence[Reap]) -> None:
         """Delete flows unless they are alive: of a serial, or with serial 0 all of a member. Answers come by
         :meth:`FastPaths.heard`."""
@@ -82,12 +88,12 @@ class Link(Protocol):
 class _Side:
     """What is known of one switch's link."""
 
-    __slots__ = ("asked", "before", "counters", "link", "reaps", "replies", "told")
+    __slots__ = ("answered", "asked", "before", "counters", "link", "reaps", "told")
 
     def __init__(self, link: Link) -> None:
         self.link = link
         self.told: dict[int, Distribution] = {}
-        self.replies: list[Reply] = []
+        self.answered: list[Answered] = []
         self.reaps: list[Reap] = []
         self.counters: Counter[str] = Counter()
         self.asked: Counter[int] = Counter()
@@ -175,18 +181,21 @@ class FastPaths:
         there = {member.number for pool in self._configuration.pools.values() for member in pool.members}
         return {target.member for told in side.told.values() for target in told.targets} - there
 
-    def replied(self, switch: int, reply: Reply) -> None:
-        """A query that came by packet-in was answered: its flow goes to the fast path with the next :meth:`flush`."""
+    def takes(self, switch: int, reply: Reply, frame: bytes, packet: Packet) -> bool:
+        """Whether the fast path takes a query that came as a packet-in from here on, with the next :meth:`flush`."""
         side = self._sides.get(switch)
-        if side is not None and reply.error is Error.OK and reply.query.virtual_server in side.told:
-            side.replies.append(reply)
+        if side is None or reply.error is not Error.OK or reply.query.virtual_server not in side.told:
+            return False
+        side.answered.append(Answered(reply, frame, packet))
+        return True
 
-    def flush(self, switch: int) -> None:
-        """Install what :meth:`replied` gathered, before the packets themselves are sent."""
+    def flush(self, switch: int) -> Sequence[Answered]:
+        """Install what :meth:`takes` gathered; returns what the switch has to serve itself after all."""
         side = self._sides.get(switch)
-        if side is not None and side.replies:
-            replies, side.replies = side.replies, []
-            side.link.reply(replies)
+        if side is None or not side.answered:
+            return ()
+        answered, side.answered = side.answered, []
+        return side.link.deliver(answered)
 
     def reap(self, reap: Reap) -> None:
         """The control segment asks whether a flow is dead, or wants it deleted: with the next :meth:`tick`."""

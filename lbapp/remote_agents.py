@@ -19,6 +19,7 @@ from lbapp.bus.ssmb import Lost
 from lbapp.bus.transport import CsClient
 from lbapp.control.messages import Delete, Query, Reap, Refused, Reply, Reset, Stats
 from lbapp.control_segments import announce
+from lbapp.dataflow.carrier import Answered
 from lbapp.dataflow.distribution import Distribution
 from lbapp.fastpaths import FastPaths, Reading
 
@@ -65,6 +66,12 @@ class RemoteLink:
         """See :class:`lbapp.fastpaths.Link`."""
         self.client.send_replies(replies)
         self.client.flush()
+
+    def deliver(self, answered: Sequence[Answered]) -> Sequence[Answered]:
+        """See :class:`lbapp.fastpaths.Link`. Nobody knows when these flows will be there: until then, and should they
+        get lost, the switch has them in conntrack."""
+        self.reply([one.reply for one in answered])
+        return answered
 
     def reap(self, reaps: Sequence[Reap]) -> None:
         """See :class:`lbapp.fastpaths.Link`."""

@@ -7,8 +7,8 @@ ledger into DELETE. Owns the packets that wait for a REPLY and what the tables h
 neither sockets nor clocks: the process that runs it (``lbapp run``, ``lbapp agent``) does.
 
 Who owns a connection: the fast path, from the moment its entry is there until its ledger has told of its end.
-Open vSwitch keeps a connection that came by packet-in in conntrack as well, until that finds it idle: it serves
-whatever reaches it before the entry is there, or should the entry be lost.
+Open vSwitch knows nothing of it. Only where the agent is not in the controller's process, a connection that came by
+packet-in is in conntrack as well: nobody can say when its entry will be there, and until then Open vSwitch serves it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from lbapp.control.messages import (
     Translation,
 )
 from lbapp.dataflow import frames
+from lbapp.dataflow.carrier import Answered
 from lbapp.dataflow.distribution import Distribution, Target, slots
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.fastpath import FastPath
@@ -68,6 +69,9 @@ class Waiting(NamedTuple):
     ifindex: int
     frames: list[bytes]
     packet: frames.Packet
+
+
+_THERE = frozenset({layout.Result.OPENED, layout.Result.EXISTS})
 
 
 class Agent:
@@ -175,8 +179,8 @@ class Agent:
 
     def reply(self, replies: Sequence[Reply | NewFlow]) -> None:
         """Install the flows of a batch of REPLY or NEWFLOW; then the packets that wait for them go, or refusals."""
-        pairs: list[tuple[layout.FlowKey, layout.Flow]] = []
-        released: list[Waiting] = []
+        flows: list[tuple[layout.FlowKey, layout.Flow]] = []
+        installing: list[Waiting | None] = []
         for reply in map(_as_reply, replies):
             waiting = self._waiting.pop(reply.query.signature, None)
             if reply.error is not Error.OK or reply.translation is None:
@@ -187,14 +191,41 @@ class Agent:
             if pair is None:
                 self.counters["reply_unknown_port"] += 1
                 continue
-            pairs += pair
-            if waiting is not None:
-                released.append(waiting)
-        if pairs:
-            self.fastpath.install(pairs)
-        for waiting in released:
-            for frame in waiting.frames:
-                self.fastpath.inject(waiting.ifindex, frame)
+            flows += pair
+            installing.append(waiting)
+        for waiting, result in zip(installing, self.fastpath.install(flows) if flows else (), strict=True):
+            if waiting is None:
+                continue
+            if result in _THERE:
+                for frame in waiting.frames:
+                    self.fastpath.inject(waiting.ifindex, frame)
+            else:
+                # Without its flow it would only ask again. Old connections live on (003, FIGURE 18).
+                self._refuse(waiting)
+
+    def deliver(self, answered: Sequence[Answered]) -> list[Answered]:
+        """Install the flows of queries that came as packet-ins, and let their packets go.
+
+        Returns:
+            Those for which there was no room, or no wire: the switch itself has to serve them.
+        """
+        flows: list[tuple[layout.FlowKey, layout.Flow]] = []
+        going: list[Answered] = []
+        left: list[Answered] = []
+        for one in answered:
+            translation = one.reply.translation
+            pair = self._flows(one.reply, translation) if translation is not None else None
+            if pair is None:
+                left.append(one)
+            else:
+                flows += pair
+                going.append(one)
+        for one, result in zip(going, self.fastpath.install(flows) if flows else (), strict=True):
+            if result in _THERE:
+                self.fastpath.inject(self.fastpath.ports[one.reply.query.in_port].ifindex, one.frame)
+            else:
+                left.append(one)
+        return left
 
     def _flows(self, reply: Reply, translation: Translation) -> tuple[
             tuple[layout.FlowKey, layout.Flow], tuple[layout.FlowKey, layout.Flow]] | None:

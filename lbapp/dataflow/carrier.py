@@ -69,6 +69,14 @@ class PacketIn(NamedTuple):
     match: bytes
 
 
+class Answered(NamedTuple):
+    """A query that came as a packet-in, with its answer: the client's packet, with a whole checksum, and parsed."""
+
+    reply: Reply
+    frame: bytes
+    packet: frames.Packet
+
+
 class TruncatedError(ValueError):
     """A message that is shorter than it says."""
 

@@ -54,8 +54,8 @@ class Receiver(Protocol):
             ValueError: the message cannot be; the connection is closed.
         """
 
-    def flush(self, datapath: Any) -> None:
-        """What was received at once was handled; called before its answers are sent."""
+    def flush(self, datapath: Any) -> bytes:
+        """What was received at once was handled; returns what is to be sent behind its answers."""
 
 
 def check_lengths(kind: int, data: bytes) -> None:
@@ -137,7 +137,7 @@ def datapath_class(receiver: Receiver) -> type[controller.Datapath]:
                 if not chunk:
                     return
                 pending = pending + chunk if pending else chunk
-                offset, size, answers = 0, len(pending), []
+                offset, size, answers, punts = 0, len(pending), [], 0
                 while size - offset >= 8:
                     version, kind = pending[offset], pending[offset + 1]
                     length = pending[offset + 2] << 8 | pending[offset + 3]
@@ -155,10 +155,13 @@ def datapath_class(receiver: Receiver) -> type[controller.Datapath]:
                         self._ordinary(version, kind, data)
                     elif answer:
                         answers.append(answer)
+                    punts += kind == PACKET_IN
                 pending = pending[offset:]
-                if answers:
-                    receiver.flush(self)
-                    self._send_now(b"".join(answers))
+                answers.append(receiver.flush(self))
+                answer = b"".join(answers)
+                if answer:
+                    self._send_now(answer)
+                if punts:
                     hub.sleep(COALESCE_SECONDS)
                 if handled > YIELD_EVERY or size > YIELD_BYTES:
                     handled = 0

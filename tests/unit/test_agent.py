@@ -14,6 +14,7 @@ from lbapp.control.messages import Closed, Delete, Error, Host, Query, Reap, Rea
 from lbapp.dataflow import agent as module
 from lbapp.dataflow import frames
 from lbapp.dataflow.agent import Agent
+from lbapp.dataflow.carrier import Answered
 from lbapp.dataflow.distribution import Distribution, Target
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.layout import Hash, Mode
@@ -43,6 +44,7 @@ class FakeFastPath:
         self.max_flows = 1000
         self.found = layout.Swept(0, 10, 2, 0, 0, 0, 0, 0, 0, (0,) * 32)
         self.port_change = False
+        self.room = layout.Result.OPENED
 
     def targets(self) -> Any:
         return dict.fromkeys(self.kept_targets).keys()
@@ -77,8 +79,9 @@ class FakeFastPath:
         now, self.ending = self.ending[:limit], self.ending[limit:]
         return now
 
-    def install(self, flows: Any) -> None:
+    def install(self, flows: Any) -> list[layout.Result]:
         self.told.append(("install", list(flows)))
+        return [self.room] * (len(flows) // 2)
 
     def inject(self, ifindex: int, data: bytes) -> None:
         self.told.append(("inject", (ifindex, data)))
@@ -257,6 +260,40 @@ def test_a_reply_about_what_is_not_here_installs_nothing(agent: Agent, fast: Fak
     agent.reply([Reply(query, Error.OK, 3, Translation(MEMBER, 8080, Host(bytes(6), out_port)))])
     assert fast.told == []
     assert agent.counters["reply_unknown_port"] == 1
+
+
+@pytest.mark.parametrize("room", [layout.Result.FULL, layout.Result.TAKEN])
+def test_without_room_for_its_flow_a_client_is_refused(agent: Agent, fast: FakeFastPath, room: layout.Result) -> None:
+    (query,) = ask(agent, fast, syn())
+    fast.room = room
+    agent.reply([reply(query)])
+    assert fast.did("inject") == [], "it would only ask again"
+    assert len(fast.did("send")) == 1
+
+
+def test_a_flow_that_is_there_already_is_used(agent: Agent, fast: FakeFastPath) -> None:
+    (query,) = ask(agent, fast, syn())
+    fast.room = layout.Result.EXISTS
+    agent.reply([reply(query)])
+    assert len(fast.did("inject")) == 1
+
+
+def packet_in(number: int = 7, in_port: int = 1) -> Answered:
+    packet = frames.parse(syn())
+    return Answered(reply(Query(2, SWITCH, in_port, packet.source_mac, packet.signature, number, 2)), syn(), packet)
+
+
+def test_packet_ins_go_by_the_fast_path_once_their_flows_are_there(agent: Agent, fast: FakeFastPath) -> None:
+    assert agent.deliver([packet_in()]) == []
+    assert [kind for kind, _ in fast.told] == ["install", "inject"]
+    assert fast.did("inject") == [(CLIENT_WIRE, syn())]
+
+
+def test_packet_ins_that_find_no_room_are_left_to_the_switch(agent: Agent, fast: FakeFastPath) -> None:
+    fast.room = layout.Result.FULL
+    unknown = packet_in(in_port=99)
+    assert agent.deliver([packet_in(), unknown]) == [unknown, packet_in()]
+    assert fast.did("inject") == []
 
 
 # ------------------------------------------------------------------ tables
