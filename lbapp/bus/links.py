@@ -189,7 +189,8 @@ class Connection:
     def tick(self, now: float) -> None:
         """Let time pass."""
         self.session.tick(now)
-        self.settle()
+        if self.session.busy:
+            self.settle()
 
     def end(self, fault: Fault, text: str) -> None:
         """End it from outside."""

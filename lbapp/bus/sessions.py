@@ -55,7 +55,7 @@ from lbapp.bus.errors import BusError, DecodeError, Fault
 from lbapp.bus.holdings import MOST_SERVERS, SERVER, TABLE, Desired, Held
 
 AUTHENTICATE_WITHIN = 5.0
-MESSAGE_WITHIN = 0.8
+MESSAGE_WITHIN = 0.7
 """Seconds from a message's first byte to its last, before authentication (HELLO and AUTH are one segment each)."""
 MISSED = 3
 """HELLOs that may be missed before the peer counts as dead."""
@@ -208,6 +208,11 @@ class Session:
         data = bytes(self._out)
         self._out.clear()
         return data
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to write, or something has happened."""
+        return bool(self._out or self._events)
 
     def drain(self) -> list[Event]:
         """What has happened since the last call."""

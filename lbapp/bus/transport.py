@@ -34,8 +34,10 @@ from lbapp.bus.sessions import CsSession, DfsSession, Down, Event, Phase, Up
 from lbapp.bus.ssmb import Kind
 from lbapp.control.messages import AppQuery, Closed, NewFlow, Query, Reap, Refused, Reply, Stats, Timeout
 
-BEAT = 0.1
-"""Seconds between two looks at the sessions' clocks."""
+BEAT = 0.5
+"""Seconds between two looks at the clocks of established sessions, at most: an idle agent should sleep."""
+WATCH = 0.1
+"""The same for connections that have not authenticated yet."""
 UNAUTHENTICATED = 32
 CONTROL_SEGMENTS = 16
 BACK_OFF = (0.2, 5.0)
@@ -274,6 +276,12 @@ class DfsServer:
                 # The oldest had most time to prove itself; a right one needs milliseconds.
                 next(iter(self._waiting)).end(Fault.LIMIT, "too many unauthenticated connections")
             eventlet.spawn_n(self._serve, connection)
+            eventlet.spawn_n(self._watch, connection)
+
+    def _watch(self, connection: Connection) -> None:
+        while connection.session.phase in (Phase.HELLO, Phase.AUTH):
+            guarded("a session's clock", connection.tick, clock())
+            eventlet.sleep(WATCH)
 
     def _serve(self, connection: Connection) -> None:
         try:
@@ -286,8 +294,9 @@ class DfsServer:
         while True:
             eventlet.sleep(BEAT)
             now = clock()
-            for connection in list(self._connections):
-                guarded("a session's clock", connection.tick, now)
+            for connection, peer in list(self._connections.items()):
+                if peer is not None:
+                    guarded("a session's clock", connection.tick, now)
 
     def _hold(self, identity: int) -> Held:
         peer = self.peers.get(identity)
@@ -412,6 +421,8 @@ class CsClient(Peer):
             except OSError as error:
                 self.complaints.note(f"{self._csmb_address[0]} port {self._csmb_address[1]}", Fault.CLOSED,
                                      f"cannot connect: {error.strerror or error}")
+            except Exception as error:  # whatever it was: the next attempt must take place
+                LOG.error("bus: connecting to %s failed: %s: %s", self._csmb_address[0], type(error).__name__, error)
             # One that was of use is tried again soon; one that only answers and fails, less and less often.
             lasted = self._up_since is not None and clock() - self._up_since > BACK_OFF[1]
             delay = BACK_OFF[0] if lasted else delay
@@ -459,8 +470,9 @@ class CsClient(Peer):
         self._on_event(self, event)
 
     def _beat(self) -> None:
+        pause = min(BEAT, WATCH * 2, self._own.interval / 4000)
         while True:
-            eventlet.sleep(BEAT)
+            eventlet.sleep(pause)
             if self._trying is not None:
                 with contextlib.suppress(OSError):
                     guarded("a session's clock", self._trying.tick, clock())

@@ -221,7 +221,7 @@ def test_authentication_takes_five_seconds_at_most():
 def test_a_message_that_does_not_go_on_ends_the_connection():
     pair = Pair()
     for octet in message(Kind.HELLO, 0, 0, HELLO_BODY)[:8]:
-        pair.tick(0.09)
+        pair.tick(0.08)
         pair.dfs.receive(bytes((octet,)), pair.now)
     assert pair.dfs.phase is Phase.HELLO
     pair.tick(0.2)
