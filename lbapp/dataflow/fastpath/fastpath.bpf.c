@@ -250,6 +250,12 @@ static __always_inline __u64 difference(const __u8 *from, const __u8 *to, int ip
 	return sum;
 }
 
+/* Ticks from then to now; another processor, or a finer clock, may have been a moment later. */
+static __always_inline __u32 silence(__u32 now, __u32 used)
+{
+	return (__s32)(now - used) < 0 ? 0 : now - used;
+}
+
 /* ------------------------------------------------------------------ keyed hash: SipHash-1-3 */
 
 struct sip {
@@ -368,7 +374,7 @@ static __noinline int report(const struct fp_key *key, struct fp_flow *in, struc
 	record->serial = in->serial;
 	record->reason = reason;
 	record->state = in->state;
-	record->duration = now - in->opened;
+	record->duration = silence(now, in->opened);
 	record->packets_in = in->packets;
 	record->bytes_in = in->bytes;
 	record->packets_out = out ? out->packets : 0;
@@ -1077,12 +1083,6 @@ int install(struct fp_install_context *context)
 	return 0;
 }
 
-static __always_inline __u32 silence(__u32 now, __u32 used)
-{
-	/* Another processor may have been there a moment later. */
-	return (__s32)(now - used) < 0 ? 0 : now - used;
-}
-
 static __always_inline __u32 logarithm(__u32 value)
 {
 	__u32 result = 0;
@@ -1177,8 +1177,9 @@ static long sweep_one(void *map, const struct fp_key *key, struct fp_flow *flow,
 		goto live;
 	}
 	if (!report(key, flow, other, reason, now)) {
+		/* The agent has to read first; what is behind would cost the same, and stay as well. */
 		sweep->kept++;
-		goto live;
+		return 1;
 	}
 	if (reason == FP_DELETED)
 		sweep->deleted++;

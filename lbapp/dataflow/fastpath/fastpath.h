@@ -233,7 +233,7 @@ struct fp_sweep {
 	__u32 now;              /* results from here on */
 	__u32 live;
 	__u32 lingering;
-	__u32 kept;             /* would have been deleted, but the ring was full */
+	__u32 kept;             /* not 0: the ring was full, and the walk ended there */
 	__u32 shutdown;
 	__u32 idle;
 	__u32 overflow;

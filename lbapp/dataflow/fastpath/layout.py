@@ -378,7 +378,8 @@ class Swept(NamedTuple):
 
     Attributes:
         lingering: closed, still translated.
-        kept: would have been deleted, but nobody could have been told: the ring was full.
+        kept: not 0: nobody could have been told of more ends, for the ring was full. The walk ended there, and the
+            numbers are of what came before.
         histogram: of the live ones: at index i those silent for 2**i ticks and less than twice as long.
     """
 

@@ -45,6 +45,8 @@ HALF_CLOSED_MS = 300_000
 
 _U32 = struct.Struct("=I")
 _ZERO = bytes(4)
+_MONOTONIC_COARSE = 6
+"""The clock that the programs look at for packets (linux/time.h); Python has no name for it."""
 _NOT_PINNED = ("installs", "sweeping", "decisions")
 _TRACKED = struct.Struct("=52xI24xIII4x")
 """State, serial, virtual server and member of a flow."""
@@ -88,6 +90,7 @@ class Tables:
         if self.adopted and self._flows.max_entries != 2 * max_connections:
             LOG.warning("the fast path's table for %d connections is kept as it was made", self.max_flows)
         self._told: dict[ServiceKey, Service] = {}
+        self._backlog: list[Closed] = []
 
     def close(self, keep: bool = False) -> None:
         """Let go of everything. ``keep``: what is pinned stays, and what is attached goes on."""
@@ -201,10 +204,16 @@ class Tables:
 
     def closed(self, limit: int = 4096) -> list[Closed]:
         """Connections that ended, at most ``limit``, and the live ones that somebody had asked for."""
+        if self._backlog:
+            found, self._backlog = self._backlog[:limit], self._backlog[limit:]
+            return found
+        return self._read_closed(limit)
+
+    def _read_closed(self, limit: int) -> list[Closed]:
         found: list[Closed] = []
         record, make, add = layout.CLOSED_RECORD, Closed._make, found.append
         read = 0
-        with self._closed.pending(limit * record.size) as waiting:
+        with self._closed.pending(min(limit * record.size, self._closed.size)) as waiting:
             for fields in record.iter_unpack(waiting[:len(waiting) - len(waiting) % record.size]):
                 if fields[0] & kernel.BUSY:
                     break
@@ -251,7 +260,7 @@ class Tables:
         match = (0 if virtual_server is None else layout.MATCH_VIRTUAL_SERVER) | (
             0 if member is None else layout.MATCH_MEMBER) | (0 if ifindex is None else layout.MATCH_IFINDEX) | (
             layout.MATCH_ALL if everything else 0)
-        return self._sweep(match=match, virtual_server=virtual_server or 0, member=member or 0, ifindex=ifindex or 0)
+        return self._all(match=match, virtual_server=virtual_server or 0, member=member or 0, ifindex=ifindex or 0)
 
     def relocate(self, member: int, mac: bytes, ifindex: int) -> Swept:
         """A member is somewhere else now: its connections go there."""
@@ -270,12 +279,24 @@ class Tables:
         while some := dict(itertools.islice(pending, table.max_entries // 2)):
             table.update_all({_U32.pack(serial): what.pack() for serial, what in some.items()})
             try:
-                swept = self._sweep(wanted=1)
+                swept = self._all(wanted=1)
                 missing.update(_U32.unpack(key)[0] for key, value in table.items()
                                if not layout.WANTED.unpack(value)[2])
             finally:
                 table.delete_all(map(_U32.pack, some))
         return swept, missing
+
+    def _all(self, *, match: int = 0, virtual_server: int = 0, member: int = 0, ifindex: int = 0,
+             wanted: int = 0) -> Swept:
+        """However many are to be deleted: where the ring has no room, it is read now and handed out by closed()."""
+        deleted = 0
+        while True:
+            swept = self._sweep(match=match, virtual_server=virtual_server, member=member, ifindex=ifindex,
+                                wanted=wanted)
+            deleted += swept.deleted
+            if not swept.kept:
+                return swept._replace(deleted=deleted)
+            self._backlog += self._read_closed(self._closed.size)
 
     def _sweep(self, linger_ms: float = 1 << 30, evict_ms: float = 0, evict_most: int = 0xFFFFFFFF,
                handshake_ms: float = 1 << 30, half_closed_ms: float = 1 << 30, *, match: int = 0,
@@ -318,7 +339,7 @@ _RESULTS = list(Result)
 
 
 def _now() -> int:
-    return (time.clock_gettime_ns(time.CLOCK_MONOTONIC) >> layout.TICK_SHIFT) & 0xFFFFFFFF
+    return (time.clock_gettime_ns(_MONOTONIC_COARSE) >> layout.TICK_SHIFT) & 0xFFFFFFFF
 
 
 def _adoptable(pins: Path) -> bool:
