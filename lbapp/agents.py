@@ -12,7 +12,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import eventlet
@@ -20,8 +20,9 @@ from eventlet.hubs import trampoline
 
 from lbapp.control.messages import Closed, Query, Reap, Reply, Stats
 from lbapp.dataflow.agent import Agent
-from lbapp.dataflow.carrier import Answered
+from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution
+from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.fastpath import FastPath, FastPathUnavailable
 from lbapp.dataflow.ovs import Ovs, OvsError
 from lbapp.fastpaths import FastPaths, MemberTraffic, Reading
@@ -154,9 +155,9 @@ class LocalLink:
         return Reading(self.agent.held, {**fastpath.counters(), **self.agent.counters},
                        {key: MemberTraffic(*traffic) for key, traffic in fastpath.service_stats().items()})
 
-    def connections(self, limit: int) -> Iterable[Any]:
+    def connections(self, limit: int) -> Iterator[Held]:
         """See :class:`lbapp.fastpaths.Link`."""
-        return self.agent.fastpath.flows(limit)
+        return self.agent.connections(limit, time.monotonic_ns() >> layout.TICK_SHIFT & 0xFFFFFFFF)
 
     def close(self) -> None:
         """See :class:`lbapp.fastpaths.Link`."""

@@ -11,14 +11,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from lbapp.config.model import Configuration
 from lbapp.config.routing import Routes
 from lbapp.control.engine import ControlSegment
 from lbapp.control.messages import Closed, Delete, Error, FromSwitch, Query, Reap, Reply
-from lbapp.dataflow.carrier import Answered
+from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution, distribution
 from lbapp.dataflow.fastpath.layout import Mode
 from lbapp.dataflow.frames import Packet
@@ -78,8 +78,8 @@ class Link(Protocol):
     def read(self) -> Reading:
         """Its counters."""
 
-    def connections(self, limit: int) -> Iterable[Any]:
-        """Some of the flows it holds (:class:`lbapp.dataflow.fastpath.layout.Flow` by key), for views."""
+    def connections(self, limit: int) -> Iterator[Held]:
+        """Open connections that it holds, at most so many."""
 
     def close(self) -> None:
         """The controller ends; the fast path goes on forwarding."""

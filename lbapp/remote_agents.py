@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lbapp.bus.ssmb import Lost
 from lbapp.bus.transport import CsClient
 from lbapp.control.messages import Delete, Query, Reap, Refused, Reply, Reset, Stats
 from lbapp.control_segments import announce
-from lbapp.dataflow.carrier import Answered
+from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution
 from lbapp.fastpaths import FastPaths, Reading
 
@@ -85,9 +85,9 @@ class RemoteLink:
         """See :class:`lbapp.fastpaths.Link`: of an agent elsewhere, what its bus has counted."""
         return Reading(None, {f"bus_{name}": count for name, count in self.client.channel.counts.items()}, {})
 
-    def connections(self, limit: int) -> Iterable[Any]:
+    def connections(self, limit: int) -> Iterator[Held]:
         """See :class:`lbapp.fastpaths.Link`: its own host knows them."""
-        return ()
+        return iter(())
 
     def close(self) -> None:
         """See :class:`lbapp.fastpaths.Link`."""

@@ -8,6 +8,7 @@ Reads the control segment, the switches' sessions and the readings; changes noth
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -30,7 +31,11 @@ from lbapp.dataflow.ovs import OvsError
 from lbapp.fastpaths import Reading
 from lbapp.readings import Readings
 
+LOG = logging.getLogger("lbapp.runtime")
+
 FEATURES = ("bundles", "conntrack", "groups")
+MOST_FAST = 20_000
+"""Connections of a fast path in one list: it may hold a million."""
 PROTOCOLS = {6: "TCP", 17: "UDP"}
 
 
@@ -144,12 +149,31 @@ class ControllerRuntime:
         servers = {server.number: server for server in configuration.virtual_servers.values()}
         members = {member.number: member for pool in configuration.pools.values() for member in pool.members}
         for switch in list(self._application.switches):
+            yield from self._fast(switch, servers, members)
             try:
                 if self._readings.is_local(switch):
                     yield from self._conntrack(switch, servers, members)
-            except OvsError:
-                continue
+            except OvsError as error:
+                LOG.warning("switch %016x: its connections cannot be listed: %s", switch, error)
         yield from self._followed(servers, members)
+
+    def _fast(self, switch: int, servers: dict[int, VirtualServer],
+              members: dict[int, Member]) -> Iterator[ConnectionView]:
+        link = self._application.fastpaths.link(switch)
+        for held in link.connections(MOST_FAST) if link is not None else ():
+            server, member = servers.get(held.virtual_server), members.get(held.member)
+            if server is None or member is None:
+                continue
+            signature = held.signature
+            client = endpoint(address_text(signature.source), signature.source_port)
+            yield ConnectionView(
+                id=f"{held.serial:08x}" if held.serial else hashlib.blake2b(
+                    repr((switch, signature)).encode(), digest_size=8).hexdigest(),
+                switch=f"{switch:016x}", virtual_server=server.name,
+                member=endpoint(member.address, member.protocol_port), protocol=PROTOCOLS[signature.protocol],
+                client=client, destination=endpoint(address_text(signature.destination), signature.destination_port),
+                state="FAST", idle_seconds=round(held.idle, 3), age_seconds=round(held.age, 3), packets=held.packets,
+                bytes=held.bytes, decided_by="switch" if held.decided else "controller")
 
     def _conntrack(self, switch: int, servers: dict[int, VirtualServer],
                    members: dict[int, Member]) -> Iterator[ConnectionView]:
@@ -172,8 +196,9 @@ class ControllerRuntime:
             server, member = servers.get(connection.virtual_server), members.get(connection.member)
             if server is None or member is None or connection.signature is None:
                 continue
-            if server.state is not State.RULES and self._readings.is_local(connection.switch):
-                continue  # conntrack told of it
+            if server.state is not State.RULES and (self._readings.is_local(connection.switch)
+                                                    or connection.switch in self._application.fastpaths):
+                continue  # conntrack or the fast path told of it
             signature = connection.signature
             yield ConnectionView(
                 id=f"{connection.serial:08x}", switch=f"{connection.switch:016x}", virtual_server=server.name,

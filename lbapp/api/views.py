@@ -84,7 +84,8 @@ class ConnectionView(msgspec.Struct, frozen=True, kw_only=True):
         protocol: ``TCP`` or ``UDP``.
         client: the client's ``ip:port``.
         destination: what the client addressed, ``ip:port``.
-        state: conntrack's word for it, such as ``ESTABLISHED``; ``ACTIVE`` for a rule pair.
+        state: conntrack's word for it, such as ``ESTABLISHED``; ``ACTIVE`` for a rule pair,
+            ``FAST`` for one in the fast path.
         idle_seconds, age_seconds: null where the switch does not tell.
         packets, bytes: both directions; null where the switch does not count them.
         decided_by: ``switch`` or ``controller``.

@@ -33,7 +33,7 @@ from lbapp.control.messages import (
     Translation,
 )
 from lbapp.dataflow import frames
-from lbapp.dataflow.carrier import Answered
+from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution, Target, slots
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.fastpath import FastPath
@@ -337,6 +337,22 @@ class Agent:
                 closed.append(Closed(serial, virtual_server, member, _REASONS[reason], False, True,
                                      packets_in + packets_out, bytes_in + bytes_out, one.duration_ms / 1000))
         return closed, alive
+
+    def connections(self, limit: int, now: int) -> Iterator[Held]:
+        """Open connections of the table, at most so many, in no order. ``now`` is in the fast path's ticks."""
+        fastpath = self.fastpath
+        for key, flow in fastpath.flows(2 * limit):
+            if flow.state & (layout.OUTBOUND | layout.CLOSED):
+                continue
+            back = fastpath.lookup(layout.FlowKey(flow.destination, flow.source, flow.destination_port,
+                                                  flow.source_port, key.protocol))
+            age, idle = (layout.milliseconds(now - then & 0xFFFFFFFF) / 1000
+                         for then in (flow.opened, max(flow.used, back.used if back is not None else 0)))
+            yield Held(FlowSignature(key.source, key.source_port, key.destination, key.destination_port, key.protocol),
+                       flow.virtual_server, flow.member, flow.serial,
+                       bool(flow.state & layout.DECIDED), age, max(idle, 0.0),
+                       flow.packets + (back.packets if back is not None else 0),
+                       flow.bytes + (back.bytes if back is not None else 0))
 
     def tick(self, now: float) -> None:
         """Give up on what nobody answered."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from lbapp.config.model import Configuration, Member, State, VirtualServer
 from lbapp.config.routing import Routes
-from lbapp.control.messages import Closed, Error, Host, Query, Reason, Reply
+from lbapp.control.messages import Closed, Error, FlowSignature, Host, Query, Reason, Reply
 from lbapp.dataflow import frames
 from lbapp.dataflow.matches import ETH_IPV4, ETH_IPV6, TCP, packed
 from lbapp.dataflow.openflow import (
@@ -75,6 +75,20 @@ class Answered(NamedTuple):
     reply: Reply
     frame: bytes
     packet: frames.Packet
+
+
+class Held(NamedTuple):
+    """An open connection in a fast path. ``signature`` is the client's; times are in seconds, counts of both ways."""
+
+    signature: FlowSignature
+    virtual_server: int
+    member: int
+    serial: int
+    decided: bool
+    age: float
+    idle: float
+    packets: int
+    bytes: int
 
 
 class TruncatedError(ValueError):

@@ -44,6 +44,7 @@ class FakeFastPath:
         self.max_flows = 1000
         self.found = layout.Swept(0, 10, 2, 0, 0, 0, 0, 0, 0, (0,) * 32)
         self.port_change = False
+        self.held: list[Any] = []
         self.room = layout.Result.OPENED
 
     def targets(self) -> Any:
@@ -98,6 +99,12 @@ class FakeFastPath:
     def reap(self, wanted: Any) -> tuple[Any, set[int]]:
         self.told.append(("reap", dict(wanted)))
         return self.found, self.missing
+
+    def flows(self, limit: int) -> list[Any]:
+        return self.held[:limit]
+
+    def lookup(self, key: Any) -> Any:
+        return dict(self.held).get(key)
 
     def sweep(self, linger_ms: float, evict_ms: float = 0, **more: Any) -> layout.Swept:
         self.told.append(("sweep", (evict_ms > 0, more)))
@@ -412,3 +419,17 @@ def test_a_table_that_is_nearly_full_loses_its_oldest(agent: Agent, fast: FakeFa
     fast.found = fast.found._replace(live=960, lingering=0, histogram=tuple(histogram))
     agent.sweep()
     assert fast.did("sweep")[-1] == (True, {"evict_most": 960 - 850})
+
+
+def test_the_view_of_open_connections(agent: Agent, fast: FakeFastPath) -> None:
+    (query,) = ask(agent, fast, syn())
+    agent.reply([reply(query)])
+    ((key, way), (back_key, back)) = fast.did("install")[0]
+    second = layout.ticks(1000)
+    way = way._replace(packets=3, bytes=300, opened=5 * second, used=8 * second, state=layout.DECIDED)
+    back = back._replace(packets=2, bytes=2000, opened=5 * second, used=9 * second)
+    over = way._replace(state=layout.CLOSED)
+    fast.held = [(key, way), (back_key, back), (key._replace(source_port=1), over)]
+    (held,) = agent.connections(100, 10 * second)
+    assert held[:5] == ((CLIENT, 4000, VIP, 80, 6, 0), 7, 3, 101, True)
+    assert (round(held.age), round(held.idle), held.packets, held.bytes) == (5, 1, 5, 2300)
