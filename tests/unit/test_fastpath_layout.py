@@ -44,8 +44,8 @@ FIELDS = {
         *(f"key.{name}" for name in KEY_FIELDS),
         *words("virtual_server member serial reason state duration packets_in bytes_in packets_out bytes_out")],
     ("fp_sweep", layout.SWEEP_WHAT.format + layout.SWEEP_DONE.format.removeprefix("=")): [
-        *words("linger handshake half_closed evict evict_most match virtual_server member ifindex wanted relocate place "
-               "mac now live lingering kept shutdown idle overflow deleted relocated"),
+        *words("linger handshake half_closed evict evict_most match virtual_server member ifindex wanted relocate "
+               "place mac now live lingering kept shutdown idle overflow deleted relocated"),
         *(f"histogram[{index}]" for index in range(layout.HISTOGRAM))],
 }
 NUMBERS = {
