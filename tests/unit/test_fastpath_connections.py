@@ -315,6 +315,18 @@ def test_a_way_back_that_was_a_closed_connections(tables: Bench) -> None:
     assert [one.serial for one in tables.closed()] == [3]
 
 
+def test_another_connections_way_back_is_left_alone(tables: Bench) -> None:
+    """What stands where one's own way back was, is not one's own."""
+    tables.connect(CLIENT, VIRTUAL, MEMBER, serial=1)
+    tables.walk(request(RST))
+    tables._flows.delete(BACK.pack())
+    tables.connect(CLIENT, "10.0.0.200", MEMBER, serial=2)
+    tables.serve(VIRTUAL, MEMBERS[:1])
+    assert tables.walk(request(SYN)).destination == MEMBERS[0]
+    back = tables.lookup(BACK)
+    assert back is not None and back.serial == 2 and not back.state & layout.CLOSED
+
+
 def test_a_first_fragment_may_begin_a_connection(tables: Bench) -> None:
     tables.serve(VIRTUAL, MEMBERS[:1], protocol=UDP)
     body = segment(CLIENT, VIRTUAL, UDP, payload=bytes(1000))
