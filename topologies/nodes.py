@@ -7,6 +7,8 @@ Loaded by the interpreter of ``mn`` as well: standard library, Mininet and lbapp
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +18,8 @@ from mininet.topo import Topo
 
 from lbapp.dataflow.ovs import Ovs, OvsError
 
+AGENT_PORT = 6653
+"""An agent listens at this port and the number of its switch, unless told otherwise."""
 DEFAULT_TARGET = "tcp:127.0.0.1:6653"
 
 
@@ -28,13 +32,20 @@ class LoadBalancerSwitch(OVSSwitch):
         name: such as ``s1``; the datapath id is the number in it.
         ovs: the instance to use; by default the system's, which is started if need be.
         target: the OpenFlow target where Mininet knows no controller; empty for none.
+        bus_key: with it, an agent (``lbapp agent``) puts a fast path in front of the switch: the file with the key
+            that it shares with its controllers.
+        agent: where the agent listens.
     """
 
-    def __init__(self, name: str, ovs: Ovs | None = None, target: str = DEFAULT_TARGET, **params: Any) -> None:
+    def __init__(self, name: str, ovs: Ovs | None = None, target: str = DEFAULT_TARGET, bus_key: str | Path = "",
+                 agent: str = "", **params: Any) -> None:
         params.update(datapath="user", failMode="secure", batch=False)
         super().__init__(name, **params)
         self.ovs = ovs if ovs is not None else Ovs()
         self.target = target
+        self.bus_key = bus_key
+        self.agent = agent or f"127.0.0.1:{AGENT_PORT + int(self.dpid, 16) % 1000}"
+        self._agent: subprocess.Popen[Any] | None = None
 
     @classmethod
     def setup(cls) -> None:
@@ -50,9 +61,33 @@ class LoadBalancerSwitch(OVSSwitch):
             for interface in self.intfList():
                 if self.ports[interface] and not interface.IP():
                     self.attach(interface)
+            if self.bus_key:
+                self._start_agent()
         except OvsError as problem:
             error(f"{self.name}: {problem}\n")
             raise SystemExit(1) from None
+
+    def _start_agent(self) -> None:
+        """Start the agent. It comes up by itself; without eBPF it says so and ends, and the switch does it all."""
+        environment = {**os.environ, **self.ovs.environment}
+        command = [_lbapp(), "agent", "--bridge", self.name, "--listen", self.agent, "--key", str(self.bus_key)]
+        log = Path(self.bus_key).with_name(f"agent-{self.name}.log")
+        with log.open("ab") as output:
+            self._agent = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+
+    def _stop_agent(self) -> None:
+        """End the agent, which takes the fast path down; what one that was killed has left goes as well."""
+        if self._agent is None:
+            return
+        self._agent.terminate()
+        try:
+            self._agent.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._agent.kill()
+            self._agent.wait()
+        subprocess.run([_lbapp(), "agent", "--bridge", self.name, "--remove"], check=False, capture_output=True,
+                       env={**os.environ, **self.ovs.environment})
+        self._agent = None
 
     def attach(self, intf: Any) -> None:
         """Make an interface a port of the bridge."""
@@ -76,6 +111,7 @@ class LoadBalancerSwitch(OVSSwitch):
 
     def stop(self, deleteIntfs: bool = True) -> None:
         """Delete the bridge; the daemons belong to who started them."""
+        self._stop_agent()
         try:
             self.ovs.delete_bridge(self.name)
         except OvsError as problem:
@@ -162,9 +198,15 @@ class LoadBalancerTopo(Topo):
             host = self.addHost(f"{prefix}{index}", cls=DualStackHost, **options)
             self.addLink(host, switch, port1=0, params2={} if tag is None else {"tag": tag})
 
-    def add_switch(self, number: int) -> str:
-        """Add the switch ``lbNUMBER``."""
-        return self.addSwitch(f"lb{number}", cls=LoadBalancerSwitch, dpid=f"{number:x}")
+    def add_switch(self, number: int, bus_key: str = "") -> str:
+        """Add the switch ``lbNUMBER``; with a fast path where there is a key for its agent."""
+        return self.addSwitch(f"lb{number}", cls=LoadBalancerSwitch, dpid=f"{number:x}", bus_key=bus_key)
+
+
+def _lbapp() -> str:
+    """The command: the one of this project's virtual environment, whoever's interpreter this is."""
+    own = Path(__file__).resolve().parent.parent / ".venv" / "bin" / "lbapp"
+    return str(own) if own.exists() else "lbapp"
 
 
 def _mac(address: str) -> str:

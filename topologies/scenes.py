@@ -66,6 +66,7 @@ class Demo:
         self.disable_a_member()
         self.kill_the_controller()
         self.rates()
+        self.fast_path()
 
     # ----------------------------------------------------------------- helpers
 
@@ -342,6 +343,77 @@ class Demo:
         story.table(["wrk, 32 at a time", "new conn/s", "99 % within", "kept alive req/s", "errors"], rows)
         story.say("one way after the other on this machine's "
                   f"{os.cpu_count()} cores, {RATE_SECONDS} s each; [bold]make bench[/] measures properly")
+
+    def fast_path(self) -> None:
+        """The eBPF fast path: set up under a running download, counted, measured, taken down."""
+        story, lab = self.story, self.lab
+        story.scene("The fast path: eBPF programs in front of the switch")
+        target = lab.directory / "download-fast"
+        process = lab.client("c1").popen("curl", "-sSf", "--limit-rate", DOWNLOAD_LIMIT, "--max-time", "60", "-o",
+                                         str(target), f"http://{VIP}/big")
+        self.downloads["begun before the fast path"] = (target, process)
+        try:
+            wait_until(lambda: target.exists() and target.stat().st_size > 5_000_000, 10, "the download has begun")
+            lab.controller.stop()
+            lab.controller.options.append("--fastpath")
+            story.command("operator", "lbapp run --fastpath    # in place of the one before")
+            lab.start_controller()
+            wait_until(lambda: self._fast() is not None, 10, "the fast path is there")
+            story.check(True, "it stands in front of the switch's ports, whose numbers and rules are as they were")
+            wait_until(lambda: lab.client("c2").run("curl", "-sf", "--max-time", "1", f"http://{VIP}:8080/",
+                                                    check=False).returncode == 0, 10, "new connections are decided")
+            self._count_fast()
+            status = process.wait(timeout=60)
+            found = hashlib.sha256(target.read_bytes()).hexdigest()
+            story.check(status == 0 and found == self.digest, "the download that was running meanwhile: "
+                        f"{BIG_BYTES // 1_000_000} MB, sha256 {found[:16]}... as it was sent",
+                        f"curl gave {status}, sha256 {found[:16]}..., expected {self.digest[:16]}...")
+        finally:
+            end(process)
+            target.unlink(missing_ok=True)
+        rows: list[list[object]] = []
+        for way, port in (("fast path decides", 80), ("controller decides", 8080)):
+            new, slow, errors = self._wrk(lab.client("c1"), f"http://{VIP}:{port}/", "Connection: close")
+            kept, _, kept_errors = self._wrk(lab.client("c1"), f"http://{VIP}:{port}/")
+            rows.append([way, f"{new:,.0f}", slow, f"{kept:,.0f}", errors + kept_errors])
+        story.table(["wrk, 32 at a time", "new conn/s", "99 % within", "kept alive req/s", "errors"], rows)
+        lab.controller.stop()
+        story.command("operator", "lbapp agent --bridge lb1 --remove")
+        lab.controller.remove_fastpath(lab.bridges)
+        lab.controller.options.remove("--fastpath")
+        left = [line for line in lab.root.run("ip", "-o", "link").stdout.splitlines() if re.search(r": lb[ioq]", line)]
+        story.check(not left, "it is gone again, and left nothing behind", "; ".join(left))
+
+    def _fast(self) -> dict[str, int] | None:
+        found: dict[str, int] | None = self.lab.rest.get("/v1/stats")["switches"][0]["fastpath"]
+        return found
+
+    def _count_fast(self) -> None:
+        """What fast path and controller see of some connections."""
+        story = self.story
+        number = REQUESTS_EACH * len(self.lab.clients)
+        rows: list[list[object]] = []
+        seen: dict[str, Counter[str]] = {}
+        for way, port in (("fast path decides", 80), ("controller decides", 8080)):
+            before = {**(self._fast() or {}), **self.statistics()}
+            self.ask(f"http://{VIP}:{port}/")
+            time.sleep(0.5)  # closed connections are told of every 50 ms
+            after = {**(self._fast() or {}), **self.statistics()}
+            kinds = ("hits", "packet_ins", "queries", "deletes", "delete_messages")
+            seen[way] = Counter({kind: after[kind] - before[kind] for kind in kinds})
+            rows.append([f"{way}, :{port}", *(f"{seen[way][kind] / number:.2f}" for kind in kinds)])
+        story.table(["by connection", "fast packets", "packet-in", "asked", "closed", "messages"], rows,
+                    f"{number} connections each way: packets that the fast path forwarded, questions by packet-in and "
+                    "by the agent, closed connections and the messages that told of them")
+        decided, asked = seen["fast path decides"], seen["controller decides"]
+        story.check(decided["hits"] >= 9 * number and decided["packet_ins"] + decided["queries"] <= 0.05 * number,
+                    "decided in the fast path: neither Open vSwitch nor the controller sees a packet",
+                    str(dict(decided)))
+        story.check(asked["hits"] >= 9 * number and 0.95 * number <= asked["queries"] <= 1.05 * number,
+                    "decided by the controller: one question, asked past Open vSwitch", str(dict(asked)))
+        story.check(decided["deletes"] >= number and decided["delete_messages"] <= decided["deletes"] / 3,
+                    f"{decided['deletes']} closed connections were told of in {decided['delete_messages']} messages",
+                    str(dict(decided)))
 
     @staticmethod
     def _wrk(client: LabHost, url: str, header: str | None = None) -> tuple[float, str, int]:

@@ -8,6 +8,8 @@
 
     mn --custom topologies/single.py --topo lb-single,clients=3,servers=3 --controller remote
     lbapp apply -f topologies/single.yaml
+
+With a fast path: ``--topo lb-single,bus_key=/var/lib/lbapp/bus.key``, and ``lbapp run --agent 127.0.0.1:6654``.
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ class SingleTopo(LoadBalancerTopo):
     VIP6: ClassVar[str] = "fd00::100"
     SITE: ClassVar[Path] = HERE / "single.yaml"
 
-    def build(self, clients: int = 3, servers: int = 3) -> None:
-        """Lay it out with so many clients and servers."""
-        switch = self.add_switch(1)
+    def build(self, clients: int = 3, servers: int = 3, bus_key: str = "") -> None:
+        """Lay it out with so many clients and servers; with a key, agents put a fast path in front of the switches."""
+        switch = self.add_switch(1, bus_key)
         self.add_hosts(switch, "c", clients, "10.0.0", "fd00:", 0)
         self.add_hosts(switch, "s", servers, "10.0.0", "fd00:", 50)
 

@@ -38,9 +38,9 @@ class TwoNetworksTopo(LoadBalancerTopo):
     VIP6: ClassVar[str] = "2001:db8:1::100"
     SITE: ClassVar[Path] = HERE / "two_networks.yaml"
 
-    def build(self, clients: int = 3, servers: int = 3) -> None:
-        """Lay it out with so many clients and servers."""
-        switch = self.add_switch(1)
+    def build(self, clients: int = 3, servers: int = 3, bus_key: str = "") -> None:
+        """Lay it out with so many clients and servers; with a key, agents put a fast path in front of the switches."""
+        switch = self.add_switch(1, bus_key)
         self.add_hosts(switch, "c", clients, "192.0.2", "2001:db8:1:", 10, gateway=1, tag=EXTERNAL_TAG)
         self.add_hosts(switch, "s", servers, "10.0.1", "fd00:1:", 10, gateway=1, tag=INTERNAL_TAG)
 

@@ -31,9 +31,9 @@ class TwoSwitchesTopo(LoadBalancerTopo):
     VIP6: ClassVar[str] = "fd00::100"
     SITE: ClassVar[Path] = HERE / "two_switches.yaml"
 
-    def build(self, clients: int = 3, servers: int = 3) -> None:
-        """Lay it out with so many clients and servers."""
-        near, far = self.add_switch(1), self.add_switch(2)
+    def build(self, clients: int = 3, servers: int = 3, bus_key: str = "") -> None:
+        """Lay it out with so many clients and servers; with a key, agents put a fast path in front of the switches."""
+        near, far = self.add_switch(1, bus_key), self.add_switch(2, bus_key)
         self.add_hosts(near, "c", clients, "10.0.0", "fd00:", 0)
         self.add_hosts(far, "s", servers, "10.0.0", "fd00:", 50)
         self.addLink(near, far)

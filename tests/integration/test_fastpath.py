@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from lbapp.bus import keyfile
 from tests.integration.support import (
     ECHO_PORT,
     REFUSED_WITHIN,
@@ -321,3 +322,21 @@ def test_large_datagrams_in_fragments(site: Lab) -> None:
             for _ in range(3):
                 endpoint.send(payload)
                 assert endpoint.recv(65535).endswith(payload)
+
+
+def test_the_switch_of_mininet_brings_its_agent(tmp_path: Path) -> None:
+    key = tmp_path / "bus.key"
+    keyfile.ensure(key)
+    options = ["--agent", "127.0.0.1:6654", "--bus-key", str(key)]
+    with Lab(SingleTopo(clients=1, bus_key=str(key)), tmp_path / "lab", options=options) as lab:
+        lab.start_servers()
+        lab.start_controller()
+        wait_until(lambda: fastpath(lab) is not None, 10, "a fast path")
+        pools = [pool("weights", "WEIGHTED_ROUND_ROBIN", members(lab)), pool("turns", "ROUND_ROBIN", members(lab))]
+        configure(lab, pools, [server("fast-four", 80, "weights"), server("round-four", 8080, "turns")])
+        for port in (80, 8080):
+            assert lab.client("c1").who(url(VIP, port), 9) == {"s1": 3, "s2": 3, "s3": 3}
+        assert re.search(r"Port lb\d+-eth1\s+Interface lbo", lab.ovs.vsctl("show")), "in front of the switch's ports"
+        lab.net.get("lb1").stop(deleteIntfs=False)
+        links = lab.root.run("ip", "-o", "link").stdout
+        assert not re.search(r"\blb[ioq][0-9a-f]+", links), links
