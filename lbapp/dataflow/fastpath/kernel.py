@@ -370,8 +370,10 @@ def pinned_map(path: Path) -> Map | None:
 
 
 def unpin(pins: Path) -> None:
-    """Remove a folder of pins; what nobody uses any more is then gone."""
+    """Remove a folder of pins, and the one around it if it was the last; what nobody uses any more is then gone."""
     shutil.rmtree(pins, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        pins.parent.rmdir()
 
 
 def run(program: int, data: bytes | None = None, context: Any = None, *, repeat: int = 0, room: int = 0,
