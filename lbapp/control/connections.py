@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from lbapp.control.limits import DEFAULTS, Limits
@@ -115,6 +116,9 @@ class Entry(Timed):
         direction closed, and not later.
         """
         return serial != self.serial and (self.ended or self.directions != 0 or now - self.installed >= SETTLE)
+
+
+_NONE: Mapping[int, Entry] = MappingProxyType({})
 
 
 class Connections:
@@ -212,6 +216,10 @@ class Connections:
         """The connection that has this serial."""
         table = self._tables.get(switch)
         return table.get(serial) if table else None
+
+    def of(self, switch: int) -> Mapping[int, Entry]:
+        """The connections of a switch, by serial: a live view."""
+        return self._tables.get(switch, _NONE)
 
     def take(self, wanted: Callable[[Entry], bool]) -> list[Entry]:
         """Remove all that ``wanted`` is true for, and return them."""

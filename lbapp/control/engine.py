@@ -248,26 +248,40 @@ class ControlSegment:
         return (self.query(query, now),)
 
     def _on_delete(self, delete: Delete, now: float) -> Iterable[ToSwitch]:
+        followed = self._connections.of(delete.switch)
+        # Most are not followed: they are added up first, for few virtual servers and members.
+        sums: dict[tuple[int, int], list[int]] = {}
         for closed in delete.closed:
-            entry = self._connections.get(delete.switch, closed.serial)
+            serial, virtual_server, member, _, _, _, packets, size, _ = closed
+            entry = followed.get(serial)
             if entry is not None:
                 self._connections.closed(entry, closed, now)
                 continue
-            service = self._services.by_number.get(closed.virtual_server)
-            switch = self._switches.get(delete.switch)
-            counts = []
-            if service is not None:
-                counts.append(self._ledger.virtual_server(service.number))
-            if closed.member in self._services.members:
-                counts.append(self._ledger.member(closed.member))
-            if switch is not None:
-                counts.append(switch.counts)
-            for count in counts:
-                count.packets += closed.packets
-                count.bytes += closed.bytes
-                # One that is followed was counted as closed when it left the table.
-                count.closed += service is not None and not service.follows
+            total = sums.get((virtual_server, member))
+            if total is None:
+                total = sums[virtual_server, member] = [0, 0, 0]
+            total[0] += 1
+            total[1] += packets
+            total[2] += size
+        for (virtual_server, member), total in sums.items():
+            self._count_closed(delete.switch, virtual_server, member, *total)
         return ()
+
+    def _count_closed(self, switch: int, virtual_server: int, member: int, number: int, packets: int,
+                      size: int) -> None:
+        service, known = self._services.by_number.get(virtual_server), self._switches.get(switch)
+        counts = []
+        if service is not None:
+            counts.append(self._ledger.virtual_server(virtual_server))
+        if member in self._services.members:
+            counts.append(self._ledger.member(member))
+        if known is not None:
+            counts.append(known.counts)
+        for count in counts:
+            count.packets += packets
+            count.bytes += size
+            if service is not None and not service.follows:
+                count.closed += number  # one that is followed was counted when it left the table
 
     def _on_stats(self, stats: Stats, now: float) -> Iterable[ToSwitch]:
         entry = self._connections.get(stats.switch, stats.serial)

@@ -327,15 +327,15 @@ class Agent:
         """
         closed: list[Closed] = []
         alive: list[Stats] = []
-        for one in self.fastpath.closed(limit):
-            (_, _, _, _, _, virtual_server, member, serial, reason, _, _, packets_in, bytes_in, packets_out,
-             bytes_out) = one
-            if reason == layout.Reason.ALIVE:
+        reasons, seconds, add = _REASONS, layout.milliseconds(1 << 20) / (1 << 20) / 1000, closed.append
+        for (_, _, _, _, _, virtual_server, member, serial, reason, _, duration, packets_in, bytes_in, packets_out,
+             bytes_out) in self.fastpath.closed(limit):
+            if reason in reasons:
+                add(Closed(serial, virtual_server, member, reasons[reason], False, True, packets_in + packets_out,
+                           bytes_in + bytes_out, duration * seconds))
+            else:
                 alive.append(Stats(self.switch, serial, Error.CONNALIVE, packets_in + packets_out,
                                    bytes_in + bytes_out))
-            else:
-                closed.append(Closed(serial, virtual_server, member, _REASONS[reason], False, True,
-                                     packets_in + packets_out, bytes_in + bytes_out, one.duration_ms / 1000))
         return closed, alive
 
     def connections(self, limit: int, now: int) -> Iterator[Held]:
