@@ -141,7 +141,21 @@ class FakeSwitch:
         else:
             raise AssertionError(f"message type {kind}")
 
+    def _flush(self, data: bytes) -> None:
+        """NXT_CT_FLUSH: forget the connection of a client's tuple."""
+        protocol, kind, length = struct.unpack_from("!B7xHH", data, 16)
+        assert (kind, length) == (0, 72) and len(data) == 104, "the original tuple, then the zone"
+        values = [data[36 + offset:36 + offset + 16] for offset in (0, 24)]
+        source, destination = (int.from_bytes(value[12:] if value.startswith(bytes(10) + b"\xff\xff") else value, "big")
+                               for value in values)
+        (source_port,), (destination_port,), (zone,) = (struct.unpack_from("!H", data, at) for at in (84, 92, 100))
+        gone = (protocol, source, source_port, destination, destination_port)
+        self.conntrack[zone] = [entry for entry in self.conntrack.get(zone, ()) if entry.original != gone]
+
     def _experimenter(self, data: bytes) -> None:
+        if struct.unpack_from("!II", data, 8) == (NICIRA, 32):
+            self._flush(data)
+            return
         experimenter, what, bundle, kind, flags = struct.unpack_from("!IIIHH", data, 8)
         assert experimenter == ONF and flags == 3, "bundles are atomic and ordered"
         if what == 2301:

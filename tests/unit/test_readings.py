@@ -29,10 +29,9 @@ class Commands:
         self.asked = 0
         self.timeouts: list[tuple[int, int]] = []
 
-    def vsctl(self, *arguments: str, wait: bool = True) -> str:
-        assert arguments[-2:] == ("list", "bridge") and not wait
+    def bridge_of(self, switch: int) -> str | None:
         self.asked += 1
-        return self._answer(self.bridges)
+        return "br0" if f"{switch:016x}" in self._answer(self.bridges) else None
 
     def appctl(self, *arguments: str) -> str:
         assert arguments == ("dpctl/dump-conntrack", f"zone={zones(1).service}")
@@ -74,6 +73,14 @@ def test_a_local_switch_is_looked_up_once():
     assert commands.asked == 2
     readings.prepare(1)
     assert commands.asked == 3 and commands.timeouts == [zones(1)]
+
+
+def test_a_passing_error_is_no_answer():
+    commands = Commands(bridges=OvsError("no"))
+    readings = made(commands)
+    assert not readings.is_local(1)
+    commands.bridges = "0000000000000001"
+    assert readings.is_local(1)
 
 
 def test_a_switch_elsewhere_gets_no_timeouts():
@@ -151,7 +158,7 @@ class StopError(Exception):
     """Ends an endless loop."""
 
 
-def watched(commands: Commands, monkeypatch, *, counting: bool = True) -> list:
+def watched(commands: Commands, monkeypatch, *, counting: bool = True, fast=()) -> list:
     told: list = []
     turns = iter([None, None])
 
@@ -160,7 +167,8 @@ def watched(commands: Commands, monkeypatch, *, counting: bool = True) -> list:
             raise StopError
 
     monkeypatch.setattr(hub, "sleep", sleep)
-    readings = made(commands, control=types.SimpleNamespace(counting=counting),
+    fastpaths = types.SimpleNamespace(live=lambda switch: fast)
+    readings = made(commands, control=types.SimpleNamespace(counting=counting), fastpaths=fastpaths,
                     live=lambda switch, connections: told.append((switch, connections)))
     readings._application.switches = {1: None, 2: None}
     with pytest.raises(StopError):
@@ -172,6 +180,11 @@ def test_what_lives_is_told(monkeypatch):
     dump = "\n".join([line(1), line(2, tracked=False), line(3, state="TIME_WAIT"), line(4, member=9)])
     told = watched(Commands(dump=dump), monkeypatch)
     assert told == [(1, ((1, 5, 3), (4, 5, 9)))] * 2
+
+
+def test_what_lives_in_the_fast_path_is_told_with_it(monkeypatch):
+    told = watched(Commands(dump=line(1)), monkeypatch, fast=[(7, 5, 3)])
+    assert told == [(1, ((7, 5, 3), (1, 5, 3)))] * 2
 
 
 def test_nothing_is_told_where_nobody_counts_or_nothing_is_known(monkeypatch):

@@ -253,6 +253,7 @@ def test_a_connection_whose_member_is_gone_is_reset_by_the_virtual_address():
     port, answer = world.one(CLIENT_PORT, frame("10.0.0.1", "10.0.0.100", flags=0x10, ack=99))
     assert world.punts[-1] is Kind.GONE and port == CLIENT_PORT
     assert (answer["ipv4_src"], answer["tcp_src"], answer["tcp_seq"]) == (0x0A000064, 80, 99)
+    assert not any(world.switch.conntrack.values()), "the client may use its port again"
 
 
 # ------------------------------------------------------------------ who serves
