@@ -120,9 +120,14 @@ class ControllerProcess:
         self.process: subprocess.Popen[Any] | None = None
 
     @property
+    def command(self) -> str:
+        """``lbapp``, of this virtual environment."""
+        return str(Path(sys.executable).with_name("lbapp"))
+
+    @property
     def argv(self) -> list[str]:
-        """The command."""
-        return [str(Path(sys.executable).with_name("lbapp")), "run", "--state-dir", str(self.state),
+        """The command line."""
+        return [self.command, "run", "--state-dir", str(self.state),
                 "--listen", OPENFLOW, "--api", API, *self.options, *self.applications]
 
     @property
@@ -180,7 +185,7 @@ class ControllerProcess:
     def remove_fastpath(self, bridges: Sequence[str]) -> None:
         """Take down the fast paths that it left in front of bridges: a controller that ends leaves them forwarding."""
         for bridge in bridges if self.fastpath else ():
-            self.namespace.run("env", *(f"{name}={value}" for name, value in self.environment.items()), self.argv[0],
+            self.namespace.run("env", *(f"{name}={value}" for name, value in self.environment.items()), self.command,
                                "agent", "--bridge", bridge, "--remove", "--log-level", "WARNING")
 
     def log_tail(self, lines: int = 30) -> str:

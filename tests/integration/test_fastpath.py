@@ -32,6 +32,7 @@ from tests.integration.support import (
     settle,
     statistics,
 )
+from topologies.controller import ControllerProcess
 from topologies.lab import Lab, unavailable
 from topologies.namespace import wait_until
 from topologies.single import SingleTopo
@@ -340,3 +341,18 @@ def test_the_switch_of_mininet_brings_its_agent(tmp_path: Path) -> None:
         lab.net.get("lb1").stop(deleteIntfs=False)
         links = lab.root.run("ip", "-o", "link").stdout
         assert not re.search(r"\blb[ioq][0-9a-f]+", links), links
+
+
+def test_without_ebpf_open_vswitch_does_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ControllerProcess.argv.fget
+    assert command is not None
+    monkeypatch.setattr(ControllerProcess, "argv", property(lambda self: [
+        "setpriv", "--bounding-set=-sys_admin,-bpf", "--inh-caps=-sys_admin,-bpf", *command(self)]))
+    with Lab(SingleTopo(clients=1), tmp_path / "lab", options=["--fastpath"]) as lab:
+        lab.start_servers()
+        lab.start_controller()
+        configure(lab, [pool("turns", "ROUND_ROBIN", members(lab))], [server("round-four", 80, "turns")])
+        assert lab.client("c1").who(url(VIP, 80), 9) == {"s1": 3, "s2": 3, "s3": 3}
+        assert fastpath(lab) is None
+        assert re.search(r"WARNING .*no fast path, Open vSwitch does it all: .*(permitted|permission)",
+                         lab.controller.log_tail(), re.I)
