@@ -28,7 +28,7 @@ from bench.rounds import METRICS, Sample, medians, orders, spread, turn
 from bench.targets import BASELINES, Target
 
 ALL: tuple[Target, ...] = (*BASELINES, *OURS)
-SIZES = {"configuration": 10_000, "held": 100_000}
+SIZES = {"configuration": 10_000, "held": 100_000, "fastpath": 1_000_000, "idle": 20}
 BY_NAME = {target.name: target for target in ALL}
 
 
@@ -174,14 +174,17 @@ def _report(screen: Console, samples: Sequence[Sample], names: Sequence[str],
 @main.command("scale")
 @click.option("--virtual-servers", type=click.IntRange(1, 50_000), default=SIZES["configuration"], show_default=True,
               help="Applied at once, with 5 members each.")
-@click.option("--connections", type=click.IntRange(1, 200_000), default=SIZES["held"], show_default=True,
-              help="Held at once.")
+@click.option("--connections", type=click.IntRange(1, 3_000_000), default=SIZES["fastpath"], show_default=True,
+              help=f"Held at once in the fast path; without it at most {SIZES['held']}.")
+@click.option("--seconds", type=click.IntRange(1, 600), default=SIZES["idle"], show_default=True,
+              help="For how long idle processes are watched.")
 @click.option("--only", type=click.Choice(list(SIZES)), default=None, help="One part of it.")
-def scale_command(virtual_servers: int, connections: int, only: str | None) -> None:
-    """Measure size: many virtual servers, many connections held."""
+def scale_command(virtual_servers: int, connections: int, seconds: int, only: str | None) -> None:
+    """Measure size: many virtual servers, many connections held, and what idle processes use."""
     _prepare()
     screen = report.console()
-    sizes = {"configuration": virtual_servers, "held": connections}
+    sizes = {"configuration": virtual_servers, "held": min(connections, SIZES["held"]),
+             "fastpath": connections, "idle": seconds}
     figures, failures, interrupted = _scale(
         screen, {part: size for part, size in sizes.items() if only in (None, part)})
     _finish(screen, {}, figures, failures, interrupted)

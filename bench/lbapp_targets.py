@@ -39,18 +39,19 @@ class RunningController:
         self._ovs = ovs
 
     @property
-    def _pid(self) -> int:
+    def pid(self) -> int:
+        """Its process; BenchError where it has ended."""
         if not self._process.running or self._process.process is None:
             raise BenchError(f"the controller ended: {tail(self._process.log_tail(), 3)}")
         return self._process.process.pid
 
     def cpu_seconds(self) -> float:
         """See :class:`bench.load.Controller`."""
-        return machine.cpu_seconds(self._pid)
+        return machine.cpu_seconds(self.pid)
 
     def rss_bytes(self) -> int:
         """See :class:`bench.load.Controller`."""
-        return machine.rss_bytes(self._pid)
+        return machine.rss_bytes(self.pid)
 
     def messages(self) -> Messages:
         """See :class:`bench.load.Controller`. The total is the switch's own count, of everything on the line."""

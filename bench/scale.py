@@ -4,13 +4,12 @@
 
 ``configuration`` applies a large site with the command an operator uses and watches the switch;
 ``held`` opens connections through a virtual server that the switch decides. Both return plain
-figures for the ``scale`` part of ``latest.json``.
+figures for the ``scale`` part of ``latest.json``. Further parts are in ``connections.py``.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,8 +17,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench import connections
+from bench.dialogue import Dialogue
 from bench.holder import SPARE_FILES
-from bench.lab import BenchError, Lab, die_with_parent, raise_open_files, tail
+from bench.lab import BenchError, Lab, raise_open_files
 from bench.lbapp_targets import Installation, Lbapp
 from bench.load import WEB_PORT
 from bench.machine import rss_bytes
@@ -136,7 +137,7 @@ def held(count: int, progress: Progress) -> dict[str, float]:
 
         progress(f"opening {count} connections")
         start = time.monotonic()
-        holders = [stack.enter_context(_Holder(argv)) for argv in _hold_commands(installation, count, room)]
+        holders = [stack.enter_context(Dialogue(argv)) for argv in _hold_commands(installation, count, room)]
         opened = sum(holder.answer()["held"] for holder in holders)
         seconds = time.monotonic() - start
         progress("checking every connection")
@@ -178,37 +179,6 @@ def _hold_commands(installation: Installation, count: int, room: int) -> list[li
     return commands
 
 
-class _Holder:
-    """One ``holder.py hold``; ended on exit from the ``with`` block."""
-
-    def __init__(self, argv: list[str]) -> None:
-        self._popen = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                       text=True, start_new_session=True, preexec_fn=die_with_parent)
-
-    def __enter__(self) -> _Holder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._popen.kill()
-        self._popen.communicate()
-
-    def ask(self, what: str) -> None:
-        """Send a command."""
-        assert self._popen.stdin is not None
-        self._popen.stdin.write(f"{what}\n")
-        self._popen.stdin.flush()
-
-    def answer(self) -> dict[str, int]:
-        """The next answer. The program itself gives up what makes no progress, so this comes back."""
-        assert self._popen.stdout is not None
-        line = self._popen.stdout.readline()
-        if not line:
-            _, error = self._popen.communicate()
-            raise BenchError(f"a client that holds connections ended: {tail(error)}")
-        found: dict[str, int] = json.loads(line)
-        return found
-
-
 APPLIED: dict[str, str] = {
     "apply_virtual_servers": "virtual servers applied at once",
     "apply_members": "with members",
@@ -243,4 +213,6 @@ class Part(NamedTuple):
     figures: dict[str, str]
 
 
-PARTS: dict[str, Part] = {"configuration": Part(configuration, APPLIED), "held": Part(held, HELD)}
+PARTS: dict[str, Part] = {
+    "configuration": Part(configuration, APPLIED), "held": Part(held, HELD),
+    "fastpath": Part(connections.fastpath, connections.FASTPATH), "idle": Part(connections.idle, connections.IDLE)}

@@ -96,6 +96,8 @@ def cli(ctx: click.Context, url: str, token: str | None, token_file: Path | None
               help="Where the bearer token is kept.  [default: token in the state directory]")
 @click.option("--fastpath", is_flag=True, envvar="LBAPP_FASTPATH", show_envvar=True,
               help="Put an eBPF fast path in front of the bridges of this host.")
+@click.option("--max-connections", type=click.IntRange(1024, 1 << 23), default=1 << 20, show_default=True,
+              help="Size of each such fast path's table.")
 @click.option("--agent", "agents", type=HostPort(), multiple=True, metavar="HOST:PORT",
               help="An agent beside a switch of another host; may be repeated.")
 @click.option("--bus-key", type=PATH, envvar="LBAPP_BUS_KEY", show_envvar=True,

@@ -37,6 +37,7 @@ class Settings:
         database: remote of an existing OVSDB server; by default one is started in ``state_dir``.
         token_file: where the bearer token is kept.
         fastpath: whether switches of this host get a fast path, with the agent in this process.
+        max_connections: the size of each of their tables.
         agents: agents on other hosts, and the file with the key that is shared with them.
         queries: whether agents ask by message bus; otherwise first packets come as packet-ins.
         ryu_apps: other Ryu applications to run beside.
@@ -53,6 +54,7 @@ class Settings:
     database: str | None = None
     token_file: Path | None = None
     fastpath: bool = False
+    max_connections: int = 1 << 20
     agents: tuple[tuple[str, int], ...] = ()
     bus_key: Path | None = None
     queries: bool = True

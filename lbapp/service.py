@@ -86,11 +86,16 @@ class Service:
         from lbapp.agents import local_link  # its netlink and eBPF parts only where they are wanted
 
         ovs = Ovs()
+        opening: set[int] = set()
 
         def ready(switch: int) -> None:
-            if switch in fastpaths:
+            if switch in fastpaths or switch in opening:
                 return  # the switch was away; its fast path was not
-            link = local_link(switch, fastpaths, ovs)
+            opening.add(switch)
+            try:
+                link = local_link(switch, fastpaths, ovs, max_connections=settings.max_connections)
+            finally:
+                opening.discard(switch)
             if link is not None:
                 fastpaths.add(switch, link)
 
