@@ -392,7 +392,8 @@ class LoadBalancer(app_manager.RyuApp):
                 hub.sleep(0)
             LOG.info("switch %016x reconciled: %d changes", switch.id, sent)
             self.perform(commands)
-            self.on_ready(switch.id)
+            # Not here: rules for members that are found meanwhile must not wait for it.
+            hub.spawn(self._ready, switch.id)
             self._queue(switch, ("configure", self.configuration))
         elif job == "configure" and session.ready:
             for _ in session.configure(argument):
@@ -407,6 +408,12 @@ class LoadBalancer(app_manager.RyuApp):
             self.repairs[switch.id] += 1
             hub.sleep(min(LAST_REPAIR_SECONDS, 2.0 ** (self.repairs[switch.id] - 1)))
             switch.datapath.close()
+
+    def _ready(self, switch: int) -> None:
+        try:
+            self.on_ready(switch)
+        except Exception:
+            LOG.exception("switch %016x: no fast path", switch)
 
     # -------------------------------------------------------------- commands and time
 
