@@ -55,6 +55,8 @@ ROOM = 0.85
 """Where the table is fuller than the first, the oldest connections go until it is as full as the second."""
 LINGER_MS = 5000
 """How long a closed connection still translates what comes late."""
+SHORT_LINGER_MS = 250
+"""The same where the table is nearly full."""
 
 _REASONS: dict[int, Reason] = {layout.Reason.SHUTDOWN: Reason.SHUTDOWN, layout.Reason.IDLE: Reason.IDLE,
             layout.Reason.OVERFLOW: Reason.OVERFLOW, layout.Reason.DELETED: Reason.DELETED}
@@ -367,9 +369,11 @@ class Agent:
         """Delete what has ended or is idle; where the table is nearly full, the oldest too (003, FIGURE 18)."""
         swept = self.fastpath.sweep(LINGER_MS)
         size = self.fastpath.max_flows
-        surplus = swept.live + swept.lingering - int(ROOM * size)
         if swept.live + swept.lingering > NEARLY_FULL * size:
-            swept = self.fastpath.sweep(LINGER_MS, swept.older_than(surplus), evict_most=surplus)
+            swept = self.fastpath.sweep(SHORT_LINGER_MS)  # what has ended makes room before anything that lives
+            surplus = swept.live + swept.lingering - int(ROOM * size)
+            if swept.live + swept.lingering > NEARLY_FULL * size:
+                swept = self.fastpath.sweep(SHORT_LINGER_MS, swept.older_than(surplus), evict_most=surplus)
         self.held = swept.live
         return swept
 
