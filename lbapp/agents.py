@@ -24,6 +24,7 @@ from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.fastpath import FastPath, FastPathUnavailable
+from lbapp.dataflow.fastpath.removal import PortsError
 from lbapp.dataflow.ovs import Ovs, OvsError
 from lbapp.fastpaths import FastPaths, MemberTraffic, Reading
 
@@ -37,9 +38,14 @@ COALESCE_SECONDS = 0.0003
 """As for packet-ins: after a batch of queries, let what comes next gather."""
 TICK_SECONDS = 0.25
 SWEEP_SECONDS = 1.0
+EMPTY_SECONDS = 4.0
+"""The same where the last sweep found nothing: walking over empty memory is most of what an idle agent does."""
 SWEEP_SHARE = 0.02
 """The most of one core that sweeping takes: a large table is swept less often."""
-PORTS_SECONDS = 2.0
+PORTS_SECONDS = 30.0
+"""The bridge's ports are compared so often although no interface changed."""
+PORTS_AGAIN_SECONDS = 1.0
+PORTS_GATHER_SECONDS = 0.05
 
 
 class AgentLoop:
@@ -109,13 +115,33 @@ class AgentLoop:
     def _sweeps(self) -> None:
         while True:
             before = time.monotonic()
-            self.agent.sweep()
-            eventlet.sleep(max(SWEEP_SECONDS, (time.monotonic() - before) / SWEEP_SHARE))
+            swept = self.agent.sweep()
+            took = time.monotonic() - before
+            found = swept.live or swept.lingering or swept.shutdown or swept.idle or swept.overflow
+            eventlet.sleep(max(SWEEP_SECONDS if found else EMPTY_SECONDS, took / SWEEP_SHARE))
 
     def _ports(self) -> None:
+        """Ports are looked after when the kernel tells of an interface, and now and then in any case."""
+        wires, due = self.agent.fastpath.wires, False
         while True:
-            eventlet.sleep(PORTS_SECONDS)
-            self.agent.sync_ports()
+            told = True
+            try:
+                trampoline(wires.fileno(), read=True, timeout=PORTS_AGAIN_SECONDS if due else PORTS_SECONDS,
+                           timeout_exc=TimeoutError)
+            except TimeoutError:
+                told = False
+            try:
+                if told:
+                    eventlet.sleep(PORTS_GATHER_SECONDS)  # they seldom come alone
+                    if wires.follow():
+                        self.agent.sync_ports()
+                        due = True  # Open vSwitch notes in its database what it did only afterwards
+                else:
+                    self.agent.sync_ports()
+                    due = False
+            except (PortsError, OvsError) as error:
+                LOG.warning("switch %016x: its ports cannot be followed: %s", self.agent.switch, error)
+                eventlet.sleep(PORTS_AGAIN_SECONDS)
 
 
 class LocalLink:
