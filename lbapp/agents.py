@@ -40,7 +40,7 @@ TICK_SECONDS = 0.25
 SWEEP_SECONDS = 1.0
 EMPTY_SECONDS = 4.0
 """The same where the last sweep found nothing: walking over empty memory is most of what an idle agent does."""
-SWEEP_SHARE = 0.02
+SWEEP_SHARE = 0.01
 """The most of one core that sweeping takes: a large table is swept less often."""
 PORTS_SECONDS = 30.0
 """The bridge's ports are compared so often although no interface changed."""

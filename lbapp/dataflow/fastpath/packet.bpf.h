@@ -17,6 +17,7 @@
 
 #define ETH 14
 #define HEADERS (ETH + 40 + 8 + 20)
+#define HEADERS_IPV4 (ETH + 20 + 20)
 #define FRAGMENT_TICKS 4096
 
 enum { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_ACK = 16 };
@@ -37,12 +38,14 @@ static __always_inline int parse(struct __sk_buff *skb, struct fp_key *key, stru
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	struct ethhdr *eth;
-	__u32 length, offset = 0, minimum;
+	__u32 length, offset = 0, minimum, headers = HEADERS_IPV4;
 
 	if (skb->vlan_present)
 		return FP_MISS_VLAN;
-	if (data + HEADERS > end && skb->len > (__u32)(end - data)) {
-		if (bpf_skb_pull_data(skb, skb->len < HEADERS ? skb->len : HEADERS))
+	if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		headers = HEADERS;
+	if (data + headers > end && skb->len > (__u32)(end - data)) {
+		if (bpf_skb_pull_data(skb, skb->len < headers ? skb->len : headers))
 			return FP_MISS_MALFORMED;
 		data = (void *)(long)skb->data;
 		end = (void *)(long)skb->data_end;
