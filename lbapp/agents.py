@@ -41,7 +41,7 @@ SWEEP_SECONDS = 1.0
 EMPTY_SECONDS = 4.0
 """The same where the last sweep found nothing: walking over empty memory is most of what an idle agent does."""
 SWEEP_SHARE = 0.01
-"""The most of one core that sweeping takes: a large table is swept less often."""
+"""The most of one core that sweeping takes: a large table is swept less often, but for one that fills up."""
 PORTS_SECONDS = 30.0
 """The bridge's ports are compared so often although no interface changed."""
 PORTS_AGAIN_SECONDS = 1.0
@@ -99,12 +99,14 @@ class AgentLoop:
     def _closings(self) -> None:
         while True:
             eventlet.sleep(CLOSED_SECONDS)  # the fast path wakes nobody for a connection that ended
-            while any(ended := self.agent.ended(self._batch)):
-                closed, alive = ended
+            more = True
+            while more:
+                closed, alive = self.agent.ended(self._batch)
                 if closed:
                     self._closed(closed)
                 if alive:
                     self._alive(alive)
+                more = len(closed) + len(alive) == self._batch  # what came meanwhile waits for its own batch
                 eventlet.sleep(0)
 
     def _ticks(self) -> None:
@@ -115,10 +117,13 @@ class AgentLoop:
     def _sweeps(self) -> None:
         while True:
             before = time.monotonic()
-            swept = self.agent.sweep()
+            swept, opened = self.agent.sweep(), self.agent.opened()
             took = time.monotonic() - before
             found = swept.live or swept.lingering or swept.shutdown or swept.idle or swept.overflow
-            eventlet.sleep(max(SWEEP_SECONDS if found else EMPTY_SECONDS, took / SWEEP_SHARE))
+            until = before + took + max(SWEEP_SECONDS if found else EMPTY_SECONDS, took / SWEEP_SHARE)
+            room = self.agent.room(swept)
+            while time.monotonic() < until and self.agent.opened() - opened < room:
+                eventlet.sleep(SWEEP_SECONDS)
 
     def _ports(self) -> None:
         """Ports are looked after when the kernel tells of an interface, and now and then in any case."""

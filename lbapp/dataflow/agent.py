@@ -377,6 +377,16 @@ class Agent:
         self.held = swept.live
         return swept
 
+    def opened(self) -> int:
+        """Connections that were entered into the table so far."""
+        counters = self.fastpath.counters()
+        return counters["opened_here"] + counters["opened_installed"]
+
+    def room(self, swept: layout.Swept) -> int:
+        """How many connections may come after this sweep before the next one is due."""
+        size = self.fastpath.max_flows
+        return max(int(NEARLY_FULL * size) - swept.live - swept.lingering, int((1 - NEARLY_FULL) * size))
+
     def sync_ports(self) -> None:
         """Follow the bridge's ports; what goes by one that changed is told anew."""
         if self.fastpath.sync_ports():

@@ -13,7 +13,7 @@ import pytest
 from lbapp.control.messages import Closed, Delete, Error, Host, Query, Reap, Reason, Reply, Stats, Timeout, Translation
 from lbapp.dataflow import agent as module
 from lbapp.dataflow import frames
-from lbapp.dataflow.agent import Agent
+from lbapp.dataflow.agent import LINGER_MS, SHORT_LINGER_MS, Agent
 from lbapp.dataflow.carrier import Answered
 from lbapp.dataflow.distribution import Distribution, Target
 from lbapp.dataflow.fastpath import layout
@@ -419,6 +419,26 @@ def test_a_table_that_is_nearly_full_loses_its_oldest(agent: Agent, fast: FakeFa
     fast.found = fast.found._replace(live=960, lingering=0, histogram=tuple(histogram))
     agent.sweep()
     assert fast.did("sweep")[-1] == (True, {"evict_most": 960 - 850})
+
+
+def test_what_has_ended_makes_room_before_what_lives(agent: Agent, fast: FakeFastPath) -> None:
+    full = fast.found._replace(live=500, lingering=480)
+    swept = {LINGER_MS: full, SHORT_LINGER_MS: full._replace(lingering=20, shutdown=460)}
+    lingers: list[float] = []
+
+    def sweep(linger_ms: float, evict_ms: float = 0, **more: Any) -> layout.Swept:
+        assert not evict_ms, "nothing that lives has to go"
+        lingers.append(linger_ms)
+        return swept[int(linger_ms)]
+
+    fast.sweep = sweep  # type: ignore[method-assign]
+    assert agent.sweep().lingering == 20
+    assert lingers == [LINGER_MS, SHORT_LINGER_MS]
+
+
+def test_the_next_sweep_is_due_before_the_table_is_full(agent: Agent, fast: FakeFastPath) -> None:
+    assert agent.room(fast.found._replace(live=100, lingering=50)) == 950 - 150
+    assert agent.room(fast.found._replace(live=949, lingering=0)) == 50, "but not all the time"
 
 
 def test_the_view_of_open_connections(agent: Agent, fast: FakeFastPath) -> None:
