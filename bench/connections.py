@@ -41,6 +41,8 @@ SPARE = 300_000
 """So much more than what is held fits: a measured connection stays in the table for some seconds after its end."""
 RATE_SECONDS = 3
 SWEEPS = 5
+FREED_SECONDS = 3.0
+"""The kernel frees much a moment later."""
 WATCHED_SECONDS = 20.0
 PINS = Path("/sys/fs/bpf/lbapp")
 MEMORY = ("Slab", "Percpu", "VmallocUsed")
@@ -171,6 +173,20 @@ def _rate(lab: Lab, installation: Installation) -> float:
     return new_connections(lab, site, RATE_SECONDS)[0].per_second
 
 
+def _served(lab: Lab, count: int) -> Installation:
+    """A fast path with room for so many connections and some more, and two virtual servers that it decides."""
+    installation = Installation(lab, ("--fastpath", "--max-connections", str(count + SPARE)))
+    for server in installation.servers:
+        lab.ip([f"route add blackhole {GENERATED}"], server)
+        lab.spawn(server, f"holder-{server.name}", [sys.executable, str(_HERE / "holder.py"), "serve", str(HELD_PORT)])
+    target = Lbapp("fastpath", "WEIGHTED_ROUND_ROBIN", decision="switch")
+    for name, port in (("web", WEB_PORT), ("held", HELD_PORT)):
+        installation.post("/v1/virtual-servers", target.virtual_server(name, port, installation.addresses))
+        installation.wait_answer(VIP, port)
+    _fast(installation)
+    return installation
+
+
 def fastpath(count: int, progress: Progress) -> dict[str, float]:
     """Fill the fast path with ``count`` connections, and use it while it holds them.
 
@@ -179,54 +195,48 @@ def fastpath(count: int, progress: Progress) -> dict[str, float]:
     Returns:
         how many are held, their memory, what a sweep of them takes, new connections/s beside them.
     """
+    result: dict[str, float] = {"fast_connections": count}
+    with Lab() as lab:
+        progress("new connections, nothing held")
+        installation = _served(lab, count)
+        with _table(installation) as tables:
+            result["fast_sweep_empty_ms"] = _sweep_ms(tables)
+        result["fast_rate_empty"] = _rate(lab, installation)
+    # Another one for the rest: what that load left in the kernel's caches would blur its memory.
     with Lab() as lab, ExitStack() as stack:
         progress("starting")
-        installation = Installation(lab, ("--fastpath", "--max-connections", str(count + SPARE)))
-        for server in installation.servers:
-            lab.ip([f"route add blackhole {GENERATED}"], server)
-            lab.spawn(server, f"holder-{server.name}", [sys.executable, str(_HERE / "holder.py"), "serve",
-                                                        str(HELD_PORT)])
-        target = Lbapp("fastpath", "WEIGHTED_ROUND_ROBIN", decision="switch")
-        for name, port in (("web", WEB_PORT), ("held", HELD_PORT)):
-            installation.post("/v1/virtual-servers", target.virtual_server(name, port, installation.addresses))
-            installation.wait_answer(VIP, port)
+        installation = _served(lab, count)
         pid = installation.controller.pid
+        tables = stack.enter_context(_table(installation))
+        real = stack.enter_context(Dialogue(installation.clients[0].argv(
+            sys.executable, str(_HERE / "holder.py"), "hold", VIP, str(HELD_PORT), str(REAL))))
+        result["fast_real_opened"] = real.answer()["held"]
+        time.sleep(FREED_SECONDS)
         empty, fixed = _memory(), _maps(pid)
-        with _table(installation) as tables:
-            result: dict[str, float] = {"fast_sweep_empty_ms": _sweep_ms(tables)}
-            progress("new connections, nothing held")
-            result["fast_rate_empty"] = _rate(lab, installation)
-            real = stack.enter_context(Dialogue(installation.clients[0].argv(
-                sys.executable, str(_HERE / "holder.py"), "hold", VIP, str(HELD_PORT), str(REAL))))
-            opened = real.answer()["held"]
 
-            progress(f"{count} connections")
-            generator = _Generator(installation.clients, count, stack)
-            since = time.monotonic()
-            generator.send("syn")
-            generator.send("ack")
-            result["fast_fill_seconds"] = time.monotonic() - since
-            progress("the closed ones of the measurement before go")
-            time.sleep(8.0)
-            result |= {"fast_table_bytes": _maps(pid), "fast_kernel_bytes": _memory() - empty + fixed}
-            result["fast_sweep_ms"] = _sweep_ms(tables)
+        progress(f"{count} connections")
+        generator = _Generator(installation.clients, count, stack)
+        since = time.monotonic()
+        generator.send("syn")
+        generator.send("ack")
+        result["fast_fill_seconds"] = time.monotonic() - since
+        time.sleep(FREED_SECONDS)
+        result |= {"fast_table_bytes": _maps(pid), "fast_kernel_bytes": _memory() - empty + fixed,
+                   "fast_sweep_ms": _sweep_ms(tables)}
+        result["fast_bytes_per_connection"] = result["fast_kernel_bytes"] / max(1, tables.sweep().live)
 
-            progress("new connections beside them")
-            result["fast_rate_full"] = _rate(lab, installation)
-            progress("a packet of every connection")
-            hits, arrived = _fast(installation)["hits"], _arrived(installation.servers)
-            generator.send("ack")
-            came = min(_fast(installation)["hits"] - hits, _arrived(installation.servers) - arrived, count)
-            real.ask("check")
-            alive = real.answer()["alive"]
-            progress("nothing happens, all are held")
-            result["fast_full_cpu_percent"], = _percent([pid], WATCHED_SECONDS)
-            live = tables.sweep().live
-        held = min(came, live - alive)
-        return {"fast_connections": count, "fast_connections_held": held, "fast_real_opened": opened,
-                "fast_real_alive": alive, **result,
-                "fast_bytes_per_connection": result["fast_kernel_bytes"] / max(1, live),
-                "fast_rate_share": result["fast_rate_full"] / result["fast_rate_empty"]}
+        progress("new connections beside them")
+        result["fast_rate_full"] = _rate(lab, installation)
+        progress("a packet of every connection")
+        hits, arrived = _fast(installation)["hits"], _arrived(installation.servers)
+        generator.send("ack")
+        came = min(_fast(installation)["hits"] - hits, _arrived(installation.servers) - arrived, count)
+        real.ask("check")
+        alive = real.answer()["alive"]
+        progress("nothing happens, all are held")
+        result["fast_full_cpu_percent"], = _percent([pid], WATCHED_SECONDS)
+        result |= {"fast_connections_held": max(0, min(came, tables.sweep().live - alive)), "fast_real_alive": alive}
+    return {**result, "fast_rate_share": result["fast_rate_full"] / result["fast_rate_empty"]}
 
 
 # ---------------------------------------------------------------------- nothing to do

@@ -33,6 +33,10 @@ SCALE_RULES = 60
 SCALE_BYTES_PER_CONNECTION = 20.0
 """Growth of the controller below this is not growth per connection: 2 MB at 100 000."""
 
+FAST_CONNECTIONS = 1_000_000
+FAST_BYTES = 512
+IDLE_PERCENT = 1.0
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -65,7 +69,7 @@ def goals(targets: Mapping[str, Mapping[str, float]], scale: Mapping[str, float]
         targets: target -> metric -> median.
         scale: what ``bench scale`` measured; empty if it was not run.
     """
-    held = scale.get("connections_held")
+    held, fast = scale.get("connections_held"), scale.get("fast_connections_held")
     return [
         *(_ratio(targets, *row) for row in RATIOS),
         _most(f"lbapp-punted: controller at most {CONTROLLER_US:.0f} µs CPU a punted connection",
@@ -78,4 +82,12 @@ def goals(targets: Mapping[str, Mapping[str, float]], scale: Mapping[str, float]
               scale.get("held_rules_per_virtual_server"), SCALE_RULES, " rules"),
         _most("controller does not grow with connections decided by the switch",
               scale.get("held_controller_bytes_per_connection"), SCALE_BYTES_PER_CONNECTION, " bytes/connection"),
+        Goal(f"{FAST_CONNECTIONS} concurrent connections held in the fast path",
+             "not measured" if fast is None else f"{fast:.0f}", None if fast is None else fast >= FAST_CONNECTIONS),
+        _most(f"at most {FAST_BYTES} bytes of kernel memory each",
+              scale.get("fast_bytes_per_connection"), FAST_BYTES, " bytes"),
+        _most(f"lbapp agent, idle: at most {IDLE_PERCENT:.0f} % of a core", scale.get("idle_agent_percent"),
+              IDLE_PERCENT, " %"),
+        _most(f"lbapp run --fastpath, idle: at most {IDLE_PERCENT:.0f} % of a core",
+              scale.get("idle_fastpath_percent"), IDLE_PERCENT, " %"),
     ]

@@ -111,6 +111,9 @@ class Installation:
         self.controller = RunningController(self.process, self.ovs)
         # Open vSwitch's own is_connected is up to five seconds old.
         self.wait(lambda: self.get("/v1/switches")["switches"], "the switch connected to the controller")
+        if "--fastpath" in options:
+            self.wait(lambda: any(switch["fastpath"] for switch in self.get("/v1/stats")["switches"]),
+                      "a fast path (without one the controller's log says why)")
 
     def _join(self, label: str, namespaces: Sequence[Namespace], addresses: Sequence[str]) -> None:
         for index, (namespace, address) in enumerate(zip(namespaces, addresses, strict=True), 1):
