@@ -21,6 +21,8 @@ with warnings.catch_warnings():
     from ryu.lib import packet as _  # noqa: F401  (Ryu's own imports warn)
     from ryu.lib.packet import packet_utils
 
+from lbapp.dataflow.openflow import FIELDS
+
 Headers = dict[str, Any]
 
 
@@ -146,3 +148,15 @@ def parse(data: bytes) -> Headers:
             h |= {"nd_options_type": body[24], "ipv6_nd_sll": _number(body[26:32]), "ipv6_nd_tll": _number(body[26:32])}
         return h
     return h | {"payload": body}
+
+def packet_in(cookie: int, table: int, headers: Headers) -> bytes:
+    """An OFPT_PACKET_IN with the metadata that Open vSwitch sends along."""
+    frame = build(headers)
+    oxm = FIELDS["in_port"].tlv(headers["in_port"])
+    for name in (*(f"reg{n}" for n in range(8)), "ct_state", "ct_zone", "ct_mark", "ct_label", "ct_nw_proto",
+                 "ct_nw_src", "ct_nw_dst", "ct_ipv6_src", "ct_ipv6_dst", "ct_tp_src", "ct_tp_dst"):
+        if headers.get(name):
+            oxm += FIELDS[name].tlv(headers[name])
+    match = struct.pack("!HH", 1, 4 + len(oxm)) + oxm + bytes(-(4 + len(oxm)) % 8)
+    body = struct.pack("!IHBBQ", 0xFFFFFFFF, len(frame), 1, table, cookie) + match + b"\0\0" + frame
+    return struct.pack("!BBHI", 4, 10, 8 + len(body), 0) + body

@@ -18,7 +18,7 @@ from typing import Any
 from zlib import crc32
 
 from lbapp.dataflow.openflow import FIELDS
-from tests.fake_frames import Headers, build, parse
+from tests.fake_frames import Headers, build, packet_in, parse
 
 IN_PORT, NORMAL, FLOOD, CONTROLLER = 0xFFFFFFF8, 0xFFFFFFFA, 0xFFFFFFFB, 0xFFFFFFFD
 NICIRA, ONF = 0x2320, 0x4F4E4600
@@ -597,16 +597,3 @@ def _put(headers: Headers, value: tuple[int, ...]) -> None:
 def _reversed(value: tuple[int, ...]) -> tuple[int, ...]:
     protocol, source, source_port, destination, port = value
     return protocol, destination, port, source, source_port
-
-
-def packet_in(cookie: int, table: int, headers: Headers) -> bytes:
-    """An OFPT_PACKET_IN with the metadata that Open vSwitch sends along."""
-    frame = build(headers)
-    oxm = FIELDS["in_port"].tlv(headers["in_port"])
-    for name in (*(f"reg{n}" for n in range(8)), "ct_state", "ct_zone", "ct_mark", "ct_label", "ct_nw_proto",
-                 "ct_nw_src", "ct_nw_dst", "ct_ipv6_src", "ct_ipv6_dst", "ct_tp_src", "ct_tp_dst"):
-        if headers.get(name):
-            oxm += FIELDS[name].tlv(headers[name])
-    match = struct.pack("!HH", 1, 4 + len(oxm)) + oxm + bytes(-(4 + len(oxm)) % 8)
-    body = struct.pack("!IHBBQ", 0xFFFFFFFF, len(frame), 1, table, cookie) + match + b"\0\0" + frame
-    return struct.pack("!BBHI", 4, 10, 8 + len(body), 0) + body

@@ -32,9 +32,8 @@ from tests.integration.support import (
     settle,
     statistics,
 )
-from topologies.controller import ControllerProcess
 from topologies.lab import Lab, unavailable
-from topologies.namespace import wait_until
+from topologies.namespace import Namespace, wait_until
 from topologies.single import SingleTopo
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -344,10 +343,10 @@ def test_the_switch_of_mininet_brings_its_agent(tmp_path: Path) -> None:
 
 
 def test_without_ebpf_open_vswitch_does_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ControllerProcess.argv.fget
-    assert command is not None
-    monkeypatch.setattr(ControllerProcess, "argv", property(lambda self: [
-        "setpriv", "--bounding-set=-sys_admin,-bpf", "--inh-caps=-sys_admin,-bpf", *command(self)]))
+    popen = Namespace.popen
+    monkeypatch.setattr(Namespace, "popen", lambda self, *argv, **more: popen(
+        self, "setpriv", "--bounding-set=-sys_admin,-bpf", "--inh-caps=-sys_admin,-bpf", *argv, **more)
+        if "run" in argv else popen(self, *argv, **more))
     with Lab(SingleTopo(clients=1), tmp_path / "lab", options=["--fastpath"]) as lab:
         lab.start_servers()
         lab.start_controller()

@@ -25,8 +25,8 @@ from lbapp.dataflow import ryu_shim
 from lbapp.dataflow.openflow import message
 from lbapp.dataflow.pipeline import ANY_CONNECTION, VIRTUAL_MAC, Kind, connection_cookie, cookie
 from tests import sites
-from tests.fake_frames import build, frame, parse
-from tests.fake_switch import FakeSwitch, decode_actions, packet_in
+from tests.fake_frames import build, frame, packet_in, parse
+from tests.fake_switch import FakeSwitch, decode_actions
 
 SYN = frame("10.0.0.1", "10.0.0.100")
 RULES = sites.configuration([sites.server(state=State.RULES)], [sites.pool()])

@@ -21,8 +21,8 @@ from lbapp.dataflow import carrier, frames
 from lbapp.dataflow.openflow import FIELDS, FinTimeout
 from lbapp.dataflow.pipeline import Kind, Label, Table, connection_cookie, cookie, kind_of, probe_mac
 from tests import sites
-from tests.fake_frames import frame, parse
-from tests.fake_switch import decode_actions, packet_in
+from tests.fake_frames import frame, packet_in, parse
+from tests.fake_switch import decode_actions
 
 DATAPATH = types.SimpleNamespace(ofproto=ofp, ofproto_parser=parser)
 SYN = frame("10.0.0.1", "10.0.0.100")

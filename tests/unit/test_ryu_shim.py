@@ -25,8 +25,7 @@ from lbapp.dataflow import ryu_shim
 from lbapp.dataflow.lengths import LengthError
 from lbapp.dataflow.openflow import message
 from lbapp.dataflow.ryu_shim import check_lengths
-from tests.fake_frames import frame, parse
-from tests.fake_switch import packet_in
+from tests.fake_frames import frame, packet_in, parse
 from tests.unit.test_lengths import ends
 
 PUNT = packet_in(0x1B10000001000000, 20, parse(frame("10.0.0.1", "10.0.0.100")) | {"in_port": 1, "reg2": 1})
