@@ -17,6 +17,7 @@ from pathlib import Path
 from lbapp.dataflow.fastpath import build, kernel
 from lbapp.dataflow.fastpath.netlink import Netlink, NetlinkError
 from lbapp.dataflow.fastpath.ports import Changes, Programs, Wire, Wires
+from lbapp.dataflow.fastpath.records import read
 from lbapp.dataflow.fastpath.removal import HANDLE, PRIORITY, PortsError
 from lbapp.dataflow.fastpath.removal import remove as remove_ports
 from lbapp.dataflow.fastpath.tables import MAX_CONNECTIONS, Tables, all_pins
@@ -66,7 +67,10 @@ class FastPath(Tables):
             LOG.warning("going on with programs older than their sources: %s", error)
         try:
             kernel.mount(where)
-            found = cls(build.OBJECT, _pins(ovs, bridge, where), max_connections=max_connections, mac=VIRTUAL_MAC)
+            pins = _pins(ovs, bridge, where)
+            if not _in_front(ovs, bridge):
+                kernel.unpin(pins)  # of a bridge that is no more: nothing of it forwards
+            found = cls(build.OBJECT, pins, max_connections=max_connections, mac=VIRTUAL_MAC)
         except (kernel.KernelError, OSError, OvsError) as error:
             raise FastPathUnavailable(str(error)) from None
         found.bridge = bridge
@@ -254,11 +258,18 @@ def remove(ovs: Ovs, bridge: str, bpffs: str | Path = kernel.BPFFS) -> list[str]
 
 
 def _pins(ovs: Ovs, bridge: str, bpffs: Path) -> Path:
-    """Where a bridge's maps are pinned: by its datapath id, which a new bridge of the same name may not share."""
+    """Where a bridge's maps are pinned: by its datapath id, which a new bridge of the same name may not share, and
+    its network namespace, in which alone the numbers of interfaces mean anything."""
     identifier = ovs.vsctl("get", "bridge", bridge, "datapath_id", wait=False).strip().strip('"')
     if not identifier.strip("[]"):
         raise OvsError(f"bridge {bridge} has no datapath id yet")
-    return bpffs / "lbapp" / identifier
+    return bpffs / "lbapp" / f"{identifier}-{Path('/proc/thread-self/ns/net').stat().st_ino:x}"
+
+
+def _in_front(ovs: Ovs, bridge: str) -> bool:
+    """Whether a fast path stands in front of a bridge already; a datapath in the kernel does not show it."""
+    records = [record for record in read(ovs) if record.bridge == bridge]
+    return any(record.wire is not None or record.datapath_type != "netdev" for record in records)
 
 
 def _index(value: int) -> bytes:
