@@ -33,7 +33,7 @@ from tests.integration.support import (
     statistics,
 )
 from topologies.lab import Lab, unavailable
-from topologies.namespace import Namespace, wait_until
+from topologies.namespace import Namespace, end, wait_until
 from topologies.single import SingleTopo
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -311,6 +311,46 @@ def test_ovs_that_is_killed_leaves_connections_alone(
         assert one.ask() == one.server
         one.close()
     check(download)
+
+
+@pytest.mark.parametrize("lab", ["agent"], indirect=True)
+def test_a_flood_of_forged_syns_harms_nobody_and_goes_away(site: Lab) -> None:
+    """Row 12, as far as a balancer goes that does not shake hands itself: members see the SYNs, all else is well."""
+    before, held = site.controller.rss(), Held(site.client("c2"), VIP, 80)
+    flood = site.client("c3").popen("hping3", "-q", "-n", "--rand-source", "-S", "-p", "80", "-i", "u100", VIP,
+                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        begun = time.monotonic()
+        served: Counter[str] = Counter()
+        while time.monotonic() - begun < 5:
+            served += site.client("c1").who(url(VIP, 80), 25)
+            served += site.client("c1").who(url(VIP, 8080), 25)
+            assert held.ask() == held.server
+        assert sum(served.values()) >= 50 * 5 and set(served) == {"s1", "s2", "s3"}
+    finally:
+        end(flood)
+    most = fastpath(site)
+    assert most is not None and most["connections"] > 1000, "the flood was really there"
+    assert site.controller.rss() - before < 50_000_000
+    wait_until(lambda: (fastpath(site) or most)["connections"] < 50, 30, "half-open connections have gone")
+    held.close()
+
+
+@pytest.mark.parametrize("lab", ["agent"], indirect=True)
+def test_another_controller_target_flushes_nothing(site: Lab) -> None:
+    """Row 9."""
+    held = {way: Held(site.client("c1"), VIP, port) for way, port in WAYS.items()}
+    site.ovs.vsctl("set-controller", "lb1", "tcp:localhost:6653")
+    for _ in range(3):
+        for one in held.values():
+            assert one.ask() == one.server
+        assert set(site.client("c2").who(url(VIP, 80), 9)) == {"s1", "s2", "s3"}
+    site.wait_connected()
+    wait_until(lambda: site.client("c2").run("curl", "-sf", "--max-time", "1", url(VIP, 8080),
+                                             check=False).returncode == 0, 10, "new connections")
+    for one in held.values():
+        assert one.ask() == one.server
+        one.close()
 
 
 def test_large_datagrams_in_fragments(site: Lab) -> None:
