@@ -14,6 +14,12 @@ pytest_plugins = ["tests.namespaces"]
 NEED_A_MACHINE = frozenset({"netns", "switch", "make_lab", "lab", "two_networks_lab", "two_switches_lab"})
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """See tests/namespaces.py, ``lab``."""
+    if getattr(metafunc.module, "WITH_FASTPATH", False) and "lab" in metafunc.fixturenames:
+        metafunc.parametrize("lab", ["_single_lab", "_fastpath_lab"], indirect=True, ids=["ovs", "fastpath"])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that use namespaces are integration tests (``-m "not integration"`` leaves them out)."""
     for item in items:

@@ -6,7 +6,8 @@
 ``switch``            a private Open vSwitch for the session, in a namespace of its own.
 ``make_lab(topo)``    a laboratory of its own for one test, without controller and servers running.
 ``lab``               the session's: single switch, three clients, three servers, controller connected,
-                      configuration empty, servers running; put in order again before each test.
+                      configuration empty, servers running; put in order again before each test. In a module
+                      with ``WITH_FASTPATH = True`` every test that uses it runs twice, without and with a fast path.
 ``two_networks_lab``  the same on topologies/two_networks.py, for a module.
 ``two_switches_lab``  the same on topologies/two_switches.py, for a module.
 
@@ -111,10 +112,19 @@ def _single_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         yield made
 
 
+@pytest.fixture(scope="session")
+def _fastpath_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with _new_lab("single", tmp_path_factory.mktemp("fastpath"), options=["--fastpath"]) as made:
+        made.start_controller()
+        if made.rest.get("/v1/stats")["switches"][0]["fastpath"] is None:
+            pytest.skip("no fast path on this machine")
+        yield made
+
+
 @pytest.fixture
-def lab(_single_lab: Lab) -> Lab:
+def lab(request: pytest.FixtureRequest) -> Lab:
     """The session's laboratory."""
-    return put_in_order(_single_lab)
+    return put_in_order(request.getfixturevalue(getattr(request, "param", "_single_lab")))
 
 
 @pytest.fixture(scope="module")

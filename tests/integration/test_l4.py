@@ -33,6 +33,7 @@ from tests.integration.support import (
 if TYPE_CHECKING:
     from topologies.lab import Lab
 
+WITH_FASTPATH = True
 ALL = {"s1", "s2", "s3"}
 DECISIONS = ("switch", "controller")
 

@@ -33,6 +33,8 @@ from topologies.namespace import wait_until
 if TYPE_CHECKING:
     from topologies.lab import Lab
 
+WITH_FASTPATH = True
+
 
 @pytest.fixture
 def both(lab: Lab) -> Iterator[Lab]:
