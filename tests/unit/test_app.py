@@ -333,6 +333,31 @@ def test_a_switch_comes_and_goes_and_comes_again():
         hub.kill(state.worker)
 
 
+def test_setting_up_a_fast_path_holds_up_no_rules():
+    """Members that are found meanwhile have theirs at once; and what fails there costs the switch nothing."""
+    site = sites.configuration([sites.server()], [sites.pool()])
+    bench = Bench(site, ready=False)
+    bench.app._configured.set()
+    order = []
+
+    def slow(switch):
+        order.append(("begun", switch))
+        hub.sleep(0.2)
+        order.append(("ready", switch))
+        raise RuntimeError("no fast path after all")
+
+    bench.app.on_ready = slow
+    bench.app.on_connect = lambda switch: None
+    bench.app._do(bench.switch, "reconcile", None)
+    hub.sleep(0)
+    job, argument = bench.switch.work.get(timeout=1)
+    bench.app._do(bench.switch, job, argument)
+    order.append((job, bench.switch.session.ready))
+    hub.sleep(0.4)
+    assert order == [("begun", 1), ("configure", True), ("ready", 1)]
+    assert bench.closed == 0
+
+
 def test_a_port_that_goes_down_is_asked_behind():
     bench = Bench(sites.configuration([sites.server()], [sites.pool()]))
     port = next(iter(sites.reachable(bench.app.configuration).values())).port
