@@ -42,7 +42,7 @@ EMPTY_SECONDS = 4.0
 """The same where the last sweep found nothing: walking over empty memory is most of what an idle agent does."""
 SWEEP_SHARE = 0.01
 """The most of one core that sweeping takes: a large table is swept less often, but for one that fills up."""
-PORTS_SECONDS = 30.0
+PORTS_SECONDS = 10.0
 """The bridge's ports are compared so often although no interface changed."""
 PORTS_AGAIN_SECONDS = 1.0
 PORTS_GATHER_SECONDS = 0.05
@@ -127,25 +127,29 @@ class AgentLoop:
 
     def _ports(self) -> None:
         """Ports are looked after when the kernel tells of an interface, and now and then in any case."""
-        wires, due = self.agent.fastpath.wires, False
+        wires, due = self.agent.fastpath.wires, time.monotonic() + PORTS_SECONDS
         while True:
             told = True
             try:
-                trampoline(wires.fileno(), read=True, timeout=PORTS_AGAIN_SECONDS if due else PORTS_SECONDS,
+                trampoline(wires.fileno(), read=True, timeout=max(0.01, due - time.monotonic()),
                            timeout_exc=TimeoutError)
             except TimeoutError:
                 told = False
             try:
+                moved = False
                 if told:
                     eventlet.sleep(PORTS_GATHER_SECONDS)  # they seldom come alone
-                    if wires.follow():
-                        self.agent.sync_ports()
-                        due = True  # Open vSwitch notes in its database what it did only afterwards
-                else:
+                    moved = wires.follow()
+                    # Open vSwitch notes in its database what it did only afterwards; and of a port that goes from one
+                    # bridge to another, the other one may hear nothing but that some interface changed.
+                    due = min(due, time.monotonic() + PORTS_AGAIN_SECONDS)
+                if time.monotonic() >= due:
+                    moved, due = True, time.monotonic() + PORTS_SECONDS
+                if moved:
                     self.agent.sync_ports()
-                    due = False
             except (PortsError, OvsError) as error:
                 LOG.warning("switch %016x: its ports cannot be followed: %s", self.agent.switch, error)
+                due = time.monotonic() + PORTS_AGAIN_SECONDS
                 eventlet.sleep(PORTS_AGAIN_SECONDS)
 
 
