@@ -152,7 +152,10 @@ def _arrived(servers: Sequence[Namespace]) -> int:
 def _table(installation: Installation) -> Iterator[Tables]:
     """The table that the controller's agent looks after, once more, to sweep it by the clock."""
     identifier = installation.ovs.vsctl("get", "bridge", BRIDGE, "datapath_id").strip().strip('"')
-    tables = Tables(build.OBJECT, PINS / identifier, mac=VIRTUAL_MAC)
+    pins = list(PINS.glob(f"{identifier}*"))
+    if len(pins) != 1:
+        raise BenchError(f"{PINS} holds {len(pins)} tables of {BRIDGE}, expected one")
+    tables = Tables(build.OBJECT, pins[0], mac=VIRTUAL_MAC)
     try:
         yield tables
     finally:
