@@ -72,8 +72,9 @@ class Link(Protocol):
         """Delete flows unless they are alive: of a serial, or with serial 0 all of a member. Answers come by
         :meth:`FastPaths.heard`."""
 
-    def live(self) -> Sequence[tuple[int, int, int]]:
-        """The connections it holds that the control segment follows: (serial, virtual server, member)."""
+    def live(self) -> Sequence[tuple[int, int, int]] | None:
+        """The connections it holds that the control segment follows: (serial, virtual server, member). None: it has
+        to be asked about each (REAP)."""
 
     def read(self) -> Reading:
         """Its counters."""
@@ -239,8 +240,8 @@ class FastPaths:
 
     # -------------------------------------------------------------- views
 
-    def live(self, switch: int) -> Sequence[tuple[int, int, int]]:
-        """The followed connections that a switch's fast path holds."""
+    def live(self, switch: int) -> Sequence[tuple[int, int, int]] | None:
+        """The followed connections that a switch's fast path holds; None where nobody here knows."""
         side = self._sides.get(switch)
         return side.link.live() if side is not None else ()
 

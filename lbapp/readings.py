@@ -52,8 +52,10 @@ class Readings:
             for switch in list(self._application.switches):
                 try:
                     if self._application.control.counting and self.is_local(switch):
-                        # What the fast path took over, conntrack believes idle.
+                        # Of what the fast path has, conntrack knows nothing.
                         fast = self._application.fastpaths.live(switch)
+                        if fast is None:
+                            continue
                         self._application.live(switch, (*fast, *(
                             (entry.serial, entry.virtual_server, entry.member)
                             for entry in self.conntrack(switch) if entry.tracked and entry.state not in CLOSING)))

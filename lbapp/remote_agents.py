@@ -68,18 +68,16 @@ class RemoteLink:
         self.client.flush()
 
     def deliver(self, answered: Sequence[Answered]) -> Sequence[Answered]:
-        """See :class:`lbapp.fastpaths.Link`. Nobody knows when these flows will be there: until then, and should they
-        get lost, the switch has them in conntrack."""
-        self.reply([one.reply for one in answered])
+        """See :class:`lbapp.fastpaths.Link`. Nobody here knows when these flows would be there, and a short connection
+        is over by then: the switch has them in conntrack, and the fast path never hears of them."""
         return answered
 
     def reap(self, reaps: Sequence[Reap]) -> None:
         """See :class:`lbapp.fastpaths.Link`."""
         self.client.send_reaps(reaps)
 
-    def live(self) -> Sequence[tuple[int, int, int]]:
+    def live(self) -> None:
         """See :class:`lbapp.fastpaths.Link`: an agent elsewhere is asked connection by connection (REAP)."""
-        return ()
 
     def read(self) -> Reading:
         """See :class:`lbapp.fastpaths.Link`: of an agent elsewhere, what its bus has counted."""

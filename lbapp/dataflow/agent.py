@@ -7,8 +7,8 @@ ledger into DELETE. Owns the packets that wait for a REPLY and what the tables h
 neither sockets nor clocks: the process that runs it (``lbapp run``, ``lbapp agent``) does.
 
 Who owns a connection: the fast path, from the moment its entry is there until its ledger has told of its end.
-Open vSwitch knows nothing of it. Only where the agent is not in the controller's process, a connection that came by
-packet-in is in conntrack as well: nobody can say when its entry will be there, and until then Open vSwitch serves it.
+Open vSwitch knows nothing of it. Where the agent is not in the controller's process, a connection that came by
+packet-in is Open vSwitch's altogether, in conntrack: nobody could say when its entry would be there.
 """
 
 from __future__ import annotations

@@ -185,6 +185,7 @@ def test_what_lives_is_told(monkeypatch):
 def test_what_lives_in_the_fast_path_is_told_with_it(monkeypatch):
     told = watched(Commands(dump=line(1)), monkeypatch, fast=[(7, 5, 3)])
     assert told == [(1, ((7, 5, 3), (1, 5, 3)))] * 2
+    assert watched(Commands(dump=line(1)), monkeypatch, fast=None) == [], "an agent elsewhere has to be asked"
 
 
 def test_nothing_is_told_where_nobody_counts_or_nothing_is_known(monkeypatch):
