@@ -4,6 +4,10 @@
 
 Owns the process: it sets the fast path up, adopts what an earlier one left, and takes it down again or leaves it,
 as it was told. Decides nothing; which control segment is asked is in ``control_segments.py``.
+
+Started anew, it finds virtual servers and connections of an agent before it. They go on as they were until a control
+segment has said all it wants; what nobody wants ``REJOIN_SECONDS`` later is removed. What ended meanwhile is told of
+once somebody is there to hear it.
 """
 
 from __future__ import annotations
@@ -12,27 +16,43 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import eventlet
 
 from lbapp.agents import AgentLoop
+from lbapp.bus import csmb
 from lbapp.bus.sessions import Added, Distribution, Down, Removed, Synced, Up
 from lbapp.bus.ssmb import Lost
 from lbapp.bus.transport import CsPeer, DfsServer
-from lbapp.control.messages import Closed, NewFlow, Query, Reap, Reply, Reset, Stats, Timeout
-from lbapp.control_segments import ControlSegments
+from lbapp.control.messages import Closed, Error, NewFlow, Query, Reap, Reason, Reply, Reset, Stats, Timeout
+from lbapp.control_segments import ControlSegments, Key
+from lbapp.dataflow import conntrack
 from lbapp.dataflow.agent import Agent
 from lbapp.dataflow.fastpath import fastpath as fastpath_of
 from lbapp.dataflow.fastpath.fastpath import FastPath
-from lbapp.dataflow.ovs import Ovs
+from lbapp.dataflow.ovs import Ovs, OvsError
+from lbapp.dataflow.pipeline import zones
 
 LOG = logging.getLogger("lbapp.agent")
 
 BATCH = 4096
 """Closed connections taken at once; the bus divides them into datagrams."""
+REJOIN_SECONDS = 8.0
+"""Control segments that were connected to an agent before this one are back by then (``transport.BACK_OFF``)."""
+MOST_EARLY = 262_144
+"""Closed connections that wait for a control segment after a start; more are counted, not kept."""
+COUNT_SECONDS = 1.0
+"""What was counted is told so often, if it has changed."""
+COUNT_SHARE = 0.01
+"""But it takes this share of one core at most."""
+SWITCH_REAPS = 65_536
+DUMP_SECONDS = 2.0
+"""Open vSwitch is asked so often for its connections, at most."""
+CLOSING = frozenset({"CLOSING", "TIME_WAIT", "CLOSED", "LAST_ACK", "FIN_WAIT_2"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +81,33 @@ class AgentProcess:
         fastpath: the fast path, set up.
         switch: the datapath id.
         settings: what to listen on, and the key.
+        ovs: the switch.
 
     Raises:
         OSError: the address is in use or not of this host.
     """
 
-    def __init__(self, fastpath: FastPath, switch: int, settings: Settings) -> None:
-        self.segments = ControlSegments()
+    def __init__(self, fastpath: FastPath, switch: int, settings: Settings, ovs: Ovs | None = None) -> None:
+        self._ovs = ovs or Ovs()
+        used = max((number for number, _ in fastpath.service_stats()), default=0)
+        self.segments = ControlSegments({Key(*key): number for key, number in fastpath.services().items()}, used)
         self.agent = Agent(fastpath, switch, itertools.count(secrets.randbits(31) * 2 + 1, 2))
         self._synchronised = False
+        self._saying: dict[int, set[int]] = {}
+        self._early: deque[Closed] = deque()
+        self._told: dict[int, object] = {}
+        self._reaps: OrderedDict[tuple[int, int], Reap] = OrderedDict()
         self._server = DfsServer(settings.listen, settings.key, switch, self._event, self._messages)
         self.address = self._server.address
         self._loop = AgentLoop(self.agent, self._asked, self._closed, self._alive, BATCH)
         self._loop.start()
+        self._greenlets = [eventlet.spawn(self._guarded, work) for work in (self._counting, self._looking)]
 
     def stop(self) -> None:
         """End the buses; the fast path goes on."""
         self._loop.stop()
+        for greenlet in self._greenlets:
+            greenlet.kill()
         self._server.close()
 
     # -------------------------------------------------------------- from the control segments
@@ -85,43 +115,100 @@ class AgentProcess:
     def _event(self, peer: CsPeer, event: Any) -> None:
         identity, segments = peer.identity, self.segments
         if isinstance(event, Up):
-            self._tell(segments.connected(identity))
+            self._saying[identity] = set()
+            self._told.pop(identity, None)
+            self._tell(segments.connected(identity), identity)
         elif isinstance(event, Down):
-            self._tell(segments.disconnected(identity))
+            self._tell({*self._saying.pop(identity, ()), *segments.disconnected(identity)})
         elif isinstance(event, Added):
-            self._tell(segments.added(identity, event.server))
+            self._tell(segments.added(identity, event.server), identity)
         elif isinstance(event, Distribution):
-            self._tell(segments.distributed(identity, event.number, event.targets))
+            self._tell(segments.distributed(identity, event.number, event.targets), identity)
         elif isinstance(event, Removed):
-            self._tell(segments.removed(identity, event.number))
+            self._tell(segments.removed(identity, event.number), identity)
         elif isinstance(event, Synced):
             LOG.info("control segment %x: %d virtual servers", identity, event.servers)
+            said = self._saying.pop(identity, set())
             if not self._synchronised:
-                # What an agent before this one had been told of, and nobody wants any more.
                 self._synchronised = True
-                self._tell(segments.numbers(), whole=True)
+                said.update(segments.numbers())
+                self._greenlets.append(eventlet.spawn_after(REJOIN_SECONDS, self._guarded_once, self._rejoined))
+            self._tell(said)
+            if self._early:
+                early, self._early = list(self._early), deque()
+                self._closed(early)
 
-    def _tell(self, numbers: Iterable[int], *, whole: bool = False) -> None:
-        """Until the first control segment has said all it wants, what is there from before goes on."""
-        changed = {number: self.segments.distribution(number) for number in numbers}
-        if self._synchronised and (changed or whole):
-            self.agent.configure(changed, whole=whole)
+    def _tell(self, numbers: Iterable[int], identity: int | None = None) -> None:
+        """Have the fast path follow; once ``identity`` has said all it wants, if it is about to."""
+        if identity in self._saying:
+            self._saying[identity].update(numbers)
+            return
+        if self._synchronised:
+            changed = {number: self.segments.distribution(number) for number in numbers}
+            if changed:
+                self.agent.configure(changed)
+
+    def _rejoined(self) -> None:
+        """What an agent before this one had been told of, and nobody wants any more, goes."""
+        self.segments.forget_before()
+        self.agent.configure({number: self.segments.distribution(number) for number in self.segments.numbers()},
+                             whole=True)
 
     def _messages(self, peer: CsPeer, messages: list[Any]) -> None:
         identity = peer.identity
         replies: list[Reply | NewFlow] = [message for message in messages if isinstance(message, (Reply, NewFlow))]
         if replies:
-            self.agent.reply(self.segments.replies(identity, replies))
+            numbers = {reply.query.serial: reply.query.virtual_server for reply in replies}
+            refused = self.agent.reply(self.segments.replies(identity, replies))
+            if refused:
+                peer.send_refused([one._replace(virtual_server=numbers[one.serial]) for one in refused])
         reaps = [message for message in messages if isinstance(message, (Reap, Timeout))]
         if reaps:
-            for answer in self.agent.reap(reaps):
-                peer.send_deletes(answer.closed)
+            self._reap(peer, reaps)
         for message in messages:
             if isinstance(message, Reset):
-                LOG.warning("control segment %x: every connection is forgotten (RESET)", identity)
-                self.agent.reset()
+                LOG.warning("control segment %x: every connection of its own is forgotten (RESET)", identity)
+                for number in self.segments.led(identity):
+                    self.agent.fastpath.delete(virtual_server=number)
             elif isinstance(message, Lost):
                 LOG.warning("control segment %x had to drop %d messages", identity, message.records)
+
+    def _reap(self, peer: CsPeer, reaps: Sequence[Reap | Timeout]) -> None:
+        """Of even serials are the connections that the controller opened by packet-in: they are in conntrack."""
+        own = [one for one in reaps if not one.serial or one.serial & 1]
+        for answer in self.agent.reap(list(self.segments.reaps(peer.identity, own))) if own else ():
+            peer.send_deletes(answer.closed)
+        for one in reaps:
+            if isinstance(one, Reap) and one.serial and not one.serial & 1 and not one.final:
+                self._reaps[peer.identity, one.serial] = one
+                if len(self._reaps) > SWITCH_REAPS:
+                    self._reaps.popitem(last=False)  # it will be asked again
+
+    def _looking(self) -> None:
+        """Answer what was asked about connections that the switch holds itself."""
+        while True:
+            eventlet.sleep(DUMP_SECONDS / 4)
+            if not self._reaps:
+                continue
+            asked, self._reaps = self._reaps, OrderedDict()
+            zone = zones(self.agent.switch).service
+            try:
+                lines = self._ovs.appctl("dpctl/dump-conntrack", f"zone={zone}").splitlines()
+            except OvsError as error:
+                LOG.warning("conntrack cannot be read: %s", error)  # nobody can tell; it will be asked again
+            else:
+                alive = {entry.serial for entry in conntrack.parse(lines, zone) if entry.state not in CLOSING}
+                switch = self.agent.switch
+                for (identity, serial), reap in asked.items():
+                    peer = self._server.peers.get(identity)
+                    if peer is None:
+                        continue
+                    if serial in alive:
+                        peer.send_stats([Stats(switch, serial, Error.CONNALIVE, 0, 0)])
+                    else:
+                        peer.send_deletes([Closed(serial, reap.virtual_server, reap.member, Reason.DELETED, False,
+                                                  False)])
+            eventlet.sleep(DUMP_SECONDS)
 
     # -------------------------------------------------------------- to the control segments
 
@@ -130,18 +217,52 @@ class AgentProcess:
             peer = self._server.peers.get(identity)
             if peer is not None:
                 peer.send_queries(batch)
-                peer.flush()
+                peer.flush(urgent=True)
 
     def _closed(self, closed: list[Closed]) -> None:
+        if not self._synchronised:
+            # An agent before this one left them in the ring; nobody is here yet who knows their numbers.
+            room = MOST_EARLY - len(self._early)
+            self._early.extend(closed[:room])
+            self.agent.counters["closed_lost"] += len(closed[room:])
+            return
         for identity, batch in self.segments.closed(closed):
             peer = self._server.peers.get(identity)
             if peer is not None:
                 peer.send_deletes(batch)
 
-
     def _alive(self, alive: list[Stats]) -> None:
         for peer in self._server.peers.values():
             peer.send_stats(alive)
+
+    def _counting(self) -> None:
+        """Tell every control segment what was counted, when it has changed."""
+        while True:
+            began = time.monotonic()
+            peers = [peer for peer in self._server.peers.values()
+                     if peer.connected and peer.identity not in self._saying]
+            if peers:
+                fastpath = self.agent.fastpath
+                counters = {**fastpath.counters(), **self.agent.counters}
+                traffic = fastpath.service_stats()
+                for peer in peers:
+                    own = self.segments.traffic(peer.identity, traffic)
+                    told = (self.agent.held, counters, own)
+                    if told != self._told.get(peer.identity) and peer.send_counters(self.agent.held, counters, (
+                            csmb.Traffic(*key, *value) for key, value in own.items())):
+                        self._told[peer.identity] = told
+            eventlet.sleep(max(COUNT_SECONDS, (time.monotonic() - began) / COUNT_SHARE))
+
+    def _guarded(self, work: Any) -> None:
+        while True:
+            self._guarded_once(work)
+            eventlet.sleep(1.0)
+
+    def _guarded_once(self, work: Any) -> None:
+        try:
+            work()
+        except Exception:
+            LOG.exception("%s failed; going on", work.__name__.strip("_"))
 
 
 def remove(bridge: str) -> None:
@@ -168,7 +289,7 @@ def run(settings: Settings) -> None:
     fastpath = FastPath.open(ovs, settings.bridge, max_connections=settings.max_connections)
     process: AgentProcess | None = None
     try:
-        process = AgentProcess(fastpath, switch, settings)
+        process = AgentProcess(fastpath, switch, settings, ovs)
         LOG.info("fast path in front of %d ports of %s after %.2f s; CSMB on %s:%d", len(fastpath.ports),
                  settings.bridge, time.monotonic() - begun, *process.address)
         while True:

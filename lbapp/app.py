@@ -446,9 +446,10 @@ class LoadBalancer(app_manager.RyuApp):
             else:
                 raise TypeError(f"cannot do {type(command).__name__}")
 
-    def live(self, switch: int, connections: tuple[tuple[int, int, int], ...]) -> None:
-        """Tell the control segment which followed connections a switch's conntrack holds."""
-        self.perform(self.control.handle(Live(switch, connections), time.monotonic()))
+    def live(self, switch: int, connections: tuple[tuple[int, int, int], ...], agents: bool = True) -> None:
+        """Tell the control segment which followed connections a switch's conntrack holds (``agents``: and its fast
+        path)."""
+        self.perform(self.control.handle(Live(switch, connections, agents), time.monotonic()))
 
     def _ticks(self) -> None:
         while True:

@@ -2,28 +2,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """The virtual servers of several control segments in one data flow segment: who announced what, who is asked.
 
-Each control segment numbers its virtual servers itself; the fast path needs numbers of its own. One address,
-protocol and port is one virtual server here, whoever announced it: the first one to do so that is connected is
-asked about its new connections, and all who announced it are told of those that ended (003, "redundant CS").
-Pure: no sockets, no clock.
+Each control segment numbers its virtual servers and members itself; the fast path needs numbers of virtual servers
+of its own. One address, protocol and port is one virtual server here, whoever announced it: the first one to do so
+that is connected is asked about its new connections, and all who announced it are told of those that ended (003,
+"redundant CS"). A member's number means something only together with its virtual server. Pure: no sockets, no clock.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 from lbapp.bus import csmb
-from lbapp.control.messages import Closed, Host, NewFlow, Query, Reply
+from lbapp.control.messages import Closed, Host, NewFlow, Query, Reap, Reply, Timeout
 from lbapp.dataflow.distribution import Distribution, Target
 from lbapp.dataflow.fastpath.layout import Hash, Mode
+
+T = TypeVar("T")
 
 _UNSERVED = (csmb.Flag.WILDCARD_ADDR | csmb.Flag.WILDCARD_PORT | csmb.Flag.SSL_PROXY | csmb.Flag.COOKIE_PROXY
              | csmb.Flag.HTTP_PROXY | csmb.Flag.RAW_PROXY)
 """What is not this fast path's: the most specific match, and application data."""
 
-Key = tuple[bytes, int, int]
+_MEMBERS = 65_536
+"""Members whose virtual servers are remembered, for REAP of all their flows."""
+
+
+class Key(NamedTuple):
+    """What tells virtual servers apart, whoever announces them."""
+
+    address: bytes
+    port: int
+    protocol: int
 
 
 class _Announced(NamedTuple):
@@ -34,14 +45,22 @@ class _Announced(NamedTuple):
 
 
 class ControlSegments:
-    """All control segments of one data flow segment, by their identity."""
+    """All control segments of one data flow segment, by their identity.
 
-    def __init__(self) -> None:
-        self._numbers = itertools.count(1)
+    Args:
+        before: local numbers that an agent before this one gave, by address, port and protocol: connections that go
+            on carry them.
+        used: the highest local number that anything there carries.
+    """
+
+    def __init__(self, before: Mapping[Key, int] | None = None, used: int = 0) -> None:
+        self._before = dict(before or {})
+        self._numbers = itertools.count(max([used, *self._before.values()]) + 1)
         self._local: dict[Key, int] = {}
         self._keys: dict[int, Key] = {}
         self._announced: dict[Key, dict[int, _Announced]] = {}
         self._by_number: dict[tuple[int, int], Key] = {}
+        self._used_by: dict[tuple[int, int], set[int]] = {}
         self._connected: dict[int, None] = {}
 
     def __len__(self) -> int:
@@ -66,11 +85,11 @@ class ControlSegments:
 
     def added(self, identity: int, server: csmb.VirtualServer) -> list[int]:
         """ADD_VS. Returns the local numbers that are to be told anew."""
-        key = (server.address, server.port, server.protocol)
+        key = Key(server.address, server.port, server.protocol)
         before = self._by_number.get((identity, server.number))
         changed = [] if before is None or before == key else self.removed(identity, server.number)
         if key not in self._local:
-            number = next(self._numbers)
+            number = self._before.pop(key, 0) or next(self._numbers)
             self._local[key], self._keys[number] = number, key
         by = self._announced.setdefault(key, {})
         by[identity] = _Announced(server, by[identity].targets if identity in by else ())
@@ -83,6 +102,9 @@ class ControlSegments:
         if key is None:
             return []
         self._announced[key][identity] = self._announced[key][identity]._replace(targets=targets)
+        for target in targets:
+            if len(self._used_by) < _MEMBERS or (identity, target.member) in self._used_by:
+                self._used_by.setdefault((identity, target.member), set()).add(self._local[key])
         return [self._local[key]]
 
     def removed(self, identity: int, number: int) -> list[int]:
@@ -109,7 +131,7 @@ class ControlSegments:
         if key is None:
             return None
         asked = self._asked(key)
-        said = self._announced[key][asked if asked is not None else next(iter(self._announced[key]))]
+        said = self._announced[key][self._leading(key)]
         server = said.server
         mode = Mode(server.mode)
         if server.flags & _UNSERVED or server.assist is not csmb.Assist.DFS_ASSIST:
@@ -122,6 +144,10 @@ class ControlSegments:
     def numbers(self) -> Iterable[int]:
         """All local numbers."""
         return self._keys.keys()
+
+    def forget_before(self) -> None:
+        """Whoever is going to has announced its virtual servers: numbers of others mean nothing any more."""
+        self._before.clear()
 
     # -------------------------------------------------------------- messages
 
@@ -146,14 +172,60 @@ class ControlSegments:
         return [reply._replace(query=reply.query._replace(
             virtual_server=self.local(identity, reply.query.virtual_server))) for reply in replies]
 
+    def reaps(self, identity: int, reaps: Iterable[Reap | Timeout]) -> Iterator[Reap | Timeout]:
+        """REAP and TIMEOUT of a control segment, with local numbers. All flows of a member (serial 0) are those of
+        the virtual servers that it was a member of, for another control segment may mean another by its number."""
+        for one in reaps:
+            if not isinstance(one, Reap) or one.serial:
+                yield one  # serials are this agent's own
+                continue
+            used = self._used_by.pop((identity, one.member), None)
+            for number in sorted(used if used is not None else self._of(identity)):
+                if number in self._keys and self._leading(self._keys[number]) == identity:
+                    yield one._replace(virtual_server=number)
+
+    def led(self, identity: int) -> list[int]:
+        """The local numbers of the virtual servers that are served as this control segment says."""
+        return [self._local[key] for key in self._announced if self._leading(key) == identity]
+
     def closed(self, closed: Sequence[Closed]) -> Iterator[tuple[int, list[Closed]]]:
         """Closed connections with local numbers, as (who is told, the same with that one's numbers)."""
         batches: dict[int, list[Closed]] = {}
         for one in closed:
             key = self._keys.get(one.virtual_server)
-            for identity, said in self._announced[key].items() if key is not None else ():
-                batches.setdefault(identity, []).append(one._replace(virtual_server=said.server.number))
+            by = self._announced[key] if key is not None else {}
+            for identity, said in by.items():
+                member = one.member if len(by) == 1 else self._member(key, identity, one.member)
+                batches.setdefault(identity, []).append(one._replace(virtual_server=said.server.number, member=member))
         yield from batches.items()
+
+    def traffic(self, identity: int, counted: Mapping[tuple[int, int], T]) -> dict[tuple[int, int], T]:
+        """What was counted by (virtual server, member), with a control segment's numbers."""
+        found: dict[tuple[int, int], T] = {}
+        for (number, member), value in counted.items():
+            key = self._keys.get(number)
+            said = self._announced[key].get(identity) if key is not None else None
+            if said is not None:
+                found[said.server.number, self._member(key, identity, member)] = value
+        return found
+
+    def _leading(self, key: Key) -> int:
+        """Whose distribution is in force, and whose numbers of members with it."""
+        asked = self._asked(key)
+        return asked if asked is not None else next(iter(self._announced[key]))
+
+    def _member(self, key: Key | None, identity: int, member: int) -> int:
+        """Another one's number of the same address and port; the number itself where that cannot be told (control
+        segments with one configuration have the same numbers)."""
+        assert key is not None
+        by = self._announced[key]
+        leading = self._leading(key)
+        if leading == identity:
+            return member
+        place = next(((one.address, one.port) for one in by[leading].targets if one.member == member), None)
+        if place is None:
+            return member
+        return next((one.member for one in by[identity].targets if (one.address, one.port) == place), 0)
 
 
 def _target(target: csmb.Target) -> Target:

@@ -245,10 +245,19 @@ class FastPaths:
         side = self._sides.get(switch)
         return side.link.live() if side is not None else ()
 
+    def suspects(self, switch: int) -> list[Reap]:
+        """What to ask an agent elsewhere that may have failed to tell of an end: about all its connections that the
+        control segment follows. Serials of agents are odd."""
+        return [Reap(switch, one.serial, one.virtual_server, one.member) for one in self._control.connections()
+                if one.switch == switch and one.serial & 1 and not one.rules]
+
     def read(self, switch: int) -> Reading | None:
         """A fast path's counters; None where the switch has none."""
         side = self._sides.get(switch)
-        return side.link.read()._replace(before=side.before) if side is not None else None
+        if side is None:
+            return None
+        reading = side.link.read()
+        return reading if reading.before else reading._replace(before=side.before)
 
     def serves(self, switch: int, virtual_server: int) -> bool:
         """Whether a virtual server's connections are in a switch's fast path, whoever decides."""

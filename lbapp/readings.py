@@ -52,13 +52,12 @@ class Readings:
             for switch in list(self._application.switches):
                 try:
                     if self._application.control.counting and self.is_local(switch):
-                        # Of what the fast path has, conntrack knows nothing.
+                        # Of what the fast path has, conntrack knows nothing, and an agent elsewhere is asked itself.
                         fast = self._application.fastpaths.live(switch)
-                        if fast is None:
-                            continue
-                        self._application.live(switch, (*fast, *(
+                        self._application.live(switch, (*(fast or ()), *(
                             (entry.serial, entry.virtual_server, entry.member)
-                            for entry in self.conntrack(switch) if entry.tracked and entry.state not in CLOSING)))
+                            for entry in self.conntrack(switch) if entry.tracked and entry.state not in CLOSING)),
+                            fast is not None)
                 except OvsError as error:
                     LOG.warning("switch %016x: conntrack cannot be read: %s", switch, error)
                 except Exception:

@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lbapp.bus import keyfile
-from lbapp.bus.sessions import Down, Up
+import eventlet
+
+from lbapp.bus import csmb, keyfile
+from lbapp.bus.sessions import Counted, Down, Up
 from lbapp.bus.ssmb import Lost
 from lbapp.bus.transport import CsClient
 from lbapp.control.messages import Delete, Query, Reap, Refused, Reply, Reset, Stats
 from lbapp.control_segments import announce
 from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution
-from lbapp.fastpaths import FastPaths, Reading
+from lbapp.fastpaths import FastPaths, MemberTraffic, Reading
 
 LOG = logging.getLogger("lbapp.agents")
+
+AGAIN_SECONDS = 1.0
+REPEATS = 6
+"""What nobody else would ask again is said so often, a second apart, unless it is answered."""
+MOST_REAPS = 65_536
 
 
 def own_identity(path: Path) -> int:
@@ -43,11 +52,64 @@ def own_identity(path: Path) -> int:
     return number
 
 
+class Totals:
+    """What an agent has counted, added up over the fast paths that it set up one after the other.
+
+    A fast path that is taken down and set up again counts from 0; what it held then is gone.
+    """
+
+    def __init__(self) -> None:
+        self.connections: int | None = None
+        self.before: dict[tuple[int, int], int] = {}
+        self._counters: dict[str, tuple[int, int]] = {}
+        self._members: dict[tuple[int, int], tuple[csmb.Traffic, MemberTraffic]] = {}
+
+    def take(self, counted: Counted) -> None:
+        """The agent has told what it counted so far."""
+        begun_anew = counted.counters.get("hits", 0) < self._counters.get("hits", (0, 0))[0]
+        first = self.connections is None
+        self.connections = counted.connections
+        for name, count in counted.counters.items():
+            last, so_far = self._counters.get(name, (0, 0))
+            # Some are the programs', others the process's: one may begin anew without the other.
+            self._counters[name] = (count, so_far + count - (last if last <= count and not begun_anew else 0))
+        members = {}
+        for row in counted.traffic:
+            key = row[:2]
+            before, total = self._members.get(key, (csmb.Traffic(*key, 0, 0, 0, 0), MemberTraffic(0, 0, 0, 0)))
+            if begun_anew or row.opened < before.opened:
+                total = total._replace(closed=total.opened)
+                before = csmb.Traffic(*key, 0, 0, 0, 0)
+            members[key] = (row, MemberTraffic(*(old + now - then for old, now, then in zip(
+                total, row[2:], before[2:], strict=True))))
+        if begun_anew:
+            for key in self._members.keys() - members.keys():
+                total = self._members[key][1]
+                members[key] = (csmb.Traffic(*key, 0, 0, 0, 0), total._replace(closed=total.opened))
+        self._members = members
+        if first:
+            self.before = {key: total.opened for key, (_, total) in members.items()}
+        self.before = {key: self.before.get(key, 0) for key in members}
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """By name."""
+        return {name: total for name, (_, total) in self._counters.items()}
+
+    @property
+    def members(self) -> dict[tuple[int, int], MemberTraffic]:
+        """By (virtual server, member)."""
+        return {key: total for key, (_, total) in self._members.items()}
+
+
 class RemoteLink:
     """See :class:`lbapp.fastpaths.Link`: the agent is at the other end of a :class:`CsClient`."""
 
     def __init__(self, client: CsClient) -> None:
         self.client = client
+        self.totals = Totals()
+        self.incarnation = 0
+        self._unanswered: OrderedDict[tuple[int, int], tuple[Reap, int, float]] = OrderedDict()
 
     def configure(self, changed: Mapping[int, Distribution | None], *, whole: bool = False) -> None:
         """See :class:`lbapp.fastpaths.Link`. Said at once, and again after each reconnection."""
@@ -65,7 +127,7 @@ class RemoteLink:
     def reply(self, replies: Sequence[Reply]) -> None:
         """See :class:`lbapp.fastpaths.Link`."""
         self.client.send_replies(replies)
-        self.client.flush()
+        self.client.flush(urgent=True)
 
     def deliver(self, answered: Sequence[Answered]) -> Sequence[Answered]:
         """See :class:`lbapp.fastpaths.Link`. Nobody here knows when these flows would be there, and a short connection
@@ -74,14 +136,47 @@ class RemoteLink:
 
     def reap(self, reaps: Sequence[Reap]) -> None:
         """See :class:`lbapp.fastpaths.Link`."""
-        self.client.send_reaps(reaps)
+        once = [reap for reap in reaps if not reap.final]
+        if once:
+            self.client.send_reaps(once)  # the control segment's timers repeat it
+        self.insist(reap for reap in reaps if reap.final)
+
+    def insist(self, reaps: Iterable[Reap]) -> None:
+        """REAP what nobody else would ask about again: repeated until it is answered, or was said often enough."""
+        for reap in reaps:
+            self._unanswered[reap.serial, reap.member] = (reap, REPEATS, 0.0)
+            if len(self._unanswered) > MOST_REAPS:
+                self._unanswered.popitem(last=False)
+        self.again(time.monotonic())
+
+    def again(self, now: float) -> None:
+        """Say what nobody answered once more, where it is due."""
+        if not self.client.connected:
+            return
+        due = [key for key, (_, _, at) in self._unanswered.items() if at <= now]
+        self.client.send_reaps([self._unanswered[key][0] for key in due])
+        for key in due:
+            reap, left, _ = self._unanswered.pop(key)
+            if left > 1:
+                self._unanswered[key] = (reap, left - 1, now + AGAIN_SECONDS)
+
+    def answered(self, messages: Iterable[Any]) -> None:
+        """These came from the agent."""
+        if not self._unanswered:
+            return
+        serials = {closed.serial for one in messages if isinstance(one, Delete) for closed in one.closed}
+        serials |= {one.serial for one in messages if isinstance(one, Stats)}
+        for key in [key for key in self._unanswered if key[0] in serials]:
+            del self._unanswered[key]
 
     def live(self) -> None:
         """See :class:`lbapp.fastpaths.Link`: an agent elsewhere is asked connection by connection (REAP)."""
 
     def read(self) -> Reading:
-        """See :class:`lbapp.fastpaths.Link`: of an agent elsewhere, what its bus has counted."""
-        return Reading(None, {f"bus_{name}": count for name, count in self.client.channel.counts.items()}, {})
+        """See :class:`lbapp.fastpaths.Link`: as the agent told last (COUNTERS), and what its bus has counted."""
+        bus = {f"bus_{name}": count for name, count in self.client.channel.counts.items()}
+        return Reading(self.totals.connections, {**self.totals.counters, **bus}, self.totals.members,
+                       self.totals.before)
 
     def connections(self, limit: int) -> Iterator[Held]:
         """See :class:`lbapp.fastpaths.Link`: its own host knows them."""
@@ -106,6 +201,8 @@ class RemoteAgents:
         self._key = key
         self._identity = identity
         self._clients: dict[tuple[str, int], CsClient] = {}
+        self._links: dict[int, RemoteLink] = {}
+        self._again = eventlet.spawn(self._repeat)
 
     def connect(self, address: tuple[str, int]) -> None:
         """Connect to an agent, for as long as this controller runs."""
@@ -113,6 +210,7 @@ class RemoteAgents:
 
     def close(self) -> None:
         """End all connections; the fast paths go on."""
+        self._again.kill()
         for client in self._clients.values():
             client.close()
         self._clients.clear()
@@ -120,22 +218,48 @@ class RemoteAgents:
     def _event(self, client: CsClient, event: Any) -> None:
         switch = client.identity
         if isinstance(event, Up):
-            link = self._fastpaths.link(switch)
-            if isinstance(link, RemoteLink) and link.client is client:
-                self._fastpaths.refresh(switch)
-            elif link is None:
-                self._fastpaths.add(switch, RemoteLink(client))
-            else:
-                LOG.error("switch %016x has a fast path agent already; the one at %s is left alone", switch,
-                          client.hello.ssmb_address.hex() if client.hello is not None else "?")
+            self._up(client, switch, event.peer.incarnation)
+        elif isinstance(event, Counted):
+            if switch in self._links and self._links[switch].client is client:
+                self._links[switch].totals.take(event)
         elif isinstance(event, Down):
             LOG.info("switch %016x: its agent is away (%s); the fast path goes on", switch, event.text)
 
+    def _up(self, client: CsClient, switch: int, incarnation: int) -> None:
+        for other in [number for number, link in self._links.items() if link.client is client and number != switch]:
+            LOG.info("switch %016x: another switch's agent is at its address now", other)
+            self._fastpaths.remove(other)
+            del self._links[other]
+        link = self._fastpaths.link(switch)
+        if link is None:
+            link = self._links[switch] = RemoteLink(client)
+            link.incarnation = incarnation
+            self._fastpaths.add(switch, link)
+        elif isinstance(link, RemoteLink) and link.client is client:
+            self._fastpaths.refresh(switch)
+            if link.incarnation != incarnation:
+                # Its former self may have taken something with it that nobody will tell of.
+                link.incarnation = incarnation
+                link.insist(self._fastpaths.suspects(switch))
+        else:
+            LOG.error("switch %016x has a fast path agent already; the one at %s:%d is left alone", switch,
+                      *next(address for address, known in self._clients.items() if known is client))
+
+    def _repeat(self) -> None:
+        while True:
+            eventlet.sleep(AGAIN_SECONDS)
+            for link in list(self._links.values()):
+                try:
+                    link.again(time.monotonic())
+                except Exception:
+                    LOG.exception("asking an agent again failed")
+
     def _messages(self, client: CsClient, messages: list[Any]) -> None:
         switch = client.identity
-        link = self._fastpaths.link(switch)
-        if not isinstance(link, RemoteLink) or link.client is not client:
+        link = self._links.get(switch)
+        if link is None or link.client is not client:
             return
+        link.answered(messages)
         queries = [message for message in messages if isinstance(message, Query)]
         if queries:
             self._fastpaths.asked(switch, queries)
@@ -145,10 +269,12 @@ class RemoteAgents:
             elif isinstance(message, (Stats, Refused)):
                 self._fastpaths.heard((message,))
             elif isinstance(message, Lost):
-                LOG.warning("switch %016x: its agent had to drop %d messages; they are asked about", switch,
+                LOG.warning("switch %016x: its agent had to drop %d messages; connections are asked about", switch,
                             message.records)
+                link.insist(self._fastpaths.suspects(switch))
             elif isinstance(message, Reset):
                 LOG.info("switch %016x: its fast path has forgotten every connection", switch)
+                link.insist(self._fastpaths.suspects(switch))
 
 
 def shared_key(path: Path) -> bytes:

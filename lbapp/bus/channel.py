@@ -154,10 +154,10 @@ class Channel:
             return []
         return self._pack(kind, now, whole=False)
 
-    def flush(self, now: float) -> list[bytes]:
-        """Everything that waits, as datagrams."""
+    def flush(self, now: float, *, urgent: bool = False) -> list[bytes]:
+        """Everything that waits, or what is ``urgent`` of it, as datagrams."""
         out: list[bytes] = []
-        for kind in list(self._pending):
+        for kind in [kind for kind in self._pending if not urgent or kind in URGENT]:
             out += self._pack(kind, now, whole=True)
         return out
 

@@ -17,7 +17,8 @@ The length counts everything; the tag is there once both sides are authenticated
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -32,6 +33,10 @@ MOST_TARGETS = 4096
 TARGETS_A_PART = 512
 SERVERS_A_PART = 128
 MOST_APP_DATA = 255
+MOST_COUNTERS = 128
+MOST_NAME = 64
+MOST_TRAFFIC = 65_536
+TRAFFIC_A_PART = 1024
 
 
 class Kind(enum.IntEnum):
@@ -44,6 +49,7 @@ class Kind(enum.IntEnum):
     VS_LIST = 5
     TABLE = 16
     SYNC_DONE = 17
+    COUNTERS = 18
 
 
 class HelloFlag(enum.IntFlag):
@@ -241,7 +247,35 @@ class SyncDone(NamedTuple):
     servers: int
 
 
-Message = Hello | Challenge | Response | AddVs | DeleteVs | VsListRequest | VsList | Table | SyncDone
+class Traffic(NamedTuple):
+    """What a DFS has counted for one member of one virtual server since its fast path was set up. ``packets`` and
+    ``bytes`` are those of closed connections, both ways."""
+
+    number: int
+    member: int
+    opened: int
+    closed: int
+    packets: int
+    bytes: int
+
+
+class Counters(NamedTuple):
+    """COUNTERS: what the DFS has counted, or a part of it; ``part`` counts from 0.
+
+    Attributes:
+        connections: how many it holds.
+        counters: (name, count), all in the first part.
+        traffic: by virtual server and member.
+    """
+
+    part: int
+    parts: int
+    connections: int
+    counters: tuple[tuple[str, int], ...]
+    traffic: tuple[Traffic, ...]
+
+
+Message = Hello | Challenge | Response | AddVs | DeleteVs | VsListRequest | VsList | Table | SyncDone | Counters
 
 # version, flags, error, role, limit, identity, incarnation, interval, ssmb, standby, gateway, ssmb port
 _HELLO = Struct("!BBHBBHQQI16s16s16sH")
@@ -252,6 +286,9 @@ _NUMBER = Struct("!I")
 _PARTS = Struct("!BHHH")
 _TABLE = Struct("!IIHHH")
 _TARGET = Struct("!I16sH6sIHB")
+_COUNTERS = Struct("!HHIHH")
+_COUNT = Struct("!Q")
+_TRAFFIC = Struct("!IIQQQQ")
 _CHALLENGE, _RESPONSE = 1, 2
 _REQUEST, _ANSWER = 1, 2
 _MAPPED = bytes(10) + b"\xff\xff"
@@ -335,7 +372,18 @@ def _body(message: Message) -> tuple[Kind, bytes]:
                 map(_target, targets))
         case SyncDone(servers):
             return Kind.SYNC_DONE, _NUMBER.pack(servers)
+        case Counters(part, parts, connections, counters, traffic):
+            _check_parts(part, parts, EncodeError)
+            return Kind.COUNTERS, _COUNTERS.pack(part, parts, connections, len(counters), len(traffic)) + b"".join(
+                map(_named, counters)) + b"".join(_TRAFFIC.pack(*one) for one in traffic)
     raise EncodeError(Fault.VALUE, f"no message of this bus: {message!r:.80}")
+
+
+def _named(counter: tuple[str, int]) -> bytes:
+    name = counter[0].encode("ascii")
+    if not 0 < len(name) <= MOST_NAME:
+        raise EncodeError(Fault.LONG, f"a counter's name of {len(name)} bytes, expected 1 to {MOST_NAME}")
+    return bytes((len(name),)) + name + _COUNT.pack(counter[1])
 
 
 def _check_parts(part: int, parts: int, error: type[DecodeError] | type[EncodeError]) -> None:
@@ -372,6 +420,15 @@ def lists(servers: list[VirtualServer]) -> list[VsList]:
     """All virtual servers as the answer to VS_LIST."""
     chunks = [servers[index:index + SERVERS_A_PART] for index in range(0, len(servers), SERVERS_A_PART)] or [[]]
     return [VsList(part, len(chunks), tuple(chunk)) for part, chunk in enumerate(chunks)]
+
+
+def counters(connections: int, named: Mapping[str, int], traffic: Iterable[Traffic]) -> list[Counters]:
+    """All that was counted as the messages that carry it; what is beyond the limits is left out."""
+    rows = tuple(itertools.islice(traffic, MOST_TRAFFIC))
+    chunks = [rows[index:index + TRAFFIC_A_PART] for index in range(0, len(rows), TRAFFIC_A_PART)] or [()]
+    names = tuple(itertools.islice(named.items(), MOST_COUNTERS))
+    return [Counters(part, len(chunks), connections, () if part else names, chunk)
+            for part, chunk in enumerate(chunks)]
 
 
 # ------------------------------------------------------------------ bytes -> values
@@ -456,6 +513,27 @@ def _table(body: bytes) -> Table:
         for member, address, port, mac, out_port, weight, flags in _TARGET.iter_unpack(body[_TABLE.size:])))
 
 
+def _counters(body: bytes) -> Counters:
+    if len(body) < _COUNTERS.size:
+        raise DecodeError(Fault.SHORT, f"COUNTERS of {len(body)} bytes")
+    part, parts, connections, names, rows = _COUNTERS.unpack_from(body)
+    _check_parts(part, parts, DecodeError)
+    if names > MOST_COUNTERS or parts > MOST_TRAFFIC // TRAFFIC_A_PART:
+        raise DecodeError(Fault.LIMIT, f"{names} counters in {parts} parts")
+    offset, named = _COUNTERS.size, []
+    for _ in range(names):
+        length = body[offset] if offset < len(body) else 0
+        end = offset + 1 + length
+        if not 0 < length <= MOST_NAME or end + _COUNT.size > len(body):
+            raise DecodeError(Fault.LENGTH, "a counter is cut short, or has no name")
+        named.append((body[offset + 1:end].decode("ascii"), *_COUNT.unpack_from(body, end)))
+        offset = end + _COUNT.size
+    if len(body) != offset + rows * _TRAFFIC.size:
+        raise DecodeError(Fault.LENGTH, f"COUNTERS of {len(body)} bytes with {rows} rows")
+    return Counters(part, parts, connections, tuple(named), tuple(
+        Traffic(*row) for row in _TRAFFIC.iter_unpack(body[offset:])))
+
+
 _READERS: dict[Kind, Callable[[bytes], Message]] = {
     Kind.HELLO: _hello,
     Kind.AUTH: _auth,
@@ -464,6 +542,7 @@ _READERS: dict[Kind, Callable[[bytes], Message]] = {
     Kind.VS_LIST: _vs_list,
     Kind.TABLE: _table,
     Kind.SYNC_DONE: lambda body: SyncDone(*_exact(_NUMBER, body)),
+    Kind.COUNTERS: _counters,
 }
 
 

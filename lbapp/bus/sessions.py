@@ -36,8 +36,10 @@ from lbapp.bus.csmb import (
     LONGEST,
     LONGEST_BEFORE_AUTH,
     MOST_TARGETS,
+    MOST_TRAFFIC,
     AddVs,
     Challenge,
+    Counters,
     DeleteVs,
     Error,
     Hello,
@@ -46,6 +48,7 @@ from lbapp.bus.csmb import (
     SyncDone,
     Table,
     Target,
+    Traffic,
     Version,
     VirtualServer,
     VsList,
@@ -127,7 +130,15 @@ class Listed(NamedTuple):
     repaired: int
 
 
-Event = Up | Down | Added | Removed | Distribution | Synced | Listed
+class Counted(NamedTuple):
+    """CS: what the DFS has counted (COUNTERS), whole."""
+
+    connections: int
+    counters: dict[str, int]
+    traffic: tuple[Traffic, ...]
+
+
+Event = Up | Down | Added | Removed | Distribution | Synced | Listed | Counted
 
 
 class Session:
@@ -354,6 +365,7 @@ class CsSession(Session):
         self._asked: dict[int, VirtualServer] | None = None
         self._answer: list[VirtualServer] = []
         self._parts = 0
+        self._counted: list[Counters] = []
         self._tried = {hello.version}
         self._last_hello = now
         self._say(hello)
@@ -426,6 +438,8 @@ class CsSession(Session):
                 self._again(message)
             case VsList() if self.phase is Phase.UP and self._asked is not None:
                 self._compare(message)
+            case Counters() if self.phase is Phase.UP:
+                self._gather(message)
             case _:
                 raise self._out_of_place(message)
 
@@ -452,6 +466,18 @@ class CsSession(Session):
         self._tried.add(left[0])
         self.hello = self.hello._replace(version=left[0])
         self._say(self.hello)
+
+    def _gather(self, part: Counters) -> None:
+        counted = self._counted
+        if part.part != len(counted) or (counted and counted[0].parts != part.parts):
+            raise DecodeError(Fault.STATE, f"part {part.part} of COUNTERS, expected {len(counted)}")
+        counted.append(part)
+        if sum(len(piece.traffic) for piece in counted) > MOST_TRAFFIC:
+            raise DecodeError(Fault.LIMIT, f"COUNTERS of more than {MOST_TRAFFIC} rows")
+        if len(counted) == part.parts:
+            self._counted = []
+            self._events.append(Counted(counted[0].connections, dict(counted[0].counters),
+                                        tuple(row for piece in counted for row in piece.traffic)))
 
     def _compare(self, answer: VsList) -> None:
         assert self._asked is not None
@@ -488,6 +514,17 @@ class DfsSession(Session):
         self._confirmed: set[int] = set()
         self._synced = False
         self._table: list[Table] = []
+
+    @property
+    def idle(self) -> bool:
+        """Whether the session is up and nothing waits to be written."""
+        return self.phase is Phase.UP and not self._out
+
+    def count(self, parts: list[Counters]) -> None:
+        """Say COUNTERS, all its parts."""
+        if self.phase is Phase.UP:
+            for part in parts:
+                self._say(part)
 
     @property
     def _interval(self) -> float:

@@ -122,10 +122,11 @@ class Peer:
         now = clock()
         self._out(self.channel.reset(now), now)
 
-    def flush(self) -> None:
-        """Send what waits for a full datagram."""
+    def flush(self, *, urgent: bool = False) -> None:
+        """Send what waits for a full datagram; or only what somebody waits for, and the rest (DELETE) goes on
+        gathering."""
         now = clock()
-        self._out(self.channel.flush(now), now)
+        self._out(self.channel.flush(now, urgent=urgent), now)
 
     def _send(self, kind: Kind, messages: Sequence[Any]) -> None:
         now = clock()
@@ -190,6 +191,16 @@ class CsPeer(Peer):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.held = Held()
+
+    def send_counters(self, connections: int, counters: Mapping[str, int],
+                      traffic: Iterable[csmb.Traffic]) -> bool:
+        """COUNTERS, unless there is no session or it has not read what it was told before: then False."""
+        connection = self._connection
+        if connection is None or not isinstance(connection.session, DfsSession) or not connection.session.idle:
+            return False
+        connection.session.count(csmb.counters(connections, counters, traffic))
+        connection.settle()
+        return True
 
 
 class DfsServer:
@@ -346,7 +357,7 @@ class CsClient(Peer):
         address: where the DFS's CSMB listens.
         key: the shared key (``keyfile.ensure``).
         identity: this control segment's own number, the same after a restart.
-        on_event: called with this client and Up, Down, Synced, Listed.
+        on_event: called with this client and Up, Down, Synced, Listed, Counted.
         on_messages: called with this client and Query, AppQuery, Delete, Stats, Refused, Reset or Lost values.
         switch: the datapath id that is expected there; None: any.
         interval: seconds between two HELLOs.

@@ -134,6 +134,7 @@ class Connections:
         self._by_signature: dict[int, dict[Tuple5, Entry]] = {}
         self._timers: Timers[Entry] = Timers(1.0)
         self._live_at: dict[int, float] = {}
+        self._unseen: set[int] = set()
         self._size = 0
         self.overflowed = 0
         self.unanswered = 0
@@ -289,6 +290,10 @@ class Connections:
         A connection younger than one interval may have begun after the snapshot was taken.
         """
         self._live_at[message.switch] = now
+        if message.agents:
+            self._unseen.discard(message.switch)
+        else:
+            self._unseen.add(message.switch)
         table = self._tables.get(message.switch)
         if not table:
             return list({row[0]: row for row in message.connections}.values())
@@ -296,7 +301,7 @@ class Connections:
         before = now - self._limits.live_interval
         for serial in table.keys() - rows.keys():
             entry = table[serial]
-            if not entry.rules and entry.installed <= before:
+            if not entry.rules and entry.installed <= before and (message.agents or not serial & 1):
                 self.remove(entry)
         return [rows[serial] for serial in rows if serial not in table]
 
@@ -319,7 +324,7 @@ class Connections:
         reaps = []
         for entry in self._timers.due(now, self._limits.reaps_per_tick):
             if entry.deadline <= now:
-                if entry.switch not in up or (not entry.rules and self._fresh(entry.switch, now)):
+                if entry.switch not in up or (not entry.rules and self._fresh(entry, now)):
                     entry.reaps = 0
                     entry.deadline = now + entry.idle
                 elif entry.reaps > REPEATS:
@@ -333,12 +338,15 @@ class Connections:
             self._set_timer(entry)
         return reaps
 
-    def _fresh(self, switch: int, now: float) -> bool:
-        """Whether a recent snapshot vouches for the conntrack connections that are still in the table."""
-        return now - self._live_at.get(switch, float("-inf")) <= 2 * self._limits.live_interval
+    def _fresh(self, entry: Entry, now: float) -> bool:
+        """Whether a recent snapshot vouches for a conntrack connection that is still in the table."""
+        if entry.serial & 1 and entry.switch in self._unseen:
+            return False
+        return now - self._live_at.get(entry.switch, float("-inf")) <= 2 * self._limits.live_interval
 
     def forget_switch(self, switch: int) -> None:
         """Drop everything about a switch."""
         for entry in list(self._tables.get(switch, {}).values()):
             self.remove(entry)
         self._live_at.pop(switch, None)
+        self._unseen.discard(switch)

@@ -158,10 +158,14 @@ class PortDown(NamedTuple):
 
 
 class Live(NamedTuple):
-    """The connections that a switch's conntrack really holds, as (serial, virtual server, member)."""
+    """The connections that a switch's conntrack really holds, as (serial, virtual server, member).
+
+    ``agents``: those of its fast path as well. Otherwise nothing is said about odd serials, which its agent gave.
+    """
 
     switch: int
     connections: tuple[tuple[int, int, int], ...]
+    agents: bool = True
 
 
 # ------------------------------------------------------------------ CS -> DFS

@@ -27,6 +27,7 @@ from lbapp.control.messages import (
     Query,
     Reap,
     Reason,
+    Refused,
     Reply,
     Stats,
     Timeout,
@@ -177,12 +178,17 @@ class Agent:
             if before.get(target.member, target.host) != target.host:
                 wire = self.fastpath.ports.get(target.host.port)
                 if wire is not None:
-                    self.fastpath.relocate(target.member, target.host.mac, wire.ifindex)
+                    self.fastpath.relocate(target.member, target.host.mac, wire.ifindex, made.number)
 
-    def reply(self, replies: Sequence[Reply | NewFlow]) -> None:
-        """Install the flows of a batch of REPLY or NEWFLOW; then the packets that wait for them go, or refusals."""
+    def reply(self, replies: Sequence[Reply | NewFlow]) -> list[Refused]:
+        """Install the flows of a batch of REPLY or NEWFLOW; then the packets that wait for them go, or refusals.
+
+        Returns:
+            The flows that could not be held: their control segment is to forget them.
+        """
+        refused: list[Refused] = []
         flows: list[tuple[layout.FlowKey, layout.Flow]] = []
-        installing: list[Waiting | None] = []
+        installing: list[tuple[Query, Waiting | None]] = []
         for reply in map(_as_reply, replies):
             waiting = self._waiting.pop(reply.query.signature, None)
             if reply.error is not Error.OK or reply.translation is None:
@@ -192,18 +198,23 @@ class Agent:
             pair = self._flows(reply, reply.translation)
             if pair is None:
                 self.counters["reply_unknown_port"] += 1
+                refused.append(self._refused(reply.query))
                 continue
             flows += pair
-            installing.append(waiting)
-        for waiting, result in zip(installing, self.fastpath.install(flows) if flows else (), strict=True):
-            if waiting is None:
-                continue
-            if result in _THERE:
+            installing.append((reply.query, waiting))
+        for (query, waiting), result in zip(installing, self.fastpath.install(flows) if flows else (), strict=True):
+            if result not in _THERE:
+                # Without its flow it would only ask again. Old connections live on (003, FIGURE 18).
+                refused.append(self._refused(query))
+                if waiting is not None:
+                    self._refuse(waiting)
+            elif waiting is not None:
                 for frame in waiting.frames:
                     self.fastpath.inject(waiting.ifindex, frame)
-            else:
-                # Without its flow it would only ask again. Old connections live on (003, FIGURE 18).
-                self._refuse(waiting)
+        return refused
+
+    def _refused(self, query: Query) -> Refused:
+        return Refused(self.switch, query.serial, query.virtual_server)
 
     def deliver(self, answered: Sequence[Answered]) -> list[Answered]:
         """Install the flows of queries that came as packet-ins, and let their packets go.
@@ -264,8 +275,8 @@ class Agent:
     def reap(self, asked: Sequence[Reap | Timeout]) -> list[Delete]:
         """Delete flows unless alive, or in any case (REAP, 003 FIGURE 19); give them other time-outs (TIMEOUT).
 
-        A Reap with serial 0 is for all flows of its member. Returns the answer for those that are not there; of the
-        others :meth:`ended` tells.
+        A Reap with serial 0 is for all flows of its member (of its virtual server, where it names one). Returns the
+        answer for those that are not there; of the others :meth:`ended` tells.
         """
         wanted: dict[int, layout.Wanted] = {}
         for one in asked:
@@ -274,7 +285,7 @@ class Agent:
             elif one.serial:
                 wanted[one.serial] = layout.Wanted(one.final, 0)
             elif one.member:
-                self.fastpath.delete(member=one.member)
+                self.fastpath.delete(member=one.member, virtual_server=one.virtual_server or None)
         if not wanted:
             return []
         _, missing = self.fastpath.reap(wanted)

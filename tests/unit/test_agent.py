@@ -10,7 +10,20 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lbapp.control.messages import Closed, Delete, Error, Host, Query, Reap, Reason, Reply, Stats, Timeout, Translation
+from lbapp.control.messages import (
+    Closed,
+    Delete,
+    Error,
+    Host,
+    Query,
+    Reap,
+    Reason,
+    Refused,
+    Reply,
+    Stats,
+    Timeout,
+    Translation,
+)
 from lbapp.dataflow import agent as module
 from lbapp.dataflow import frames
 from lbapp.dataflow.agent import LINGER_MS, SHORT_LINGER_MS, Agent
@@ -93,8 +106,8 @@ class FakeFastPath:
     def delete(self, **what: Any) -> None:
         self.told.append(("delete", what))
 
-    def relocate(self, member: int, mac: bytes, ifindex: int) -> None:
-        self.told.append(("relocate", (member, mac, ifindex)))
+    def relocate(self, member: int, mac: bytes, ifindex: int, virtual_server: int) -> None:
+        self.told.append(("relocate", (member, mac, ifindex, virtual_server)))
 
     def reap(self, wanted: Any) -> tuple[Any, set[int]]:
         self.told.append(("reap", dict(wanted)))
@@ -248,7 +261,7 @@ def test_the_reply_of_a_packet_in_installs_and_injects_nothing(agent: Agent, fas
 
 def test_a_refusal_is_sent_at_once(agent: Agent, fast: FakeFastPath) -> None:
     (query,) = ask(agent, fast, syn())
-    agent.reply([Reply(query, Error.NOTAVAIL)])
+    assert agent.reply([Reply(query, Error.NOTAVAIL)]) == []
     ((wire, data),) = fast.did("send")
     assert wire == CLIENT_WIRE
     refusal = frames.parse(data)
@@ -264,7 +277,8 @@ def test_a_reply_about_what_is_not_here_installs_nothing(agent: Agent, fast: Fak
                                                          number: int) -> None:
     packet = frames.parse(syn())
     query = Query(2, SWITCH, in_port, packet.source_mac, packet.signature, number, 2)
-    agent.reply([Reply(query, Error.OK, 3, Translation(MEMBER, 8080, Host(bytes(6), out_port)))])
+    refused = agent.reply([Reply(query, Error.OK, 3, Translation(MEMBER, 8080, Host(bytes(6), out_port)))])
+    assert refused == [Refused(SWITCH, 2, number)]
     assert fast.told == []
     assert agent.counters["reply_unknown_port"] == 1
 
@@ -273,7 +287,7 @@ def test_a_reply_about_what_is_not_here_installs_nothing(agent: Agent, fast: Fak
 def test_without_room_for_its_flow_a_client_is_refused(agent: Agent, fast: FakeFastPath, room: layout.Result) -> None:
     (query,) = ask(agent, fast, syn())
     fast.room = room
-    agent.reply([reply(query)])
+    assert agent.reply([reply(query)]) == [Refused(SWITCH, query.serial, 7)], "nobody has to wait for its end"
     assert fast.did("inject") == [], "it would only ask again"
     assert len(fast.did("send")) == 1
 
@@ -345,7 +359,7 @@ def test_numbers_of_targets_are_used_again_and_never_twice_at_once(agent: Agent,
 def test_a_member_that_moved_takes_its_connections_along(agent: Agent, fast: FakeFastPath) -> None:
     moved = target(3)._replace(host=Host(bytes((2, 0, 0, 0, 0, 99)), 1))
     agent.configure({7: distribution(moved)})
-    assert fast.did("relocate") == [(3, bytes((2, 0, 0, 0, 0, 99)), CLIENT_WIRE)]
+    assert fast.did("relocate") == [(3, bytes((2, 0, 0, 0, 0, 99)), CLIENT_WIRE, 7)]
 
 
 def test_an_agent_that_starts_again_removes_what_nobody_wants_any_more(fast: FakeFastPath) -> None:
@@ -392,11 +406,12 @@ def test_closed_connections_are_told_of_in_batches(agent: Agent, fast: FakeFastP
 def test_reap_is_answered_for_the_dead_and_for_the_living(agent: Agent, fast: FakeFastPath) -> None:
     fast.missing = {8}
     answers = agent.reap([Reap(SWITCH, 8, 7, 3), Reap(SWITCH, 9, 7, 3), Reap(SWITCH, 10, 7, 3, final=True),
-                          Timeout(SWITCH, 11, 90), Reap(SWITCH, 0, 0, 3, final=True)])
+                          Timeout(SWITCH, 11, 90), Reap(SWITCH, 0, 0, 3, final=True),
+                          Reap(SWITCH, 0, 7, 4, final=True)])
     assert answers == [Delete(SWITCH, (Closed(8, 0, 0, Reason.DELETED, False, False),))]
     assert fast.did("reap") == [{8: layout.Wanted(), 9: layout.Wanted(), 10: layout.Wanted(final=True),
                                  11: layout.Wanted(idle_seconds=90)}]
-    assert fast.did("delete") == [{"member": 3}]
+    assert fast.did("delete") == [{"member": 3, "virtual_server": None}, {"member": 4, "virtual_server": 7}]
     fast.ending = [ended(9, layout.Reason.ALIVE)]
     assert agent.ended(10) == ([], [Stats(SWITCH, 9, Error.CONNALIVE, 7, 3400)])
 

@@ -14,6 +14,7 @@ from lbapp.bus.csmb import (
     AddVs,
     Assist,
     Challenge,
+    Counters,
     DeleteVs,
     Error,
     Flag,
@@ -27,6 +28,7 @@ from lbapp.bus.csmb import (
     Table,
     Target,
     TargetFlag,
+    Traffic,
     Version,
     VirtualServer,
     VsList,
@@ -55,6 +57,11 @@ messages = st.one_of(
     st.builds(lambda part, some: VsList(part[0], part[1], tuple(some)), parts, st.lists(servers, max_size=5)),
     st.builds(lambda number, generation, part, some: Table(number, generation, part[0], part[1], tuple(some)), u32, u32,
               parts, st.lists(targets, max_size=20)),
+    st.builds(lambda part, parts, connections, named, rows: Counters(part, part + parts, connections, tuple(named),
+                                                                     tuple(rows)),
+              st.integers(0, 30), st.integers(1, 30), u32,
+              st.lists(st.tuples(st.text(st.characters(codec="ascii"), min_size=1, max_size=64), u64), max_size=5),
+              st.lists(st.builds(Traffic, u32, u32, u64, u64, u64, u64), max_size=20)),
 )
 
 
@@ -112,6 +119,9 @@ FIXTURES = [
     (Table(5, 3, 0, 2, (TARGET,)), "00000005" "00000003" "0000" "0002" "0001"
      "00000009" "00000000000000000000ffff0a000009" "1f90" "020202020202" "00000004" "0064" "03"),
     (SyncDone(5), "00000005"),
+    (Counters(0, 1, 3, (("hits", 258),), (Traffic(5, 9, 4, 1, 40, 4000),)), "0000" "0001" "00000003" "0001" "0001"
+     "04" "68697473" "0000000000000102"
+     "00000005" "00000009" "0000000000000004" "0000000000000001" "0000000000000028" "0000000000000fa0"),
 ]
 
 
@@ -127,6 +137,8 @@ def test_bodies_are_as_documented(message, expected):
     AddVs(SERVER_1._replace(address=MAPPED + bytes(4))), AddVs(SERVER_1._replace(app_data=bytes(256))),
     Table(5, 3, 2, 2, ()), Table(5, 3, 0, 1, (TARGET._replace(mac=b""),)), Challenge(b"short"),
     Hello(Version(16, 0), Role.DFS, 1, 1, 1, b"", 1, 1), DeleteVs(2**32), "no message",
+    Counters(0, 1, 0, (("", 1),), ()), Counters(0, 1, 0, (("x" * 65, 1),), ()), Counters(0, 1, 0, (("é", 1),), ()),
+    Counters(1, 1, 0, (), ()), Counters(0, 1, 0, (("x", 2**64),), ()),
 ])
 def test_what_cannot_be_carried_is_an_encode_error(message):
     with pytest.raises(EncodeError):
@@ -138,6 +150,11 @@ def test_what_cannot_be_carried_is_an_encode_error(message):
     (Kind.VS_LIST, "", Fault.VALUE), (Kind.VS_LIST, "02" "0001" "0001" "0000", Fault.VALUE),
     (Kind.TABLE, "00000005" "00000003" "0000" "0001" "ffff", Fault.LENGTH), (Kind.SYNC_DONE, "", Fault.LENGTH),
     (Kind.VS_LIST, "02" "0000" "0001" "ffff", Fault.SHORT),
+    (Kind.COUNTERS, "", Fault.SHORT), (Kind.COUNTERS, "0000" "0001" "00000000" "0000" "0001", Fault.LENGTH),
+    (Kind.COUNTERS, "0000" "0001" "00000000" "0001" "0000" "00" + "00" * 8, Fault.LENGTH),
+    (Kind.COUNTERS, "0000" "0001" "00000000" "0001" "0000" "01" "ff" + "00" * 8, Fault.VALUE),
+    (Kind.COUNTERS, "0000" "0001" "00000000" "00ff" "0000", Fault.LIMIT),
+    (Kind.COUNTERS, "0000" "ffff" "00000000" "0000" "0000", Fault.LIMIT),
 ])
 def test_faults_have_names(kind, body, fault):
     with pytest.raises(DecodeError) as caught:
@@ -156,6 +173,17 @@ def test_a_large_distribution_is_several_messages():
     with pytest.raises(EncodeError) as caught:
         csmb.tables(5, 3, (TARGET,) * (csmb.MOST_TARGETS + 1))
     assert caught.value.fault is Fault.LIMIT
+
+
+def test_what_was_counted_is_cut_into_messages_and_bounded():
+    rows = [Traffic(number, 1, 2, 3, 4, 5) for number in range(csmb.MOST_TRAFFIC + 10)]
+    found = csmb.counters(7, {f"name {number:059}": number for number in range(500)}, rows)
+    assert [(one.part, one.parts, one.connections) for one in found] == [(part, 64, 7) for part in range(64)]
+    assert [len(one.counters) for one in found] == [csmb.MOST_COUNTERS] + [0] * 63
+    assert [row for one in found for row in one.traffic] == rows[:csmb.MOST_TRAFFIC]
+    for one in found[:2]:
+        assert csmb.decode(*csmb.encode(one)) == one
+    assert csmb.counters(0, {}, []) == [Counters(0, 1, 0, (), ())]
 
 
 @given(st.lists(servers, min_size=0, max_size=300))

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from lbapp.bus import auth, csmb
 from lbapp.bus.auth import Role
-from lbapp.bus.csmb import HEADER, Flag, Hello, Kind, Target, TargetFlag, Version, VirtualServer
+from lbapp.bus.csmb import HEADER, Flag, Hello, Kind, Target, TargetFlag, Traffic, Version, VirtualServer
 from lbapp.bus.errors import BusError, Fault
 from lbapp.bus.holdings import Desired, Held
 from lbapp.bus.sessions import (
     Added,
+    Counted,
     CsSession,
     DfsSession,
     Distribution,
@@ -366,6 +367,39 @@ def test_order_is_checked_after_authentication(parts, fault):
         pair.cs._say(part)
     pair.run()
     assert pair.dfs.fault is fault
+
+
+def test_what_a_dfs_counted_arrives_whole():
+    pair = Pair().up()
+    assert pair.dfs.idle
+    rows = tuple(Traffic(number, 1, 2, 3, 4, 5) for number in range(3000))
+    pair.dfs.count(csmb.counters(7, {"hits": 9}, rows))
+    assert not pair.dfs.idle, "nothing more until that was written"
+    pair.run()
+    assert pair.cs.drain() == [Counted(7, {"hits": 9}, rows)]
+    assert pair.said == ["DFS COUNTERS"] * 3
+    pair.dfs.end(Fault.CLOSED, "over")
+    pair.dfs.count(csmb.counters(7, {}, rows))
+    assert pair.dfs.take() == b""
+
+
+@pytest.mark.parametrize(("parts", "fault"), [
+    ([csmb.Counters(1, 2, 0, (), ())], Fault.STATE),
+    ([csmb.Counters(0, 2, 0, (), ()), csmb.Counters(1, 3, 0, (), ())], Fault.STATE),
+    ([csmb.Counters(part, 64, 0, (), (Traffic(1, 2, 3, 4, 5, 6),) * 1400) for part in range(63)], Fault.LIMIT),
+])
+def test_counters_out_of_order_or_beyond_all_bounds_end_the_connection(parts, fault):
+    pair = Pair().up()
+    pair.dfs.count(parts)
+    pair.run()
+    assert pair.cs.fault is fault
+
+
+def test_a_cs_counts_nothing():
+    pair = Pair().up()
+    pair.cs._say(csmb.Counters(0, 1, 0, (), ()))
+    pair.run()
+    assert pair.dfs.fault is Fault.STATE
 
 
 def test_after_a_reconnect_everything_is_said_and_the_rest_is_dropped():

@@ -17,7 +17,7 @@ from lbapp.bus import auth, csmb, links, ssmb, transport
 from lbapp.bus.auth import Role
 from lbapp.bus.csmb import HEADER, Flag, Hello, Kind, Target, VirtualServer
 from lbapp.bus.errors import Fault
-from lbapp.bus.sessions import Added, Distribution, Down, Listed, Removed, Synced, Up
+from lbapp.bus.sessions import Added, Counted, Distribution, Down, Listed, Removed, Synced, Up
 from lbapp.bus.transport import CsClient, DfsServer
 from lbapp.control.messages import (
     AppQuery,
@@ -235,6 +235,29 @@ def test_the_same_cs_twice_replaces_itself(site):
     site.ends.append(third)
     until(lambda: third.connected)
     assert dfs.complaints.counts["replaced"] == 1
+
+
+def test_counters_cross_while_there_is_a_session(site):
+    dfs, cs = site.pair()
+    peer = dfs.peers[77]
+    row = csmb.Traffic(5, 9, 4, 1, 40, 4000)
+    assert peer.send_counters(3, {"hits": 258}, [row])
+    until(lambda: Counted(3, {"hits": 258}, (row,)) in cs.log)
+    cs.close()
+    until(lambda: not peer.connected)
+    assert not peer.send_counters(3, {"hits": 258}, [row])
+
+
+def test_flushing_what_is_urgent_leaves_deletes_gathering(site):
+    dfs, cs = site.pair()
+    peer = dfs.peers[77]
+    peer.send_deletes([Closed(1, 5, 9, Reason.IDLE)])
+    peer.send_queries([query(1)])
+    peer.flush(urgent=True)
+    peer.send_deletes([Closed(2, 5, 9, Reason.IDLE)])
+    until(lambda: any(isinstance(one, Delete) for one in cs.log))
+    assert [type(one) for one in cs.log if isinstance(one, (Query, Delete))] == [Query, Delete]
+    assert [len(one.closed) for one in cs.log if isinstance(one, Delete)] == [2]
 
 
 def test_a_cs_reconnects_with_growing_pauses(site):

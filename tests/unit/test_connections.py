@@ -399,6 +399,19 @@ def test_snapshots_answer_instead_of_reap():
     assert play.control.active(1) == 0
 
 
+def test_a_snapshot_without_the_fast_path_says_nothing_about_what_its_agent_gave():
+    play = tracked()
+    for serial in (1, 2):
+        play >> query(serial) << accepted(serial, serial, tracked=True)
+    (play.at(30) >> Live(1, (), agents=False)).none()
+    assert [c.serial for c in play.control.connections()] == [1]
+    (play.at(50) >> Live(1, (), agents=False)).none()
+    heard = pass_time(play, 61.0)
+    assert [r.serial for r in heard] == [1], "it has to be asked about"
+    (play.at(62) >> Live(1, ())).none()
+    assert play.control.active(1) == 0
+
+
 def test_a_snapshot_adds_nothing_that_need_not_be_counted():
     play = tracked()
     (play >> Live(1, ((1, 2, 1), (2, 1, 99)))).none()

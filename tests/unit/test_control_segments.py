@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 from lbapp.bus import csmb
-from lbapp.control.messages import Closed, Error, FlowSignature, Host, Query, Reason, Reply
-from lbapp.control_segments import ControlSegments, announce
+from lbapp.control.messages import Closed, Error, FlowSignature, Host, Query, Reap, Reason, Reply, Timeout
+from lbapp.control_segments import ControlSegments, Key, announce
 from lbapp.dataflow.distribution import Distribution, Target
 from lbapp.dataflow.fastpath.layout import Hash, Mode
 
@@ -52,7 +52,41 @@ def test_one_address_is_one_virtual_server_whoever_announces_it() -> None:
     assert told is not None
     assert told.targets[0].member == 3, "the first one's members"
     assert list(segments.queries([query(1)])) == [(ONE, [query(7)])]
-    assert dict(segments.closed([closed(1)])) == {ONE: [closed(7)], OTHER: [closed(500)]}
+    assert dict(segments.closed([closed(1)])) == {ONE: [closed(7)], OTHER: [closed(500)._replace(member=30)]}
+    assert segments.traffic(OTHER, {(1, 3): "traffic", (9, 3): "nobody's"}) == {(500, 30): "traffic"}
+    assert segments.traffic(ONE, {(1, 3): "traffic"}) == {(7, 3): "traffic"}
+    (gone,) = dict(segments.closed([closed(1)._replace(member=99)]))[OTHER]
+    assert gone.member == 99, "of what is not in the distribution any more, the number itself"
+
+
+def test_all_flows_of_a_member_are_those_of_its_own_virtual_servers() -> None:
+    segments = ControlSegments()
+    segments.connected(ONE)
+    segments.connected(OTHER)
+    tell(segments, ONE, distribution(7, port=80))
+    tell(segments, ONE, distribution(8, port=81, member=50))
+    tell(segments, OTHER, distribution(7, port=82))
+    tell(segments, OTHER, distribution(8, port=80))
+    member = Reap(1, 0, 0, 3, final=True)
+    single, timeout = Reap(1, 9, 7, 3), Timeout(1, 11, 5)
+    assert list(segments.reaps(ONE, [single, member, timeout])) == [
+        single, member._replace(virtual_server=1), timeout]
+    assert list(segments.reaps(OTHER, [member])) == [member._replace(virtual_server=3)], "80 is led by the first one"
+    assert list(segments.reaps(OTHER, [member])) == [member._replace(virtual_server=3)], "unknown now: all of its own"
+    assert (segments.led(ONE), segments.led(OTHER)) == ([1, 2], [3])
+
+
+def test_numbers_of_an_agent_before_this_one_go_on() -> None:
+    before = {Key(VIP, 80, 6): 9, Key(VIP, 81, 6): 4}
+    segments = ControlSegments(before, used=20)
+    segments.connected(ONE)
+    for number, port in enumerate((82, 81, 80)):
+        tell(segments, ONE, distribution(number, port=port))
+    assert list(segments.numbers()) == [21, 4, 9]
+    segments = ControlSegments(before)
+    segments.forget_before()
+    tell(segments, ONE, distribution(1, port=80))
+    assert list(segments.numbers()) == [10], "neither theirs, nor one that theirs may have"
 
 
 def test_two_control_segments_with_the_same_numbers_do_not_meet() -> None:

@@ -169,7 +169,7 @@ def watched(commands: Commands, monkeypatch, *, counting: bool = True, fast=()) 
     monkeypatch.setattr(hub, "sleep", sleep)
     fastpaths = types.SimpleNamespace(live=lambda switch: fast)
     readings = made(commands, control=types.SimpleNamespace(counting=counting), fastpaths=fastpaths,
-                    live=lambda switch, connections: told.append((switch, connections)))
+                    live=lambda *said: told.append(said))
     readings._application.switches = {1: None, 2: None}
     with pytest.raises(StopError):
         readings.watch()
@@ -179,13 +179,14 @@ def watched(commands: Commands, monkeypatch, *, counting: bool = True, fast=()) 
 def test_what_lives_is_told(monkeypatch):
     dump = "\n".join([line(1), line(2, tracked=False), line(3, state="TIME_WAIT"), line(4, member=9)])
     told = watched(Commands(dump=dump), monkeypatch)
-    assert told == [(1, ((1, 5, 3), (4, 5, 9)))] * 2
+    assert told == [(1, ((1, 5, 3), (4, 5, 9)), True)] * 2
 
 
 def test_what_lives_in_the_fast_path_is_told_with_it(monkeypatch):
     told = watched(Commands(dump=line(1)), monkeypatch, fast=[(7, 5, 3)])
-    assert told == [(1, ((7, 5, 3), (1, 5, 3)))] * 2
-    assert watched(Commands(dump=line(1)), monkeypatch, fast=None) == [], "an agent elsewhere has to be asked"
+    assert told == [(1, ((7, 5, 3), (1, 5, 3)), True)] * 2
+    told = watched(Commands(dump=line(2)), monkeypatch, fast=None)
+    assert told == [(1, ((2, 5, 3),), False)] * 2, "an agent elsewhere has to be asked about its own"
 
 
 def test_nothing_is_told_where_nobody_counts_or_nothing_is_known(monkeypatch):

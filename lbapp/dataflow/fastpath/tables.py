@@ -262,9 +262,11 @@ class Tables:
             layout.MATCH_ALL if everything else 0)
         return self._all(match=match, virtual_server=virtual_server or 0, member=member or 0, ifindex=ifindex or 0)
 
-    def relocate(self, member: int, mac: bytes, ifindex: int) -> Swept:
-        """A member is somewhere else now: its connections go there."""
-        return self._sweep(match=layout.MATCH_MEMBER, member=member, place=ifindex, mac=mac, relocate=1)
+    def relocate(self, member: int, mac: bytes, ifindex: int, virtual_server: int | None = None) -> Swept:
+        """A member (of one virtual server, or of all) is somewhere else now: its connections go there."""
+        match = layout.MATCH_MEMBER | (0 if virtual_server is None else layout.MATCH_VIRTUAL_SERVER)
+        return self._sweep(match=match, member=member, virtual_server=virtual_server or 0, place=ifindex, mac=mac,
+                           relocate=1)
 
     def reap(self, wanted: Mapping[int, Wanted]) -> tuple[Swept, set[int]]:
         """Look after the flows of these serials (003, REAP and TIMEOUT), in one walk.
