@@ -170,7 +170,7 @@ class LocalLink:
 
     def reply(self, replies: Sequence[Reply]) -> None:
         """See :class:`lbapp.fastpaths.Link`."""
-        self.agent.reply(replies)
+        self._fastpaths.heard(self.agent.reply(replies))
 
     def deliver(self, answered: Sequence[Answered]) -> Sequence[Answered]:
         """See :class:`lbapp.fastpaths.Link`."""
