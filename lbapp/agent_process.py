@@ -12,12 +12,14 @@ once somebody is there to hear it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import secrets
+import socket
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +35,7 @@ from lbapp.control_segments import ControlSegments, Key
 from lbapp.dataflow import conntrack
 from lbapp.dataflow.agent import Agent
 from lbapp.dataflow.fastpath import fastpath as fastpath_of
-from lbapp.dataflow.fastpath.fastpath import FastPath
+from lbapp.dataflow.fastpath.fastpath import FastPath, FastPathUnavailable
 from lbapp.dataflow.ovs import Ovs, OvsError
 from lbapp.dataflow.pipeline import zones
 
@@ -270,9 +272,35 @@ def remove(bridge: str) -> None:
 
     Raises:
         PortsError, OvsError: something could not be undone; all the rest was.
+        FastPathUnavailable: an agent is at work there.
     """
-    for name in fastpath_of.remove(Ovs(), bridge):
-        LOG.info("%s is a port of %s again", name, bridge)
+    with claim(bridge):
+        for name in fastpath_of.remove(Ovs(), bridge):
+            LOG.info("%s is a port of %s again", name, bridge)
+
+
+@contextlib.contextmanager
+def claim(bridge: str) -> Iterator[None]:
+    """Be the only agent of a bridge: two would take each other's connections away.
+
+    The name goes with the process, however it ends, and is its network namespace's own.
+
+    Raises:
+        FastPathUnavailable: there is one already.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mark:
+        try:
+            mark.bind(f"\0lbapp-agent-{bridge}")
+        except OSError:
+            raise FastPathUnavailable(f"another agent is at work in front of {bridge}") from None
+        yield
+
+
+def _check_free(address: tuple[str, int]) -> None:
+    """Before a fast path is set up for nothing."""
+    with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
 
 
 def run(settings: Settings) -> None:
@@ -283,6 +311,12 @@ def run(settings: Settings) -> None:
         OvsError: Open vSwitch is not there, or has no such bridge.
         OSError: the address is in use or not of this host.
     """
+    _check_free(settings.listen)
+    with claim(settings.bridge):
+        _run(settings)
+
+
+def _run(settings: Settings) -> None:
     ovs = Ovs()
     switch = int(ovs.vsctl("get", "Bridge", settings.bridge, "datapath_id", wait=False).strip().strip('"'), 16)
     begun = time.monotonic()
@@ -297,5 +331,7 @@ def run(settings: Settings) -> None:
     finally:
         if process is not None:
             process.stop()
-        fastpath.close(keep=settings.leave)
-        LOG.info("stopped; the fast path of %s is %s", settings.bridge, "left in place" if settings.leave else "gone")
+        # One that was found and could not be served is as it was.
+        leave = settings.leave or (process is None and fastpath.adopted)
+        fastpath.close(keep=leave)
+        LOG.info("stopped; the fast path of %s is %s", settings.bridge, "left in place" if leave else "gone")

@@ -25,6 +25,11 @@ from lbapp.dataflow.frames import Packet
 
 LOG = logging.getLogger("lbapp.fastpath")
 
+ASKED_AGAIN_SECONDS = 3.0
+"""How long an agent may ask again about a flow whose REPLY was lost, and is told the same."""
+RECENT = 4096
+"""Answers that are remembered for it, at most, of each switch."""
+
 
 class MemberTraffic(NamedTuple):
     """What a fast path has counted for one member of one virtual server since it was set up.
@@ -89,7 +94,7 @@ class Link(Protocol):
 class _Side:
     """What is known of one switch's link."""
 
-    __slots__ = ("answered", "asked", "before", "counters", "link", "reaps", "told")
+    __slots__ = ("answered", "asked", "before", "counters", "link", "reaps", "recent", "told")
 
     def __init__(self, link: Link) -> None:
         self.link = link
@@ -98,6 +103,7 @@ class _Side:
         self.reaps: list[Reap] = []
         self.counters: Counter[str] = Counter()
         self.asked: Counter[int] = Counter()
+        self.recent: dict[int, tuple[float, Reply]] = {}
         self.before = {key: traffic.opened for key, traffic in link.read().members.items()}
 
 
@@ -219,11 +225,22 @@ class FastPaths:
         if side is None:
             return
         now = time.monotonic()
-        query = self._control.query
         side.asked.update([one.virtual_server for one in queries])
         side.counters["queries"] += len(queries)
         side.counters["query_messages"] += 1
-        side.link.reply([query(one, now) for one in queries])
+        side.link.reply([self._answer(side, one, now) for one in queries])
+
+    def _answer(self, side: _Side, query: Query, now: float) -> Reply:
+        """One that is asked again has lost its REPLY: it is the same flow still, and counts once."""
+        recent = side.recent
+        known = recent.get(query.serial)
+        if known is not None and known[1].query == query and now - known[0] < ASKED_AGAIN_SECONDS:
+            return known[1]
+        reply = self._control.query(query, now)
+        recent[query.serial] = (now, reply)
+        if len(recent) > RECENT:
+            del recent[next(iter(recent))]
+        return reply
 
     def closed(self, switch: int, closed: Sequence[Closed]) -> None:
         """A batch of DELETE: one message, however many connections it tells of."""

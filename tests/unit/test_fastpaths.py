@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lbapp import fastpaths as fastpaths_module
 from lbapp.config.model import Algorithm, Configuration, Member, Pool, Protocol, VirtualServer
 from lbapp.control.engine import ControlSegment
 from lbapp.control.messages import (
@@ -189,6 +190,31 @@ def test_a_batch_of_queries_gets_one_batch_of_replies(world: World) -> None:
         (101, Error.OK), (103, Error.OK), (105, Error.UNKNOWN)]
     assert world.fastpaths.messages(SWITCH) == {"queries": 3, "query_messages": 1}
     assert world.fastpaths.asked_by(SWITCH) == {1: 2, 9: 1}
+
+
+def test_a_query_that_comes_again_is_the_same_flow(world: World) -> None:
+    """Its REPLY was lost; the one that comes is the same, and the connection counts once."""
+    for _ in range(3):
+        world.fastpaths.asked(SWITCH, [query(101)])
+    first, *rest = world.link.replies
+    assert rest == [first, first]
+    assert world.control.virtual_server_counters(1).opened == 1
+    world.fastpaths.asked(SWITCH, [query(101, port=4001)])
+    assert world.control.virtual_server_counters(1).opened == 2, "a serial that is used for another flow"
+    for serial in range(1001, 1001 + 2 * fastpaths_module.RECENT, 2):
+        world.fastpaths.asked(SWITCH, [query(serial, port=4002)])
+    world.link.replies.clear()
+    world.fastpaths.asked(SWITCH, [query(101, port=4001)])
+    assert world.control.virtual_server_counters(1).opened == fastpaths_module.RECENT + 3, "it is bounded"
+
+
+def test_whom_an_agent_elsewhere_is_asked_about(world: World) -> None:
+    world.configure(configuration(member(1), member(2), connection_limit=10))
+    world.fastpaths.asked(SWITCH, [query(101), query(103, port=4001)])
+    world.control.query(query(104, port=4002), 1.0)
+    assert [(one.serial, one.virtual_server, one.final) for one in world.fastpaths.suspects(SWITCH)] == [
+        (101, 1, False), (103, 1, False)]
+    assert world.fastpaths.suspects(2) == []
 
 
 def test_packet_ins_are_taken_over_in_batches(world: World) -> None:
