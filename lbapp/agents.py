@@ -34,7 +34,7 @@ BATCH = 1024
 """Closed connections told of in one message where it does not have to fit a datagram."""
 CLOSED_SECONDS = 0.05
 """Closed connections are told of together: after so long, or a whole batch."""
-COALESCE_SECONDS = 0.0003
+COALESCE_SECONDS = 0.0005
 """As for packet-ins: after a batch of queries, let what comes next gather."""
 TICK_SECONDS = 0.25
 SWEEP_SECONDS = 1.0
@@ -88,13 +88,15 @@ class AgentLoop:
                 eventlet.sleep(1.0)
 
     def _queries(self) -> None:
-        descriptor = self.agent.fastpath.queries_fileno()
+        descriptor, asked = self.agent.fastpath.queries_fileno(), False
         while True:
-            trampoline(descriptor, read=True)
+            if not asked:
+                trampoline(descriptor, read=True)
             queries = self.agent.queries(time.monotonic())
-            if queries:
+            asked = bool(queries)
+            if asked:
                 self._asked(queries)
-            eventlet.sleep(COALESCE_SECONDS)
+                eventlet.sleep(COALESCE_SECONDS)
 
     def _closings(self) -> None:
         while True:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import types
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ class Agent:
     def __init__(self) -> None:
         self.readable, self.rings = os.pipe()
         self.changed, self.change = os.pipe()
+        os.set_blocking(self.readable, False)
         os.set_blocking(self.changed, False)
         self.waiting: list[int] = []
         self.ends: list[int] = []
@@ -55,7 +57,8 @@ class Agent:
         if self.failures:
             self.failures -= 1
             raise RuntimeError("odd")
-        os.read(self.readable, 100)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.readable, 100)
         waiting, self.waiting = self.waiting, []
         return waiting
 

@@ -44,6 +44,7 @@ class FastPath(Tables):
     bridge: str
     wires: Wires
     _injector: Injector
+    _by_index: dict[int, Wire]
 
     @classmethod
     def open(cls, ovs: Ovs, bridge: str, *, max_connections: int = MAX_CONNECTIONS,
@@ -73,7 +74,7 @@ class FastPath(Tables):
             found = cls(build.OBJECT, pins, max_connections=max_connections, mac=VIRTUAL_MAC)
         except (kernel.KernelError, OSError, OvsError) as error:
             raise FastPathUnavailable(str(error)) from None
-        found.bridge = bridge
+        found.bridge, found._by_index = bridge, {}
         with contextlib.ExitStack() as undo:
             undo.callback(lambda: Tables.close(found, keep=found.adopted))
             try:
@@ -97,7 +98,8 @@ class FastPath(Tables):
 
     def port_of(self, ifindex: int) -> int | None:
         """The OpenFlow port number of a wire."""
-        return next((number for number, wire in self.wires.ports.items() if wire.ifindex == ifindex), None)
+        wire = self._by_index.get(ifindex)
+        return wire.ofport if wire is not None else None
 
     def sync_ports(self) -> Changes:
         """Follow the bridge's ports; connections through those that are gone are deleted.
@@ -140,11 +142,13 @@ class FastPath(Tables):
             super().close(keep)
 
     def _connect(self, wire: Wire) -> None:
+        self._by_index[wire.ifindex] = wire
         self.maps["inner"].update(_index(wire.ifindex), _index(wire.inner))
         if wire.inner:
             self.maps["outer"].update(_index(wire.inner), _index(wire.ifindex))
 
     def _disconnect(self, wire: Wire) -> None:
+        self._by_index.pop(wire.ifindex, None)
         self.maps["inner"].delete(_index(wire.ifindex))
         if wire.inner:
             self.maps["outer"].delete(_index(wire.inner))
@@ -214,7 +218,9 @@ class Injector:
         except OSError:
             made.close()
             raise
-        return made
+        # Where the process is patched for eventlet, this is the socket beneath the green one: it does not block, and
+        # a green call for each frame would be dear.
+        return getattr(made, "fd", made)
 
     def forget(self) -> None:
         """Interfaces have gone: open sockets anew when they are needed."""
