@@ -34,8 +34,6 @@ BATCH = 1024
 """Closed connections told of in one message where it does not have to fit a datagram."""
 CLOSED_SECONDS = 0.05
 """Closed connections are told of together: after so long, or a whole batch."""
-COALESCE_SECONDS = 0.0005
-"""As for packet-ins: after a batch of queries, let what comes next gather."""
 TICK_SECONDS = 0.25
 SWEEP_SECONDS = 1.0
 EMPTY_SECONDS = 4.0
@@ -96,7 +94,7 @@ class AgentLoop:
             asked = bool(queries)
             if asked:
                 self._asked(queries)
-                eventlet.sleep(COALESCE_SECONDS)
+                eventlet.sleep(0)  # others have their turn, and what came meanwhile is one batch
 
     def _closings(self) -> None:
         while True:

@@ -39,9 +39,6 @@ MAX_CONNECTIONS = 256
 YIELD_EVERY = 2048
 YIELD_BYTES = 65536
 """A switch that reports all its rules must not keep others waiting."""
-COALESCE_SECONDS = 0.0003
-"""After answering, let what comes next gather: under load one read then carries several punts. A first
-packet waits for it only where another came right before."""
 
 
 class Receiver(Protocol):
@@ -137,7 +134,7 @@ def datapath_class(receiver: Receiver) -> type[controller.Datapath]:
                 if not chunk:
                     return
                 pending = pending + chunk if pending else chunk
-                offset, size, answers, punts = 0, len(pending), [], 0
+                offset, size, answers = 0, len(pending), []
                 while size - offset >= 8:
                     version, kind = pending[offset], pending[offset + 1]
                     length = pending[offset + 2] << 8 | pending[offset + 3]
@@ -155,14 +152,11 @@ def datapath_class(receiver: Receiver) -> type[controller.Datapath]:
                         self._ordinary(version, kind, data)
                     elif answer:
                         answers.append(answer)
-                    punts += kind == PACKET_IN
                 pending = pending[offset:]
                 answers.append(receiver.flush(self))
                 answer = b"".join(answers)
                 if answer:
                     self._send_now(answer)
-                if punts:
-                    hub.sleep(COALESCE_SECONDS)
                 if handled > YIELD_EVERY or size > YIELD_BYTES:
                     handled = 0
                     hub.sleep(0)

@@ -7,6 +7,7 @@ Owns setting it all up and taking it all down. What is in the tables is the agen
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import logging
 import socket
@@ -167,7 +168,7 @@ class Injector:
 
     def __init__(self, bridge: str, program: int) -> None:
         self._here, there = pair(bridge)
-        self._sockets: dict[tuple[str, int], socket.socket] = {}
+        self._sockets: dict[tuple[str, int], _socket.socket] = {}
         with Netlink() as netlink:
             links = netlink.links()
             if self._here in links:  # of a process that was killed
@@ -199,7 +200,7 @@ class Injector:
         one = self._sockets.get((name, mark))
         try:
             if one is None:
-                one = self._sockets[name, mark] = self._socket(name, mark)
+                one = self._sockets[name, mark] = self._made(name, mark)
             one.send(frame)
         except OSError:
             # No room, longer than the MTU, or an interface that has gone: then the next one must not meet its socket.
@@ -210,17 +211,17 @@ class Injector:
         return True
 
     @staticmethod
-    def _socket(name: str, mark: int) -> socket.socket:
-        made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
+    def _made(name: str, mark: int) -> _socket.socket:
+        # The class beneath socket.socket: eventlet leaves it alone. This one never waits, and a green call for each
+        # frame would be dear.
+        made = _socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
         try:
             made.setsockopt(socket.SOL_SOCKET, _SO_MARK, mark)
             made.bind((name, 0))
         except OSError:
             made.close()
             raise
-        # Where the process is patched for eventlet, this is the socket beneath the green one: it does not block, and
-        # a green call for each frame would be dear.
-        return getattr(made, "fd", made)
+        return made
 
     def forget(self) -> None:
         """Interfaces have gone: open sockets anew when they are needed."""
