@@ -131,6 +131,7 @@ class AgentProcess:
         elif isinstance(event, Synced):
             LOG.info("control segment %x: %d virtual servers", identity, event.servers)
             said = self._saying.pop(identity, set())
+            self._count(peer)  # before anything begins: what it hears first is from before its time
             if not self._synchronised:
                 self._synchronised = True
                 said.update(segments.numbers())
@@ -241,19 +242,22 @@ class AgentProcess:
         """Tell every control segment what was counted, when it has changed."""
         while True:
             began = time.monotonic()
-            peers = [peer for peer in self._server.peers.values()
-                     if peer.connected and peer.identity not in self._saying]
-            if peers:
-                fastpath = self.agent.fastpath
-                counters = {**fastpath.counters(), **self.agent.counters}
-                traffic = fastpath.service_stats()
-                for peer in peers:
-                    own = self.segments.traffic(peer.identity, traffic)
-                    told = (self.agent.held, counters, own)
-                    if told != self._told.get(peer.identity) and peer.send_counters(self.agent.held, counters, (
-                            csmb.Traffic(*key, *value) for key, value in own.items())):
-                        self._told[peer.identity] = told
+            self._count(*(peer for peer in self._server.peers.values()
+                          if peer.connected and peer.identity not in self._saying))
             eventlet.sleep(max(COUNT_SECONDS, (time.monotonic() - began) / COUNT_SHARE))
+
+    def _count(self, *peers: CsPeer) -> None:
+        if not peers:
+            return
+        fastpath = self.agent.fastpath
+        counters = {**fastpath.counters(), **self.agent.counters}
+        traffic = fastpath.service_stats()
+        for peer in peers:
+            own = self.segments.traffic(peer.identity, traffic)
+            told = (self.agent.held, counters, own)
+            if told != self._told.get(peer.identity) and peer.send_counters(self.agent.held, counters, (
+                    csmb.Traffic(*key, *value) for key, value in own.items())):
+                self._told[peer.identity] = told
 
     def _guarded(self, work: Any) -> None:
         while True:
