@@ -251,6 +251,20 @@ def test_what_was_counted_is_told_when_it_changes(site: Site) -> None:
     assert heard.count(expected) == 1, "once"
 
 
+def test_what_is_heard_first_is_from_before_anything_begins(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = site.start()
+    configure = process.agent.configure
+
+    def traffic_at_once(changed: Any, **more: Any) -> None:
+        configure(changed, **more)
+        site.fast.named = {"hits": 2}
+
+    process.agent.configure = traffic_at_once  # type: ignore[method-assign]
+    _, heard = site.segment(77, made(50, 80))
+    until(lambda: Counted(0, {"hits": 2}, ()) in heard)
+    assert [one for one in heard if isinstance(one, Counted)][0] == Counted(0, {"hits": 1}, ())
+
+
 def test_work_that_fails_goes_on(site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     process = site.start()
     site.segment(77, made(50, 80))
