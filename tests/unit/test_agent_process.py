@@ -262,7 +262,7 @@ def test_what_is_heard_first_is_from_before_anything_begins(site: Site, monkeypa
     process.agent.configure = traffic_at_once  # type: ignore[method-assign]
     _, heard = site.segment(77, made(50, 80))
     until(lambda: Counted(0, {"hits": 2}, ()) in heard)
-    assert [one for one in heard if isinstance(one, Counted)][0] == Counted(0, {"hits": 1}, ())
+    assert next(one for one in heard if isinstance(one, Counted)) == Counted(0, {"hits": 1}, ())
 
 
 def test_work_that_fails_goes_on(site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
