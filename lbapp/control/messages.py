@@ -75,7 +75,8 @@ class AppQuery(NamedTuple):
     """A flow whose client was shaken hands with, and what it sent (APP_QUERY).
 
     ``seq`` and ``ack`` are those of the client's first data, ``options`` the TCP options that the handshake fixed
-    (as on the wire), ``data`` what the client sent so far, or what the virtual server's class extracts of it.
+    (as on the wire), ``data`` what the client sent so far, from its first byte. ``failed``: members that were
+    selected before and refused, or did not answer. ``timed_out``: no more will come.
     """
 
     query: Query
@@ -83,6 +84,8 @@ class AppQuery(NamedTuple):
     ack: int
     options: bytes
     data: bytes
+    failed: tuple[int, ...] = ()
+    timed_out: bool = False
 
 
 class Closed(NamedTuple):
@@ -198,6 +201,27 @@ class Reply(NamedTuple):
     tracked: bool = False
 
 
+class Binding(enum.Enum):
+    """How a member gets a connection whose handshake it has not seen: by a second handshake and offsets, or by its
+    kernel's adopting it from the first data segment."""
+
+    SPLICE = "splice"
+    HANDOFF = "handoff"
+
+
+class AppReply(NamedTuple):
+    """What to do with a flow whose client has spoken (REPLY to APP_QUERY).
+
+    ``reply`` None: more bytes are needed. Its ``error`` not OK: the client gets ``answer`` and is then closed; with no
+    ``answer`` it is reset.
+    """
+
+    query: Query
+    reply: Reply | None = None
+    binding: Binding = Binding.SPLICE
+    answer: bytes = b""
+
+
 class NewFlow(NamedTuple):
     """A flow that the control segment originates (NEWFLOW), self-contained.
 
@@ -256,5 +280,5 @@ class HostChanged(NamedTuple):
     host: Host | None
 
 
-FromSwitch = Query | Delete | Stats | Refused | SwitchUp | SwitchDown | NeighbourSeen | PortDown | Live
-ToSwitch = Reply | Reap | Probe | HostChanged
+FromSwitch = Query | AppQuery | Delete | Stats | Refused | SwitchUp | SwitchDown | NeighbourSeen | PortDown | Live
+ToSwitch = Reply | AppReply | Reap | Probe | HostChanged

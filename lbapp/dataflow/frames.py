@@ -178,6 +178,41 @@ def refusal(frame: bytes, packet: Packet, mac: bytes) -> bytes | None:
     return ethernet + _ip_header(source, destination, protocol, len(segment)) + segment
 
 
+class Segment(NamedTuple):
+    """The TCP part of a packet. ``window`` is as on the wire."""
+
+    seq: int
+    ack: int
+    flags: int
+    window: int
+    options: bytes
+    payload: bytes
+
+
+def segment(frame: bytes, packet: Packet) -> Segment:
+    """Read the TCP header of a parsed packet."""
+    offset = packet.offset
+    seq, ack, start, flags, window = struct.unpack_from("!IIBBH", frame, offset + 4)
+    payload = offset + (start >> 4) * 4
+    return Segment(seq, ack, flags, window, frame[offset + 20:payload], frame[payload:packet.end])
+
+
+def tcp(destination_mac: bytes, source_mac: bytes, source: tuple[bytes, int], destination: tuple[bytes, int],
+        content: Segment) -> bytes:
+    """A whole frame with one TCP segment.
+
+    Args:
+        destination_mac, source_mac: of the frame.
+        source, destination: packed address and port.
+        content: options padded to a multiple of four bytes.
+    """
+    header = struct.pack("!HHIIBBHHH", source[1], destination[1], content.seq & 0xFFFFFFFF, content.ack & 0xFFFFFFFF,
+                         20 + len(content.options) << 2, content.flags, content.window, 0, 0)
+    packed = _transport(source[0], destination[0], _TCP, header + content.options + content.payload, 16)
+    ether = b"\x08\x00" if len(source[0]) == 4 else b"\x86\xdd"
+    return destination_mac + source_mac + ether + _ip_header(source[0], destination[0], _TCP, len(packed)) + packed
+
+
 def probe(address: bytes, mac: bytes, sender: bytes | None = None) -> bytes:
     """A frame that asks who has an address: ARP request, or neighbour solicitation.
 

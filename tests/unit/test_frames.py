@@ -272,3 +272,21 @@ def test_destinations():
     assert frames.destination(frame(*PAIRS[0])) == bytes((10, 0, 0, 100))
     assert frames.destination(frame(*PAIRS[1])) == netaddr.IPAddress("fd00::100").packed
     assert frames.destination(build(ARP)) is None
+
+
+@families
+@given(seq=st.integers(0, 2**33), ack=st.integers(0, 2**33), flags=st.integers(0, 255), window=st.integers(0, 65535),
+       options=st.sampled_from([b"", b"\x02\x04\x05\xb4", b"\x02\x04\x05\xb4\x01\x01\x04\x02\x01\x03\x03\x07"]),
+       payload=st.binary(max_size=200))
+def test_a_segment_is_written_as_ryu_reads_it(pair, seq, ack, flags, window, options, payload):
+    ends = [netaddr.IPAddress(one).packed for one in pair]
+    wanted = frames.Segment(seq, ack, flags, window, options, payload)
+    made = frames.tcp(MAC, bytes(6), (ends[0], 40000), (ends[1], 80), wanted)
+    seen = decoded(made)
+    (segment,) = seen.get_protocols(tcp.tcp)
+    assert (segment.src_port, segment.dst_port, segment.window_size) == (40000, 80, window)
+    (network,) = seen.get_protocols(ipv4.ipv4) or seen.get_protocols(ipv6.ipv6)
+    assert (network.src, network.dst) == pair
+    parsed = frames.parse(made)
+    assert frames.with_checksum(made, parsed) == made
+    assert frames.segment(made, parsed) == wanted._replace(seq=seq & 0xFFFFFFFF, ack=ack & 0xFFFFFFFF)
