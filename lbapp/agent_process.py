@@ -27,7 +27,7 @@ import eventlet
 
 from lbapp.agents import AgentLoop
 from lbapp.bus import csmb
-from lbapp.bus.sessions import Added, Distribution, Down, Removed, Synced, Up
+from lbapp.bus.events import Added, Distribution, Down, Removed, Synced, Up
 from lbapp.bus.ssmb import Lost
 from lbapp.bus.transport import CsPeer, DfsServer
 from lbapp.control.messages import Closed, Error, NewFlow, Query, Reap, Reason, Reply, Reset, Stats, Timeout

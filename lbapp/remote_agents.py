@@ -18,7 +18,7 @@ from typing import Any
 import eventlet
 
 from lbapp.bus import csmb, keyfile
-from lbapp.bus.sessions import Counted, Down, Up
+from lbapp.bus.events import Counted, Down, Up
 from lbapp.bus.ssmb import Lost
 from lbapp.bus.transport import CsClient
 from lbapp.control.messages import Delete, Query, Reap, Refused, Reply, Reset, Stats

@@ -23,7 +23,8 @@ from eventlet.hubs import trampoline
 
 from lbapp.bus import ssmb
 from lbapp.bus.errors import Fault
-from lbapp.bus.sessions import Event, Phase, Session
+from lbapp.bus.events import Event
+from lbapp.bus.sessions import Phase, Session
 
 LOG = logging.getLogger("lbapp.bus")
 clock = time.monotonic

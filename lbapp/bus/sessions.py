@@ -27,7 +27,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from hmac import compare_digest
-from typing import NamedTuple
 
 from lbapp.bus import auth, csmb, ssmb
 from lbapp.bus.auth import TAG_BYTES, Role, SessionKeys
@@ -47,14 +46,13 @@ from lbapp.bus.csmb import (
     Response,
     SyncDone,
     Table,
-    Target,
-    Traffic,
     Version,
     VirtualServer,
     VsList,
     VsListRequest,
 )
 from lbapp.bus.errors import BusError, DecodeError, Fault
+from lbapp.bus.events import Added, Counted, Distribution, Down, Event, Listed, Removed, Synced, Up
 from lbapp.bus.holdings import MOST_SERVERS, SERVER, TABLE, Desired, Held
 
 AUTHENTICATE_WITHIN = 5.0
@@ -76,69 +74,6 @@ class Phase(enum.Enum):
     AUTH = "auth"
     UP = "up"
     DOWN = "down"
-
-
-# ------------------------------------------------------------------ events
-
-
-class Up(NamedTuple):
-    """Both sides are authenticated. ``limit``: bytes of UDP payload that both take."""
-
-    peer: Hello
-    keys: SessionKeys
-    version: Version
-    limit: int
-
-
-class Down(NamedTuple):
-    """The connection has ended."""
-
-    fault: Fault
-    text: str
-
-
-class Added(NamedTuple):
-    """DFS: a virtual server is new, or not what it was."""
-
-    server: VirtualServer
-
-
-class Removed(NamedTuple):
-    """DFS: a virtual server is gone."""
-
-    number: int
-
-
-class Distribution(NamedTuple):
-    """DFS: a virtual server's whole new distribution; it replaces the old one at once."""
-
-    number: int
-    generation: int
-    targets: tuple[Target, ...]
-
-
-class Synced(NamedTuple):
-    """The DFS holds what the CS wanted when the connection began (DFS: received; CS: said)."""
-
-    servers: int
-
-
-class Listed(NamedTuple):
-    """CS: the answer to VS_LIST. ``repaired`` of the DFS's virtual servers were not as wanted, and are said again."""
-
-    servers: int
-    repaired: int
-
-
-class Counted(NamedTuple):
-    """CS: what the DFS has counted (COUNTERS), whole."""
-
-    connections: int
-    counters: dict[str, int]
-    traffic: tuple[Traffic, ...]
-
-
-Event = Up | Down | Added | Removed | Distribution | Synced | Listed | Counted
 
 
 class Session:

@@ -285,7 +285,9 @@ def _pack_query(query: Query, size: int) -> bytes:
 
 
 def _pack_app_query(message: AppQuery, size: int) -> bytes:
-    query, seq, ack, options, data = message
+    query, seq, ack, options, data, failed, timed_out = message
+    if failed or timed_out:
+        raise ValueError("a second APP_QUERY for a connection (failed, timed_out) is not carried by a bus")
     return _query(_APP_QUERIES[size], size, query, seq, ack, len(options), len(data)) + options + data
 
 

@@ -28,9 +28,10 @@ from lbapp.bus.auth import Role
 from lbapp.bus.channel import Channel, Timing
 from lbapp.bus.csmb import Hello, HelloFlag, Target, Version, VirtualServer
 from lbapp.bus.errors import BusError, Fault
+from lbapp.bus.events import Down, Event, Up
 from lbapp.bus.holdings import Desired, Held
 from lbapp.bus.links import LOG, Complaints, Connection, Datagrams, clock, family, guarded, pack_address, unpack_address
-from lbapp.bus.sessions import CsSession, DfsSession, Down, Event, Phase, Up
+from lbapp.bus.sessions import CsSession, DfsSession, Phase
 from lbapp.bus.ssmb import Kind
 from lbapp.control.messages import AppQuery, Closed, NewFlow, Query, Reap, Refused, Reply, Stats, Timeout
 

@@ -280,5 +280,5 @@ class HostChanged(NamedTuple):
     host: Host | None
 
 
-FromSwitch = Query | AppQuery | Delete | Stats | Refused | SwitchUp | SwitchDown | NeighbourSeen | PortDown | Live
-ToSwitch = Reply | AppReply | Reap | Probe | HostChanged
+FromSwitch = Query | Delete | Stats | Refused | SwitchUp | SwitchDown | NeighbourSeen | PortDown | Live
+ToSwitch = Reply | Reap | Probe | HostChanged

@@ -70,7 +70,7 @@ def test_conntrack_is_full(lab: Lab, vip: str, decision: str) -> None:
     configure(lab, [pool("web", "ROUND_ROBIN", members(lab, six=six))], [server("web", 80, "web", vip,
                                                                                 decision=decision)])
     client = lab.client("c1")
-    digest = lab.make_file("large", 12_000_000)
+    digest = lab.make_file("large", 32_000_000)
     url = f"http://[{vip}]/large" if six else f"http://{vip}/large"
     with conntrack_of(lab, HELD + 1), downloads(lab.client("c2"), [url], lab.directory, "8M") as (going,):
         going.progressed(100_000)
@@ -160,7 +160,7 @@ def test_more_than_the_controller_can_take(lab: Lab, how: dict[str, Any]) -> Non
 def _overrun(lab: Lab) -> None:
     client, process = lab.client("c1"), lab.controller.process
     assert process is not None
-    digest = lab.make_file("large", 12_000_000)
+    digest = lab.make_file("large", 32_000_000)
     with held(lab.client("c2"), VIP, 80, 5) as old, \
             downloads(lab.client("c2"), [f"http://{VIP}/large"], lab.directory, "5M") as (going,):
         going.progressed(1_000_000)

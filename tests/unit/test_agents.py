@@ -189,6 +189,6 @@ def test_a_switch_without_a_fast_path_is_said_and_served(why: Exception, monkeyp
 
 def test_a_switch_elsewhere_needs_an_agent_there(caplog: pytest.LogCaptureFixture) -> None:
     ovs: Any = types.SimpleNamespace(bridge_of=lambda switch: None)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lbapp"):
         assert local_link(5, None, ovs) is None  # type: ignore[arg-type]
     assert "needs an agent there" in caplog.text

@@ -14,20 +14,9 @@ from lbapp.bus import auth, csmb
 from lbapp.bus.auth import Role
 from lbapp.bus.csmb import HEADER, Flag, Hello, Kind, Target, TargetFlag, Traffic, Version, VirtualServer
 from lbapp.bus.errors import BusError, Fault
+from lbapp.bus.events import Added, Counted, Distribution, Down, Listed, Removed, Synced, Up
 from lbapp.bus.holdings import Desired, Held
-from lbapp.bus.sessions import (
-    Added,
-    Counted,
-    CsSession,
-    DfsSession,
-    Distribution,
-    Down,
-    Listed,
-    Phase,
-    Removed,
-    Synced,
-    Up,
-)
+from lbapp.bus.sessions import CsSession, DfsSession, Phase
 
 KEY = b"k" * 32
 V10, V11, V12, V20 = Version(1, 0), Version(1, 1), Version(1, 2), Version(2, 0)

@@ -17,7 +17,7 @@ from lbapp.bus import auth, csmb, links, ssmb, transport
 from lbapp.bus.auth import Role
 from lbapp.bus.csmb import HEADER, Flag, Hello, Kind, Target, VirtualServer
 from lbapp.bus.errors import Fault
-from lbapp.bus.sessions import Added, Counted, Distribution, Down, Listed, Removed, Synced, Up
+from lbapp.bus.events import Added, Counted, Distribution, Down, Listed, Removed, Synced, Up
 from lbapp.bus.transport import CsClient, DfsServer
 from lbapp.control.messages import (
     AppQuery,

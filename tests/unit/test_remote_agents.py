@@ -16,7 +16,7 @@ import pytest
 
 from lbapp import remote_agents as module
 from lbapp.bus.csmb import Traffic
-from lbapp.bus.sessions import Counted
+from lbapp.bus.events import Counted
 from lbapp.bus.transport import DfsServer
 from lbapp.control.messages import Closed, Delete, Error, FlowSignature, Query, Reap, Reason, Stats
 from lbapp.fastpaths import MemberTraffic
