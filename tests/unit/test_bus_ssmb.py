@@ -54,7 +54,8 @@ def of(size):
     offsets = st.tuples(u32, u32) | st.just((None, None))
     return {
         Kind.QUERY: queries(size),
-        Kind.APP_QUERY: st.builds(AppQuery, queries(size), u32, u32, st.binary(max_size=40), st.binary(max_size=1200)),
+        Kind.APP_QUERY: st.builds(AppQuery, queries(size), u32, u32, st.binary(max_size=40), st.binary(max_size=1200),
+                                  st.just(()), st.just(False)),
         Kind.REPLY: st.builds(Reply, queries(size), st.sampled_from(Error), u32, st.none() | translations(size),
                               st.booleans(), st.booleans()),
         Kind.NEWFLOW: st.builds(lambda q, m, t, k, o: NewFlow(q, m, t, k, *o), queries(size), u32, translations(size),
@@ -237,6 +238,8 @@ def test_app_data_is_bounded_by_the_datagram():
     assert len(body.payload) == ROOM
     with pytest.raises(EncodeError) as caught:
         ssmb.pack(Kind.APP_QUERY, [AppQuery(QUERY, 1, 2, b"", bytes(most + 1))], ROOM)
+    with pytest.raises(EncodeError, match="second APP_QUERY"):
+        ssmb.pack(Kind.APP_QUERY, [AppQuery(QUERY, 1, 2, b"", b"", failed=(3,))], ROOM)
     assert caught.value.fault is Fault.LONG
 
 
