@@ -72,8 +72,8 @@ def goals(targets: Mapping[str, Mapping[str, float]], scale: Mapping[str, float]
     held, fast = scale.get("connections_held"), scale.get("fast_connections_held")
     return [
         *(_ratio(targets, *row) for row in RATIOS),
-        _most(f"lbapp-punted: controller at most {CONTROLLER_US:.0f} µs CPU a punted connection",
-              targets.get("lbapp-punted", {}).get("controller_us_per_conn"), CONTROLLER_US, " µs"),
+        _most(f"lbapp-ovs: controller at most {CONTROLLER_US:.0f} µs CPU a punted connection",
+              targets.get("lbapp-ovs", {}).get("controller_us_per_conn"), CONTROLLER_US, " µs"),
         _most("lbapp-fastpath: at most 1/64 message to the control segment a closed connection",
               targets.get("lbapp-fastpath", {}).get("messages_per_closed"), MESSAGES_PER_CLOSED, ""),
         Goal(f"{SCALE_CONNECTIONS} concurrent connections held",

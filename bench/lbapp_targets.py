@@ -205,6 +205,7 @@ class Lbapp(Target):
 OURS: tuple[Target, ...] = (
     Lbapp("lbapp-switch", "WEIGHTED_ROUND_ROBIN", decision="switch"),
     Lbapp("lbapp-punted", "ROUND_ROBIN", ("--fastpath", "--queries", "openflow"), decision="controller"),
+    Lbapp("lbapp-ovs", "ROUND_ROBIN", decision="controller"),
     Lbapp("lbapp-rules", "ROUND_ROBIN", state="rules"),
     Lbapp("lbapp-fastpath", "WEIGHTED_ROUND_ROBIN", ("--fastpath",), decision="switch"),
     Lbapp("lbapp-agent", "ROUND_ROBIN", ("--fastpath",), decision="controller"),

@@ -149,7 +149,7 @@ def test_spread_and_medians() -> None:
 def figures(ours: float, theirs: float) -> dict[str, dict[str, float]]:
     metrics = ("new_conn_per_s", "keepalive_req_per_s", "big_mb_per_s", "up_gbit_per_s", "down_gbit_per_s")
     return {"haproxy-tcp": dict.fromkeys(metrics, theirs), "lbapp-switch": dict.fromkeys(metrics, ours),
-            "lbapp-punted": {**dict.fromkeys(metrics, ours), "controller_us_per_conn": 25.1},
+            "lbapp-punted": dict.fromkeys(metrics, ours), "lbapp-ovs": {"controller_us_per_conn": 25.1},
             "nft": dict.fromkeys(metrics, theirs),
             "lbapp-fastpath": {**dict.fromkeys(metrics, 2 * ours), "messages_per_closed": 1 / 60},
             "lbapp-agent": dict.fromkeys(metrics, 1.2 * ours)}
@@ -163,7 +163,7 @@ def test_goals_are_computed_from_the_figures() -> None:
     assert found["lbapp-fastpath: at most 1/64 message to the control segment a closed connection"] is False
     assert found["lbapp-switch new_conn_per_s at least 0.95 times haproxy-tcp"] is False
     assert found["lbapp-switch keepalive_req_per_s at least 1.00 times haproxy-tcp"] is False
-    assert found["lbapp-punted: controller at most 25 µs CPU a punted connection"] is False
+    assert found["lbapp-ovs: controller at most 25 µs CPU a punted connection"] is False
     assert found["100000 concurrent connections held"] is None
 
 
@@ -172,7 +172,7 @@ def test_goals_at_their_limits_are_met() -> None:
                      "held_controller_bytes_per_connection": 0.0, "fast_connections_held": 1_000_000,
                      "fast_bytes_per_connection": 512, "idle_agent_percent": 1.0, "idle_fastpath_percent": 1.0}
     targets = figures(100, 100)
-    targets["lbapp-punted"]["controller_us_per_conn"] = 25.0
+    targets["lbapp-ovs"]["controller_us_per_conn"] = 25.0
     targets["lbapp-fastpath"]["messages_per_closed"] = 1 / 64
     assert all(goal.met for goal in goals.goals(targets, scale_figures))
     short = {**scale_figures, "connections_held": 99_999, "held_rules_per_virtual_server": 61,
