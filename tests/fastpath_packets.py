@@ -54,11 +54,16 @@ def pseudo(source: bytes, destination: bytes, protocol: int, length: int) -> byt
 
 def segment(source: str, destination: str, protocol: int = TCP, sport: int = 40000, dport: int = 80, *,
             flags: int = SYN, payload: bytes = b"", doff: int = 5, udp_length: int | None = None,
-            checksum: int | str = "whole") -> bytes:
-    """What follows the IP header. ``checksum``: "whole", "partial" (as offloading leaves it), or a number."""
+            checksum: int | str = "whole", seq: int = 1000, ack: int = 2000, window: int = 500,
+            tcp_options: bytes = b"") -> bytes:
+    """What follows the IP header. ``checksum``: "whole", "partial" (as offloading leaves it), or a number.
+
+    ``tcp_options`` are filled up; without them, ``doff`` makes room for some that mean nothing.
+    """
     if protocol == TCP:
-        options = b"\x01" * max(0, doff * 4 - 20)
-        body = struct.pack("!HHIIBBHHH", sport, dport, 1000, 2000, doff << 4, flags, 500, 0, 0) + options + payload
+        options = tcp_options + bytes(-len(tcp_options) % 4) or b"\x01" * max(0, doff * 4 - 20)
+        doff = 5 + len(options) // 4 if tcp_options else doff
+        body = struct.pack("!HHIIBBHHH", sport, dport, seq, ack, doff << 4, flags, window, 0, 0) + options + payload
         place = 16
     else:
         length = 8 + len(payload) if udp_length is None else udp_length
@@ -98,11 +103,13 @@ def wrap(source: str, destination: str, protocol: int, body: bytes, *, ttl: int 
 
 def frame(source: str, destination: str, protocol: int = TCP, sport: int = 40000, dport: int = 80, *,
           flags: int = SYN, payload: bytes = b"", doff: int = 5, udp_length: int | None = None,
-          checksum: int | str = "whole", **ip: Any) -> bytes:
+          checksum: int | str = "whole", seq: int = 1000, ack: int = 2000, window: int = 500,
+          tcp_options: bytes = b"", **ip: Any) -> bytes:
     """A whole TCP or UDP frame; see :func:`segment` and :func:`wrap`."""
     return wrap(source, destination, protocol, segment(source, destination, protocol, sport, dport, flags=flags,
                                                        payload=payload, doff=doff, udp_length=udp_length,
-                                                       checksum=checksum), **ip)
+                                                       checksum=checksum, seq=seq, ack=ack, window=window,
+                                                       tcp_options=tcp_options), **ip)
 
 
 class Seen(NamedTuple):
@@ -119,6 +126,10 @@ class Seen(NamedTuple):
     flags: int
     payload: bytes
     checksum: int
+    seq: int = 0
+    ack: int = 0
+    window: int = 0
+    tcp_options: bytes = b""
 
 
 def read(data: bytes, checksum: str = "whole") -> Seen:
@@ -147,8 +158,10 @@ def read(data: bytes, checksum: str = "whole") -> Seen:
     elif checksum == "partial":
         assert field == ones_sum(head), "partial checksum"
     start = (body[12] >> 4) * 4 if protocol == TCP else 8
+    seq, ack, window = struct.unpack_from("!IIxxH", body, 4) if protocol == TCP else (0, 0, 0)
     return Seen(data[:6], data[6:12], str(ipaddress.ip_address(source)), str(ipaddress.ip_address(destination)),
-                protocol, sport, dport, ttl, body[13] if protocol == TCP else 0, body[start:], field)
+                protocol, sport, dport, ttl, body[13] if protocol == TCP else 0, body[start:], field, seq, ack, window,
+                body[20:start] if protocol == TCP else b"")
 
 
 class Bench(Tables):
@@ -161,9 +174,11 @@ class Bench(Tables):
 
     def reset(self) -> None:
         """Everything is empty, and counts from 0."""
-        for name in ("flows", "services", "targets", "fragments", "service_stats", "wanted"):
+        for name in ("flows", "services", "targets", "fragments", "service_stats", "wanted", "splices", "pending",
+                     "doubts"):
             table = self.maps[name]
             table.delete_all([key for key, _ in table.items()])
+        self.set_cookies((None, None), 0)
         self._told.clear()
         while self.closed() or self.queries():
             pass
@@ -195,6 +210,18 @@ class Bench(Tables):
         reasons = [name for name in changed if name.startswith("miss_")]
         assert len(reasons) == 1 and "hits" not in changed, changed
         return reasons[0].removeprefix("miss_")
+
+    def drop(self, data: bytes) -> dict[str, int]:
+        """Let a frame walk; it must have ended here. Returns what was counted."""
+        self.counted()
+        assert kernel.run(self.programs["wire"], data)[0] == SHOT
+        return self.counted()
+
+    def answered(self, data: bytes, *, checksum: str = "whole") -> Seen:
+        """Let a frame walk; it must have been answered, and rightly."""
+        verdict, out, _ = kernel.run(self.programs["wire"], data, room=len(data) + 256)
+        assert verdict == REDIRECT
+        return read(out, checksum)
 
     def connect(self, client: str, virtual: str, member: str, protocol: int = TCP, sport: int = 40000, *,
                 dport: int = 80, mport: int = 8080, state: int = 0, serial: int = 1, number: int = 5,

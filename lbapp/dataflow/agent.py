@@ -301,7 +301,7 @@ class Agent:
     def queries(self, now: float) -> list[Query]:
         """The first packets that came, as a batch of QUERY."""
         asked: list[Query] = []
-        for ifindex, virtual_server, frame in self.fastpath.queries():
+        for ifindex, virtual_server, frame, _, _ in self.fastpath.queries():
             try:
                 packet = frames.parse(frame)
                 frame = frames.with_checksum(frame, packet)

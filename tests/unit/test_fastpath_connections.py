@@ -343,7 +343,7 @@ def test_punt(tables: Bench, size: int) -> None:
     tables.serve(VIRTUAL, [], mode=Mode.PUNT, number=12)
     data = request(SYN, payload=b"p" * size)
     assert kernel.run(tables.programs["wire"], data)[0] == SHOT
-    assert tables.queries() == [(WIRE, 12, data)]
+    assert tables.queries() == [(WIRE, 12, data, layout.Ask.FIRST, 0)]
     assert tables.counted() == {"queries": 1}
     assert tables.flows(10) == []
 
@@ -367,7 +367,7 @@ def test_a_full_ring_of_queries(tables: Bench) -> None:
     assert tables.miss(data) == "query"
     found = 0
     while some := tables.queries(999):
-        assert all(one == (WIRE, 5, data) for one in some)
+        assert all(one == (WIRE, 5, data, layout.Ask.FIRST, 0) for one in some)
         found += len(some)
     assert found == room
     kernel.run(tables.programs["wire"], data)

@@ -32,11 +32,15 @@ FIELDS = {
         "client_ifindex"],
     ("fp_install_context", layout.INSTALL_CONTEXT.format): ["count", "opened"],
     ("fp_service_key", layout.SERVICE_KEY.format): ["address", "port", "protocol"],
-    ("fp_service", layout.SERVICE_HEAD.format): ["number", "mode", "hash", "next", "idle_seconds", "slot_count"],
+    ("fp_service", layout.SERVICE_HEAD.format): ["number", "mode", "hash", "next", "idle_seconds", "slot_count", "mss",
+                                                 "window_scale", "sack"],
     ("fp_target", layout.TARGET.format): ["address", "port", "mac", "ifindex", "member", "flags"],
     ("fp_stats_key", layout.STATS_KEY.format): ["virtual_server", "member"],
     ("fp_stats", layout.STATS.format): words("opened closed packets_in bytes_in packets_out bytes_out"),
-    ("fp_query", layout.QUERY.format): ["ifindex", "virtual_server", "length", "pad"],
+    ("fp_query", layout.QUERY.format): ["ifindex", "virtual_server", "length", "kind", "options"],
+    ("fp_cookies", layout.COOKIES.format): ["keys[0]", "keys[1]", "current", "valid"],
+    ("fp_pending", layout.PENDING.format): ["isn", "cookie"],
+    ("fp_splice", layout.SPLICE_VALUE.format): ["serial", "offset", "shift", "shift_in", "ready"],
     ("fp_wanted", layout.WANTED.format): ["final", "idle_seconds", "found"],
     ("fp_layout", layout.LAYOUT.format): ["version", "flow_size", "service_size", "target_size", "seed[0]", "seed[1]",
                                           "mac"],
@@ -51,12 +55,14 @@ FIELDS = {
 NUMBERS = {
     "FP_VERSION": layout.VERSION, "FP_TICK_SHIFT": layout.TICK_SHIFT, "FP_SLOTS": layout.SLOTS,
     "FP_INSTALLS": layout.INSTALLS, "FP_FRAME": layout.FRAME, "FP_FRAME_SMALL": layout.FRAME_SMALL,
+    "FP_FRAME_MIDDLE": layout.FRAME_MIDDLE, "FP_FRAME_LARGE": layout.FRAME_LARGE, "FP_WINDOW": layout.WINDOW,
     "FP_HISTOGRAM": layout.HISTOGRAM, "FP_TARGET_ROUTED": layout.TARGET_ROUTED, "FP_COUNTERS": len(layout.Counter),
     **{f"FP_{name}": getattr(layout, name) for name in
-       words("OUTBOUND ROUTED ESTABLISHED FIN PEER_FIN RST CLOSED REPORTED DECIDED TRACKED")},
+       words("OUTBOUND ROUTED ESTABLISHED FIN PEER_FIN RST CLOSED REPORTED DECIDED TRACKED SPLICE")},
     **{f"FP_MATCH_{name}": getattr(layout, f"MATCH_{name}") for name in words("VIRTUAL_SERVER MEMBER IFINDEX ALL")},
     **{f"FP_{one.name}": one.value for kind in (layout.Mode, layout.Hash, layout.Reason, layout.Result)
        for one in kind},
+    **{f"FP_ASK_{one.name}": one.value for one in layout.Ask},
     **{f"FP_{one.name}": one.value for one in layout.Counter if one is not layout.Counter.OPENED_HERE},
 }
 
@@ -139,8 +145,9 @@ def test_targets_come_back(target: Target) -> None:
     assert Target.unpack(target.pack()) == target
 
 
-@given(st.builds(Service, WORDS, st.integers(0, 2), st.integers(0, 2), PORTS,
-                 st.lists(WORDS, max_size=layout.SLOTS).map(tuple)))
+@given(st.builds(Service, WORDS, st.integers(0, 3), st.integers(0, 2), PORTS,
+                 st.lists(WORDS, max_size=layout.SLOTS).map(tuple), PORTS, st.one_of(st.none(), st.integers(0, 14)),
+                 st.booleans()))
 def test_services_come_back(service: Service) -> None:
     assert Service.unpack(service.pack()) == service
     assert len(service.pack()) == layout.SERVICE_SIZE

@@ -182,7 +182,7 @@ def test_asked_about_then_sent_once_more(site: Site, virtual: str, member: str) 
         def agent() -> None:
             with site.root.entered():
                 while not done.is_set():
-                    for ifindex, _, data in fastpath.queries():
+                    for ifindex, _, data, _, _ in fastpath.queries():
                         whole = frames.with_checksum(data, frames.parse(data))
                         assert fastpath.install(site.flows(fastpath, whole)) == [layout.Result.OPENED]
                         assert fastpath.inject(ifindex, whole)

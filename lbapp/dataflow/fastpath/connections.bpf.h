@@ -44,6 +44,29 @@ static __always_inline struct fp_flow *other_of(const struct fp_flow *flow, cons
 }
 
 /*
+ * Whether the entry that was just read is still the key's. One deleted by another processor may be a different
+ * connection's already: the memory is used again at once. The key lies in front of the value, and is written first.
+ */
+static __noinline int still(const struct fp_key *key, struct fp_flow *flow)
+{
+	struct fp_key own;
+
+	barrier();
+	return !bpf_probe_read_kernel(&own, sizeof(own), (void *)flow - sizeof(own))
+	       && same16(own.source, key->source) && same16(own.destination, key->destination)
+	       && two((__u8 *)&own.source_port) == two((__u8 *)&key->source_port);
+}
+
+/* A splice's translation ends with the entries that it is for. */
+static __always_inline void forget_splice(const struct fp_flow *flow)
+{
+	__u32 serial = flow->serial;
+
+	if (flow->state & FP_SPLICE)
+		bpf_map_delete_elem(&splices, &serial);
+}
+
+/*
  * Tell of a connection's end, once. False where the ring has no room: then nothing has happened.
  * in and out are its two directions; out may be missing.
  */
@@ -102,6 +125,7 @@ static __noinline void forget(const struct fp_key *key, struct fp_flow *flow, __
 	} else if (!report(key, flow, other, FP_SHUTDOWN, now)) {
 		count_at_once(FP_CLOSED_LOST, 1);
 	}
+	forget_splice(flow);
 	if (other)
 		bpf_map_delete_elem(&flows, &back);
 	bpf_map_delete_elem(&flows, key);
@@ -140,7 +164,7 @@ static __noinline void follow(const struct fp_key *key, struct fp_flow *flow, __
  * Enter both directions of a connection, or none. flow is the way there; the way back follows from it, so that
  * each direction can always find the other.
  */
-static __noinline int enter(struct fp_install *one)
+static __noinline int enter_both(struct fp_install *one)
 {
 	struct fp_key back;
 	struct fp_key *key = &one->key;
@@ -196,6 +220,23 @@ static __noinline int enter(struct fp_install *one)
 	if (stats)
 		__sync_fetch_and_add(&stats->opened, 1);
 	return FP_OPENED;
+}
+
+static __always_inline int enter(struct fp_install *one)
+{
+	struct fp_splice none = {.serial = one->flow.serial};
+	int result;
+
+	if (!(one->flow.state & FP_SPLICE))
+		return enter_both(one);
+	result = bpf_map_update_elem(&splices, &none.serial, &none, BPF_NOEXIST);
+	/* Another connection with this serial would be translated by what is meant for one of them. */
+	if (result)
+		return result == -EEXIST ? FP_TAKEN : FP_FULL;
+	result = enter_both(one);
+	if (result != FP_OPENED)
+		bpf_map_delete_elem(&splices, &none.serial);
+	return result;
 }
 
 #endif

@@ -14,8 +14,10 @@
 
 #include "connections.bpf.h"
 #include "fastpath.h"
+#include "handshake.bpf.h"
 #include "maps.bpf.h"
 #include "packet.bpf.h"
+#include "splice.bpf.h"
 #include "sweep.bpf.h"
 
 #define ATTEMPTS 4
@@ -92,38 +94,22 @@ static __noinline int decide(struct __sk_buff *skb, const struct fp_key *key, st
 /* Hand the whole frame to the agent, which asks the control segment (003, QUERY). */
 static __always_inline int punt(struct __sk_buff *skb, const struct packet *packet, __u32 virtual_server)
 {
-	struct fp_query *query;
-	__u32 length = skb->len;
-
 	/* The client sends it again, and its later fragments would not wait for the answer. */
 	if (packet->part != WHOLE)
 		return -FP_MISS_FRAGMENT;
-	if (length - 1 < FP_FRAME_SMALL) {
-		query = bpf_ringbuf_reserve(&queries, sizeof(*query) + FP_FRAME_SMALL, 0);
-		if (!query)
-			return -FP_MISS_QUERY;
-		if (bpf_skb_load_bytes(skb, 0, query->frame, length)) {
-			bpf_ringbuf_discard(query, 0);
-			return -FP_MISS_QUERY;
-		}
-	} else if (length - 1 < FP_FRAME) {
-		query = bpf_ringbuf_reserve(&queries, sizeof(*query) + FP_FRAME, 0);
-		if (!query)
-			return -FP_MISS_QUERY;
-		if (bpf_skb_load_bytes(skb, 0, query->frame, length)) {
-			bpf_ringbuf_discard(query, 0);
-			return -FP_MISS_QUERY;
-		}
-	} else {
+	if (!ask(skb, packet, virtual_server, FP_ASK_FIRST, 0))
 		return -FP_MISS_QUERY;
-	}
-	query->ifindex = packet->ifindex;
-	query->virtual_server = virtual_server;
-	query->length = length;
-	query->pad = 0;
-	bpf_ringbuf_submit(query, 0);
 	count(FP_QUERIES);
 	return TC_ACT_SHOT;
+}
+
+/* From somebody who cannot be answered: a group, or nobody. */
+static __always_inline int strange(struct __sk_buff *skb, const struct fp_key *key)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+
+	return data + ETH > end || ((__u8 *)data)[6] & 1 || key->source[0] == 0xff
+	       || (mapped(key->source) && (key->source[12] >= 224 || key->source[12] == 0)) || zero16(key->source);
 }
 
 /* A packet of no known connection. 0: now it is one's; positive: what becomes of it; negative: why it is a miss. */
@@ -131,19 +117,36 @@ static __always_inline int begin(struct __sk_buff *skb, const struct fp_key *key
 {
 	struct fp_service_key wanted_service;
 	struct fp_service *service;
+	struct fp_cookies *keys = 0;
+	__u32 zero = 0;
+	int first = 1;
 
-	if (key->protocol == IPPROTO_TCP
-	    && (packet->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) != TCP_SYN)
-		return -FP_MISS_FLOW;
+	if (key->protocol == IPPROTO_TCP) {
+		first = (packet->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN;
+		keys = bpf_map_lookup_elem(&cookies, &zero);
+		/* Nobody can be in mid-stream with a virtual server where no cookies are made. */
+		if (!first && !(keys && keys->valid))
+			return -FP_MISS_FLOW;
+	}
 	copy16(wanted_service.address, key->destination);
 	wanted_service.port = key->destination_port;
 	wanted_service.protocol = key->protocol;
 	wanted_service.pad = 0;
 	service = bpf_map_lookup_elem(&services, &wanted_service);
+	if (!first && !(service && service->mode == FP_PROXY))
+		return -FP_MISS_FLOW;
 	if (!service)
 		return -FP_MISS_SERVICE;
 	if (same16(key->source, key->destination))
 		return -FP_MISS_MALFORMED;
+	if (service->mode == FP_PROXY && keys && keys->valid >> (keys->current & 1) & 1) {
+		/* Later fragments would not wait for the answer. */
+		if (packet->part != WHOLE)
+			return -FP_MISS_FRAGMENT;
+		if (strange(skb, key))
+			return -FP_MISS_MALFORMED;
+		return first ? greet(skb, key, packet, service, keys) : listen(skb, key, packet, service, keys);
+	}
 	if (service->mode == FP_DECIDE)
 		return decide(skb, key, service, packet->ifindex);
 	if (service->mode == FP_PUNT)
@@ -152,20 +155,6 @@ static __always_inline int begin(struct __sk_buff *skb, const struct fp_key *key
 }
 
 /* ------------------------------------------------------------------ the walk */
-
-/*
- * Whether the entry that was just read is still the key's. One deleted by another processor may be a different
- * connection's already: the memory is used again at once. The key lies in front of the value, and is written first.
- */
-static __noinline int still(const struct fp_key *key, struct fp_flow *flow)
-{
-	struct fp_key own;
-
-	barrier();
-	return !bpf_probe_read_kernel(&own, sizeof(own), (void *)flow - sizeof(own))
-	       && same16(own.source, key->source) && same16(own.destination, key->destination)
-	       && two((__u8 *)&own.source_port) == two((__u8 *)&key->source_port);
-}
 
 /* A TC action, or the negative counter of why the packet is a miss. */
 static __always_inline int forward(struct __sk_buff *skb, __u32 ifindex)
@@ -215,6 +204,11 @@ static __always_inline int forward(struct __sk_buff *skb, __u32 ifindex)
 	if (to.state & FP_ROUTED && !hops_left(skb, &packet)) {
 		dismiss(&key, &packet);
 		return -FP_MISS_TTL;
+	}
+	if (to.state & FP_SPLICE) {
+		reason = splice(skb, &key, &packet, flow, to.state & FP_OUTBOUND);
+		if (reason)
+			return reason;
 	}
 	now = ticks();
 	if (flow->used != now)
@@ -307,6 +301,24 @@ int install(struct fp_install_context *context)
 	context->opened = opened;
 	count_at_once(FP_OPENED_INSTALLED, opened);
 	return 0;
+}
+
+/* Closes a connection, by its key. Returns 1, or 0 where there is none. */
+SEC("syscall")
+int finish(struct fp_key *context)
+{
+	struct fp_key key = *context, back;
+	struct fp_flow *flow = bpf_map_lookup_elem(&flows, &key), *other;
+
+	if (!flow || flow->state & (FP_OUTBOUND | FP_CLOSED))
+		return 0;
+	turn_round(&back, flow, key.protocol);
+	other = other_of(flow, &back);
+	if (other)
+		__sync_fetch_and_or(&other->state, FP_CLOSED);
+	if (!(__sync_fetch_and_or(&flow->state, FP_CLOSED) & FP_CLOSED))
+		report(&key, flow, other, FP_SHUTDOWN, bpf_ktime_get_ns() >> FP_TICK_SHIFT);
+	return 1;
 }
 
 /* Says nothing and is told nothing but in "sweeping". */

@@ -13,11 +13,14 @@
 
 #include <linux/types.h>
 
-#define FP_VERSION 1
+#define FP_VERSION 2
 #define FP_TICK_SHIFT 20
 #define FP_SLOTS 1021
 #define FP_FRAME 2048
 #define FP_FRAME_SMALL 104
+#define FP_FRAME_MIDDLE 512
+#define FP_FRAME_LARGE 16384
+#define FP_WINDOW 14600
 #define FP_INSTALLS 1024
 #define FP_HISTOGRAM 32
 
@@ -33,9 +36,10 @@ enum fp_state {
 	FP_REPORTED = 128,   /* its fp_closed has been delivered */
 	FP_DECIDED = 256,    /* selected here, not by the control segment */
 	FP_TRACKED = 512,    /* the control segment counts it */
+	FP_SPLICE = 1024,    /* the member counts its bytes from elsewhere: see fp_splice */
 };
 
-enum fp_mode { FP_PASS, FP_DECIDE, FP_PUNT };
+enum fp_mode { FP_PASS, FP_DECIDE, FP_PUNT, FP_PROXY };
 enum fp_hash { FP_SOURCE, FP_FLOW, FP_TURN };
 enum fp_reason { FP_SHUTDOWN, FP_IDLE, FP_OVERFLOW, FP_DELETED, FP_ALIVE };
 
@@ -44,6 +48,13 @@ enum fp_target_flag { FP_TARGET_ROUTED = 1 };
 
 /* fp_install.result. */
 enum fp_result { FP_OPENED, FP_EXISTS, FP_TAKEN, FP_FULL };
+
+/* fp_query.kind. */
+enum fp_ask {
+	FP_ASK_FIRST,        /* a connection's first packet */
+	FP_ASK_DATA,         /* from a client whose handshake was answered here */
+	FP_ASK_MEMBER,       /* from the member of a splice that is not ready */
+};
 
 /* What a packet that is not forwarded here was, and what else is counted. */
 enum fp_counter {
@@ -67,6 +78,14 @@ enum fp_counter {
 	FP_CLOSED_COUNT,
 	FP_CLOSED_LOST,      /* closed connections of which nobody was told: the ring was full */
 	FP_SHOT,             /* dropped: an interface without a counterpart, a frame that could not be rewritten */
+	FP_GREETED,          /* a SYN was answered with a cookie */
+	FP_GREETED_ACK,      /* a segment without data of a client that has said nothing yet: it stayed here */
+	FP_COOKIE_BAD,       /* to a proxied virtual server, of no connection, and without a cookie of ours */
+	FP_RESET_SENT,
+	FP_ASKED_DATA,       /* by the ring "queries", see fp_ask */
+	FP_ASKED_MEMBER,
+	FP_ASK_LOST,         /* the ring was full, or the segment longer than the window we offered: dropped */
+	FP_SPLICE_WAIT,      /* came before the splice was ready */
 	FP_COUNTERS,
 };
 
@@ -115,6 +134,9 @@ struct fp_service {
 	__u32 next;             /* FP_TURN: whose turn it is */
 	__u16 idle_seconds;
 	__u16 slot_count;
+	__u16 mss;              /* FP_PROXY: what its members support, offered to clients */
+	__u8 window_scale;      /* 15: none */
+	__u8 sack;
 	__u32 slots[FP_SLOTS];  /* keys of targets */
 };
 
@@ -176,13 +198,40 @@ struct fp_closed {
 	__u64 bytes_out;
 };
 
-/* Ring buffer "queries": the first packet of a connection. Its checksum may be partial. */
+/* Ring buffer "queries": a packet for the agent, see fp_ask. Its checksum may be partial. */
 struct fp_query {
 	__u32 ifindex;
 	__u32 virtual_server;
 	__u32 length;
-	__u32 pad;
+	__u8 kind;
+	__u8 pad;
+	__u16 options;          /* FP_ASK_DATA: the cookie's bits 31..23 (cookie.bpf.h) */
 	__u8 frame[];
+};
+
+/* Array "cookies": the keys of cookies. */
+struct fp_cookies {
+	__u64 keys[2][2];
+	__u32 current;          /* which of them new cookies are made with */
+	__u32 valid;            /* bit 0: the first one is one; bit 1: the second */
+};
+
+/* LRU hash "pending": the two initial sequence numbers of a client whose first data is with the agent. */
+struct fp_pending {
+	__u32 isn;
+	__u32 cookie;
+};
+
+/*
+ * Hash "splices", by serial. Made with the connection's entries and deleted with them; ready once the agent has
+ * filled it in. The serial comes first: see "Memory used again" in docs/fastpath.md.
+ */
+struct fp_splice {
+	__u32 serial;
+	__u32 offset;           /* the member's initial sequence number less the cookie */
+	__s8 shift;             /* the member's window, in what the client takes it for: left so many bits */
+	__s8 shift_in;          /* the client's, in what the member takes it for */
+	__u16 ready;
 };
 
 /*

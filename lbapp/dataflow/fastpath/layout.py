@@ -16,16 +16,22 @@ from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
-VERSION = 1
+VERSION = 2
 TICK_SHIFT = 20
 """A tick is 2**20 nanoseconds of CLOCK_MONOTONIC."""
 SLOTS = 1021
 INSTALLS = 1024
 FRAME = 2048
 FRAME_SMALL = 104
+FRAME_MIDDLE = 512
+FRAME_LARGE = 16384
+"""Records of queries come in these sizes; the last one holds all that :data:`WINDOW` lets a client send at once."""
+WINDOW = 14_600
+"""What a client may send when its SYN has been answered here."""
 HISTOGRAM = 32
 
-OUTBOUND, ROUTED, ESTABLISHED, FIN, PEER_FIN, RST, CLOSED, REPORTED, DECIDED, TRACKED = (1 << bit for bit in range(10))
+OUTBOUND, ROUTED, ESTABLISHED, FIN, PEER_FIN, RST, CLOSED, REPORTED, DECIDED, TRACKED, SPLICE = (
+    1 << bit for bit in range(11))
 """Bits of :attr:`Flow.state`."""
 TARGET_ROUTED = 1
 MATCH_VIRTUAL_SERVER, MATCH_MEMBER, MATCH_IFINDEX, MATCH_ALL = 1, 2, 4, 8
@@ -44,6 +50,7 @@ class Mode(enum.IntEnum):
     PASS = 0
     DECIDE = 1
     PUNT = 2
+    PROXY = 3
 
 
 class Hash(enum.IntEnum):
@@ -73,6 +80,18 @@ class Result(enum.IntEnum):
     FULL = 3
 
 
+class Ask(enum.IntEnum):
+    """What came up the ring of queries.
+
+    FIRST: a connection's first packet. DATA: a client's, whose handshake was answered here; :attr:`QueryRecord.options`
+    are of its cookie. MEMBER: from the member of a splice that is not ready.
+    """
+
+    FIRST = 0
+    DATA = 1
+    MEMBER = 2
+
+
 class Counter(enum.IntEnum):
     """What the programs count; see ``fastpath.h``."""
 
@@ -96,6 +115,14 @@ class Counter(enum.IntEnum):
     CLOSED_COUNT = 17
     CLOSED_LOST = 18
     SHOT = 19
+    GREETED = 20
+    GREETED_ACK = 21
+    COOKIE_BAD = 22
+    RESET_SENT = 23
+    ASKED_DATA = 24
+    ASKED_MEMBER = 25
+    ASK_LOST = 26
+    SPLICE_WAIT = 27
 
 
 # ------------------------------------------------------------------ small things
@@ -213,7 +240,9 @@ INSTALL_CONTEXT = struct.Struct("=II")
 # ------------------------------------------------------------------ virtual servers
 
 SERVICE_KEY = struct.Struct("=16sHBx")
-SERVICE_HEAD = struct.Struct("=IIIIHH")
+SERVICE_HEAD = struct.Struct("=IIIIHHHBB")
+NO_SCALE = 15
+"""As a window scale: none was offered, or none is to be."""
 SERVICE_SIZE = SERVICE_HEAD.size + 4 * SLOTS
 TARGET = struct.Struct("=16sH6sIII")
 
@@ -237,13 +266,26 @@ class ServiceKey(NamedTuple):
 
 
 class Service(NamedTuple):
-    """A virtual server: its number, who decides, and the table it decides by (at most :data:`SLOTS` targets)."""
+    """A virtual server.
+
+    Attributes:
+        number: the control segment's.
+        mode: who decides, see :class:`Mode`.
+        slots: the table by which it decides, at most :data:`SLOTS` targets.
+        mss: of a virtual server whose handshakes are answered here: what clients are offered, so what its members
+            support; 0 is 536.
+        window_scale: the same; None offers none.
+        sack: the same.
+    """
 
     number: int
     mode: int
     hash: int
     idle_seconds: int
     slots: tuple[int, ...] = ()
+    mss: int = 0
+    window_scale: int | None = None
+    sack: bool = False
 
     def pack(self) -> bytes:
         """As it lies in the maps.
@@ -254,14 +296,16 @@ class Service(NamedTuple):
         if len(self.slots) > SLOTS:
             raise ValueError(f"{len(self.slots)} slots, at most {SLOTS}")
         head = SERVICE_HEAD.pack(self.number, self.mode, self.hash, 0, min(self.idle_seconds, 0xFFFF),
-                                 len(self.slots))
+                                 len(self.slots), self.mss,
+                                 NO_SCALE if self.window_scale is None else self.window_scale, self.sack)
         return (head + array("I", self.slots).tobytes()).ljust(SERVICE_SIZE, b"\0")
 
     @classmethod
     def unpack(cls, data: _Data) -> Service:
         """The other way round."""
-        number, mode, kind, _, idle, count = SERVICE_HEAD.unpack_from(data)
-        return cls(number, mode, kind, idle, struct.unpack_from(f"={count}I", data, SERVICE_HEAD.size))
+        number, mode, kind, _, idle, count, mss, scale, sack = SERVICE_HEAD.unpack_from(data)
+        return cls(number, mode, kind, idle, struct.unpack_from(f"={count}I", data, SERVICE_HEAD.size), mss,
+                   None if scale == NO_SCALE else scale, bool(sack))
 
 
 class Target(NamedTuple):
@@ -305,7 +349,7 @@ class Traffic(NamedTuple):
 RING_HEADER = struct.Struct("=II")
 CLOSED_RECORD = struct.Struct("=I4x" "16s16sHHB3x" "6I4Q")
 """A record of the ring "closed", with the ring's own header."""
-QUERY = struct.Struct("=IIII")
+QUERY = struct.Struct("=IIIBxH")
 
 
 class Closed(NamedTuple):
@@ -343,11 +387,52 @@ class Closed(NamedTuple):
 
 
 class QueryRecord(NamedTuple):
-    """The first packet of a connection: the wire it came in on, the virtual server's number, the whole frame."""
+    """A packet for the agent.
+
+    Attributes:
+        ifindex: the wire it came in on.
+        virtual_server: its number.
+        frame: the whole packet; its checksum may be partial.
+        kind: see :class:`Ask`.
+        options: of a client's cookie, the bits 31 to 23 (:meth:`lbapp.dataflow.fastpath.cookies.Options.of`).
+    """
 
     ifindex: int
     virtual_server: int
     frame: bytes
+    kind: int = Ask.FIRST
+    options: int = 0
+
+
+# ------------------------------------------------------------------ proxied handshakes
+
+COOKIES = struct.Struct("=16s16sII")
+PENDING = struct.Struct("=II")
+SPLICE_VALUE = struct.Struct("=IIbbH")
+
+
+class Splice(NamedTuple):
+    """How a member's side of a connection differs from the client's.
+
+    Attributes:
+        offset: the member's initial sequence number less the cookie, modulo 2**32.
+        shift: the member's window scale less the one that the client was told.
+        shift_in: the client's window scale less the one that the member was told, or takes it to be.
+    """
+
+    offset: int
+    shift: int = 0
+    shift_in: int = 0
+
+    def pack(self, serial: int) -> bytes:
+        """As it lies in the map."""
+        return SPLICE_VALUE.pack(serial, self.offset, self.shift, self.shift_in, 1)
+
+    @classmethod
+    def unpack(cls, data: _Data) -> Splice | None:
+        """The other way round; None for one that is not ready."""
+        _, offset, shift, shift_in, ready = SPLICE_VALUE.unpack(data)
+        return cls(offset, shift, shift_in) if ready else None
 
 
 # ------------------------------------------------------------------ sweeping
@@ -456,5 +541,6 @@ def structs() -> Iterator[tuple[str, int]]:
         "fp_target": TARGET.size, "fp_stats_key": STATS_KEY.size, "fp_stats": STATS.size,
         "fp_closed": CLOSED_RECORD.size - RING_HEADER.size, "fp_query": QUERY.size, "fp_install": INSTALL.size,
         "fp_install_context": INSTALL_CONTEXT.size, "fp_wanted": WANTED.size, "fp_sweep": SWEEP_SIZE,
-        "fp_layout": LAYOUT.size,
+        "fp_layout": LAYOUT.size, "fp_cookies": COOKIES.size, "fp_pending": PENDING.size,
+        "fp_splice": SPLICE_VALUE.size,
     }.items()

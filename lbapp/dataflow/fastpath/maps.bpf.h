@@ -11,6 +11,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "fastpath.h"
+#include "siphash.bpf.h"
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -84,6 +85,38 @@ struct {
 	__uint(max_entries, 1 << 22);
 } queries SEC(".maps");
 
+/* One for each connection in whose entries FP_SPLICE stands, by its serial, for just as long as these are there. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1048576);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct fp_splice);
+} splices SEC(".maps");
+
+/* Clients whose first data is with the agent. Nobody has to clear up: those that nothing came for are forgotten. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 32768);
+	__type(key, struct fp_key);
+	__type(value, struct fp_pending);
+} pending SEC(".maps");
+
+/* Clients that sent what no cookie allows -> the tick of the first time. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct fp_key);
+	__type(value, __u32);
+} doubts SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct fp_cookies);
+} cookies SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, FP_INSTALLS);
@@ -125,6 +158,9 @@ struct {
 /* ------------------------------------------------------------------ small things */
 
 #define barrier() asm volatile("" ::: "memory")
+
+/* The compiler knows a value's bounds and leaves their check out; the verifier has to see it. */
+#define known_again(value) asm volatile("" : "+r"(value))
 
 static __always_inline void count(__u32 counter)
 {
@@ -238,44 +274,7 @@ static __always_inline __u32 silence(__u32 now, __u32 used)
 	return (__s32)(now - used) < 0 ? 0 : now - used;
 }
 
-/* ------------------------------------------------------------------ keyed hash: SipHash-1-3 */
-
-struct sip {
-	__u64 a, b, c, d;
-};
-
-static __always_inline __u64 rotate(__u64 value, int bits)
-{
-	return value << bits | value >> (64 - bits);
-}
-
-static __always_inline void sip_round(struct sip *s)
-{
-	s->a += s->b;
-	s->b = rotate(s->b, 13) ^ s->a;
-	s->a = rotate(s->a, 32);
-	s->c += s->d;
-	s->d = rotate(s->d, 16) ^ s->c;
-	s->a += s->d;
-	s->d = rotate(s->d, 21) ^ s->a;
-	s->c += s->b;
-	s->b = rotate(s->b, 17) ^ s->c;
-	s->c = rotate(s->c, 32);
-}
-
-static __always_inline void sip_word(struct sip *s, __u64 word)
-{
-	s->d ^= word;
-	sip_round(s);
-	s->a ^= word;
-}
-
-static __always_inline __u64 two(const __u8 *from)
-{
-	const __u32 *f = (const __u32 *)from;
-
-	return f[0] | (__u64)f[1] << 32;
-}
+/* ------------------------------------------------------------------ keyed hash */
 
 /* The client's address, or all of the key. */
 static __noinline __u64 keyed_hash(const struct fp_key *key, int whole)
@@ -286,10 +285,7 @@ static __noinline __u64 keyed_hash(const struct fp_key *key, int whole)
 
 	if (!l)
 		return 0;
-	s.a = l->seed[0] ^ 0x736f6d6570736575ULL;
-	s.b = l->seed[1] ^ 0x646f72616e646f6dULL;
-	s.c = l->seed[0] ^ 0x6c7967656e657261ULL;
-	s.d = l->seed[1] ^ 0x7465646279746573ULL;
+	sip_begin(&s, l->seed);
 	sip_word(&s, two(key->source));
 	sip_word(&s, two(key->source + 8));
 	if (whole) {
@@ -297,12 +293,7 @@ static __noinline __u64 keyed_hash(const struct fp_key *key, int whole)
 		sip_word(&s, two(key->destination + 8));
 		sip_word(&s, two((const __u8 *)&key->source_port));
 	}
-	sip_word(&s, (__u64)(whole ? sizeof(*key) : 16) << 56);
-	s.c ^= 0xff;
-	sip_round(&s);
-	sip_round(&s);
-	sip_round(&s);
-	return s.a ^ s.b ^ s.c ^ s.d;
+	return sip_end(&s, whole ? sizeof(*key) : 16);
 }
 
 #endif

@@ -116,6 +116,7 @@ static long sweep_one(void *map, const struct fp_key *key, struct fp_flow *flow,
 		sweep->idle++;
 	else
 		sweep->overflow++;
+	forget_splice(flow);
 	if (other)
 		bpf_map_delete_elem(&flows, &back);
 	bpf_map_delete_elem(&flows, key);

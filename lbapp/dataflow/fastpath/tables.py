@@ -29,6 +29,7 @@ from lbapp.dataflow.fastpath.layout import (
     Result,
     Service,
     ServiceKey,
+    Splice,
     Swept,
     Target,
     Traffic,
@@ -47,7 +48,7 @@ _U32 = struct.Struct("=I")
 _ZERO = bytes(4)
 _MONOTONIC_COARSE = 6
 """The clock that the programs look at for packets (linux/time.h); Python has no name for it."""
-_NOT_PINNED = ("installs", "sweeping", "decisions")
+_NOT_PINNED = ("installs", "sweeping", "decisions", "answers", "doubts")
 _TRACKED = struct.Struct("=52xI24xIII4x")
 """State, serial, virtual server and member of a flow."""
 
@@ -76,7 +77,7 @@ class Tables:
             pins.mkdir(parents=True, exist_ok=True)
         self.pins = pins
         self._object = kernel.Object(program, pins, lambda name: name not in _NOT_PINNED,
-                                     {"flows": 2 * max_connections})
+                                     {"flows": 2 * max_connections, "splices": max_connections})
         maps = self._object.maps
         self.programs = self._object.programs
         self.maps: Mapping[str, kernel.Map] = maps
@@ -200,6 +201,45 @@ class Tables:
         return [(serial, virtual_server, member) for _, values in self._flows.chunks()
                 for state, serial, virtual_server, member in _TRACKED.iter_unpack(values) if state & mask == wanted]
 
+    # ------------------------------------------------------- proxied handshakes
+
+    def set_cookies(self, keys: Sequence[bytes | None], current: int) -> None:
+        """Set the keys of cookies, of 16 bytes each, and which one new ones are made with; None: there is none.
+
+        The key that is not current may be replaced at any time; cookies made with the old one are void then. To
+        replace the current one, make the other one current first.
+        """
+        first, second = keys
+        valid = (first is not None) | (second is not None) << 1
+        self.maps["cookies"].update(_ZERO, layout.COOKIES.pack(first or b"", second or b"", current, valid))
+
+    def set_splices(self, splices: Mapping[int, Splice]) -> set[int]:
+        """Let connections that were installed with the state ``SPLICE`` be translated from now on.
+
+        Args:
+            splices: by serial.
+
+        Returns:
+            The serials of which no connection is there (any more).
+        """
+        table = self.maps["splices"]
+        return {serial for serial, splice in splices.items()
+                if not table.update(_U32.pack(serial), splice.pack(serial), kernel.EXIST)}
+
+    def splice(self, serial: int) -> Splice | None:
+        """How a connection is translated; None where nobody has said so yet, or there is none."""
+        found = self.maps["splices"].lookup(_U32.pack(serial))
+        return Splice.unpack(found) if found is not None else None
+
+    def forget_pending(self, keys: Iterable[FlowKey]) -> None:
+        """These clients' first data has been dealt with; what else they send is no connection's, or their flow's."""
+        self.maps["pending"].delete_all(key.pack() for key in keys)
+
+    def close_flow(self, key: FlowKey) -> bool:
+        """Close a connection, told of as any other; another one may take its place at once. False: there is none."""
+        context = ctypes.create_string_buffer(key.pack(), layout.KEY.size)
+        return kernel.run(self.programs["finish"], context=context)[0] == 1
+
     # -------------------------------------------------------------------- rings
 
     def closed(self, limit: int = 4096) -> list[Closed]:
@@ -225,12 +265,12 @@ class Tables:
         return found
 
     def queries(self, limit: int = 1024) -> list[QueryRecord]:
-        """First packets that the control segment is to be asked about, at most ``limit``."""
+        """Packets that the control segment is to be asked about, or the agent itself, at most ``limit``."""
         head, unpack = layout.QUERY.size, layout.QUERY.unpack_from
         found: list[QueryRecord] = []
         for record in self._queries.drain(limit):
-            ifindex, virtual_server, length, _ = unpack(record)
-            found.append(QueryRecord(ifindex, virtual_server, record[head:head + length]))
+            ifindex, virtual_server, length, kind, options = unpack(record)
+            found.append(QueryRecord(ifindex, virtual_server, record[head:head + length], kind, options))
         return found
 
     def queries_fileno(self) -> int:

@@ -1,0 +1,173 @@
+/* SPDX-FileCopyrightText: The lbapp authors
+ * SPDX-License-Identifier: Apache-2.0
+ *
+ * Spliced connections: the member has the client's sequence numbers, the client those that follow the cookie. Part of
+ * fastpath.bpf.c.
+ */
+#ifndef SPLICE_BPF_H
+#define SPLICE_BPF_H
+
+#include <linux/pkt_cls.h>
+
+#include "connections.bpf.h"
+#include "handshake.bpf.h"
+
+#define SACK 5
+
+struct sacks {
+	__u8 bytes[TCP_OPTIONS + 8]; /* what is read behind the end is 0 */
+	__u32 length;
+	__u32 at;
+	__u32 offset;
+	__u32 edges;
+	__u32 changed;
+};
+
+/* One option, or one edge of a block: nobody aligns them. */
+static long shift_sack(__u32 index, struct sacks *s)
+{
+	__u32 at = s->at;
+	__u8 kind, size;
+
+	if (at >= s->length || at >= TCP_OPTIONS)
+		return 1;
+	if (s->edges) {
+		__u8 *edge = &s->bytes[at];
+		__u32 value = ((__u32)edge[0] << 24 | edge[1] << 16 | edge[2] << 8 | edge[3]) + s->offset;
+
+		edge[0] = value >> 24;
+		edge[1] = value >> 16;
+		edge[2] = value >> 8;
+		edge[3] = value;
+		s->edges--;
+		s->at = at + 4;
+		return 0;
+	}
+	kind = s->bytes[at];
+	if (kind == 0)
+		return 1;
+	if (kind == 1) {
+		s->at = at + 1;
+		return 0;
+	}
+	size = s->bytes[at + 1];
+	if (size < 2 || at + size > s->length)
+		return 1;
+	if (kind == SACK && (size & 7) == 2) {
+		s->edges = size >> 2;
+		s->changed = 1;
+		s->at = at + 2;
+	} else {
+		s->at = at + size;
+	}
+	return 0;
+}
+
+/* The edges of a client's SACK blocks. False if the packet could not be written. */
+static __noinline int translate_sacks(struct __sk_buff *skb, __u32 l4, __u32 length, __u32 offset)
+{
+	struct sacks s = {.offset = offset, .length = length};
+	__u32 old[TCP_OPTIONS / 4] = {};
+
+	length &= 0x3c;
+	if (length - 4 > TCP_OPTIONS - 4)
+		return 0;
+	if (bpf_skb_load_bytes(skb, l4 + TCP_HEADER, old, length)
+	    || bpf_skb_load_bytes(skb, l4 + TCP_HEADER, s.bytes, length))
+		return 0;
+	bpf_loop(TCP_OPTIONS, shift_sack, &s, 0);
+	if (!s.changed)
+		return 1;
+	return !bpf_skb_store_bytes(skb, l4 + TCP_HEADER, s.bytes, length, 0)
+	       && !bpf_l4_csum_replace(skb, l4 + 16, 0,
+				       bpf_csum_diff(old, TCP_OPTIONS, (__be32 *)s.bytes, TCP_OPTIONS, 0), 0);
+}
+
+/* A window, in units of another scale. */
+static __always_inline __be16 scaled(__be16 window, __s8 shift)
+{
+	__u32 value = bpf_ntohs(window);
+
+	if (shift >= 0)
+		value <<= shift & 15;
+	else
+		value >>= -shift & 15;
+	return bpf_htons(value > 0xffff ? 0xffff : value);
+}
+
+/* It is not ready: everything goes to the agent, but for what says nothing. */
+static __always_inline int wait(struct __sk_buff *skb, const struct packet *packet, __u32 virtual_server, __u32 member,
+				const struct tcphdr *tcp)
+{
+	__u32 kind = member ? FP_ASK_MEMBER : FP_ASK_DATA;
+
+	count(FP_SPLICE_WAIT);
+	/* Later fragments would not wait. The client sends it again. */
+	if (packet->part != WHOLE)
+		return TC_ACT_SHOT;
+	if (!member && !(packet->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST))
+	    && segment_length(skb, packet) == (((__u8 *)tcp)[12] >> 4) * 4U)
+		return TC_ACT_SHOT;
+	ask_or_drop(skb, packet, virtual_server, kind, member ? 0 : (bpf_ntohl(tcp->ack_seq) - 1) >> COOKIE_SHIFT);
+	return TC_ACT_SHOT;
+}
+
+/*
+ * Translate what is counted in bytes. 0: it has been; positive: the packet ends here; negative: it could not be.
+ * Translated are client to member: ack and SACK; member to client: seq; and the windows of both.
+ */
+static __noinline int splice(struct __sk_buff *skb, const struct fp_key *key, const struct packet *packet,
+			     struct fp_flow *flow, __u32 member)
+{
+	__u32 serial = flow->serial, virtual_server = flow->virtual_server, l4 = packet->l4 & 0x7f, offset = 0, old, new;
+	struct fp_splice *found;
+	struct tcphdr tcp, *written;
+	void *data, *end;
+	__s8 shift = 0;
+	__u64 sum = 0;
+	__u16 ready = 0;
+
+	if (bpf_skb_load_bytes(skb, l4, &tcp, sizeof(tcp)) || !still(key, flow))
+		return -FP_SHOT;
+	found = bpf_map_lookup_elem(&splices, &serial);
+	if (found) {
+		offset = found->offset;
+		shift = member ? found->shift : found->shift_in;
+		ready = found->ready;
+		barrier();
+		if (*(volatile __u32 *)&found->serial != serial)
+			ready = 0;
+	}
+	if (!ready)
+		return wait(skb, packet, virtual_server, member, &tcp);
+	data = (void *)(long)skb->data;
+	end = (void *)(long)skb->data_end;
+	written = data + l4;
+	if ((void *)(written + 1) > end)
+		return -FP_SHOT;
+	if (member) {
+		old = tcp.seq;
+		new = bpf_htonl(bpf_ntohl(old) - offset);
+		written->seq = new;
+		sum = (__u64)(__u32)~old + new;
+	} else if (packet->tcp_flags & TCP_ACK) {
+		old = tcp.ack_seq;
+		new = bpf_htonl(bpf_ntohl(old) + offset);
+		written->ack_seq = new;
+		sum = (__u64)(__u32)~old + new;
+	}
+	if (shift && !(packet->tcp_flags & TCP_SYN)) {
+		__be16 window = scaled(tcp.window, shift);
+
+		written->window = window;
+		sum += (__u64)(__u16)~tcp.window + window;
+	}
+	if (sum && bpf_l4_csum_replace(skb, l4 + 16, 0, fold32(sum), 0))
+		return -FP_SHOT;
+	if (!member && packet->tcp_flags & TCP_ACK && ((__u8 *)&tcp)[12] > 5 << 4
+	    && !translate_sacks(skb, l4, (((__u8 *)&tcp)[12] >> 4) * 4U - TCP_HEADER, offset))
+		return -FP_SHOT;
+	return 0;
+}
+
+#endif
