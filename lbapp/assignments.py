@@ -37,7 +37,7 @@ def assignments(kind: str, words: Iterable[str]) -> dict[str, Any]:
     """
     cls = KINDS[kind]
     hints = typing.get_type_hints(cls, include_extras=True)
-    known = [field for field in FIELDS[cls] if field not in ("members", "default_pool_id")]
+    known = [field for field in FIELDS[cls] if field not in ("members", "default_pool_id", "l7_policies")]
     if cls is VirtualServer:
         known.append("pool")
     given: dict[str, Any] = {}

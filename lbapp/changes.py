@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 from typing import Any, NamedTuple
 
-from lbapp.config.model import Member
+from lbapp.config.model import L7Policy, Member, PolicyAction
 from lbapp.site import DEFAULTS, FIELDS, KINDS, WORDS, Resource, Site, plain_value
 
 
@@ -82,6 +82,8 @@ def _described(resource: Resource) -> tuple[FieldChange, ...]:
         value = getattr(resource, field)
         if field == "members":
             described += [FieldChange(f"members[{_key(member)}]", None, summary(member)) for member in value]
+        elif field == "l7_policies":
+            described += [FieldChange(f"l7_policies[{policy.name}]", None, policy_summary(policy)) for policy in value]
         elif field != "name" and not (field in defaults and defaults[field] == value):
             described.append(FieldChange(_shown_field(field), None, plain_value(value)))
     return tuple(described)
@@ -104,9 +106,33 @@ def _compared(old: Any, new: Any) -> tuple[FieldChange, ...]:
             continue
         if field == "members":
             changes += _members(before, after)
+        elif field == "l7_policies":
+            changes += _policies(before, after)
         else:
             changes.append(FieldChange(_shown_field(field), plain_value(before), plain_value(after)))
     return tuple(changes)
+
+
+def policy_summary(policy: L7Policy) -> str:
+    """A policy in a line."""
+    rules = " and ".join(
+        f"{'not ' if rule.invert else ''}{rule.type.value}{f' {rule.key}' if rule.key else ''} "
+        f"{rule.compare_type.value} {rule.value!r}" for rule in policy.rules) or "everything"
+    to = policy.redirect_pool or policy.redirect_url or policy.redirect_prefix or ""
+    if policy.action is PolicyAction.FIXED_RESPONSE:
+        to = str(policy.response_status)
+    return f"{rules}: {policy.action.value} {to}".rstrip() + ("" if policy.admin_state_up else ", disabled")
+
+
+def _policies(before: tuple[L7Policy, ...], after: tuple[L7Policy, ...]) -> list[FieldChange]:
+    old, new = ({policy.name: policy for policy in policies} for policies in (before, after))
+    changes = [FieldChange(f"l7_policies[{name}]", policy_summary(old[name]) if name in old else None,
+                           policy_summary(policy)) for name, policy in new.items() if old.get(name) != policy]
+    changes += [FieldChange(f"l7_policies[{name}]", policy_summary(policy), None) for name, policy in old.items()
+                if name not in new]
+    if [name for name in old if name in new] != [name for name in new if name in old]:
+        changes.append(FieldChange("l7_policies, order", ", ".join(old), ", ".join(new)))
+    return changes
 
 
 def _members(before: tuple[Member, ...], after: tuple[Member, ...]) -> list[FieldChange]:

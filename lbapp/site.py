@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import msgspec
 import yaml
 
-from lbapp.config.model import Member, Network, Pool, VirtualServer
+from lbapp.config.model import L7Policy, L7Rule, Member, Network, Pool, VirtualServer
 
 Resource = Network | Pool | VirtualServer
 R = TypeVar("R", Network, Pool, VirtualServer)
@@ -50,7 +50,7 @@ def optional_fields(cls: type[msgspec.Struct]) -> dict[str, Any]:
             for info in msgspec.structs.fields(cls) if not info.required}
 
 
-MODEL: tuple[type[Any], ...] = (Member, *KINDS.values())
+MODEL: tuple[type[Any], ...] = (Member, L7Policy, L7Rule, *KINDS.values())
 DEFAULTS: dict[type, dict[str, Any]] = {cls: optional_fields(cls) for cls in MODEL}
 FIELDS: dict[type, tuple[str, ...]] = {
     cls: tuple(name for name in cls.__struct_fields__ if name not in GIVEN_BY_STORE) for cls in MODEL
@@ -72,10 +72,12 @@ class Site:
 
 def plain_value(value: Any) -> Any:
     """A field's value as JSON has it."""
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
     return value.value if isinstance(value, enum.Enum) else value
 
 
-def _plain(resource: Resource | Member) -> dict[str, Any]:
+def _plain(resource: Resource | Member | L7Policy | L7Rule) -> dict[str, Any]:
     cls = type(resource)
     defaults = DEFAULTS[cls]
     plain: dict[str, Any] = {}
@@ -83,10 +85,7 @@ def _plain(resource: Resource | Member) -> dict[str, Any]:
         value = getattr(resource, field)
         if field in defaults and value == defaults[field]:
             continue
-        if field == "members":
-            plain[field] = [_plain(member) for member in value]
-        else:
-            plain["pool" if field == "default_pool_id" else field] = plain_value(value)
+        plain["pool" if field == "default_pool_id" else field] = plain_value(value)
     return plain
 
 
@@ -285,6 +284,14 @@ class _Reading:
             return None
         if given is not None:
             server["default_pool_id"] = given
+        policies = server.get("l7_policies")
+        for index, policy in enumerate(policies if isinstance(policies, list) else ()):
+            named = policy.get("redirect_pool") if isinstance(policy, dict) else None
+            if isinstance(named, str) and named not in pools and named not in self.refused_pools:
+                self.problem(label, f"l7_policies[{index}].redirect_pool",
+                             f"expected the name of a pool of this document, got {named!r}"
+                             + _similar(named, pools), policy)
+                return None
         return server
 
     def _convert(self, raw: Any, cls: type[R], label: str) -> R | None:
@@ -318,8 +325,8 @@ class _Reading:
 # ------------------------------------------------------------------ what is wrong
 
 _AT = re.compile(r"^(?P<message>.*?)(?: - at `(?P<path>\$.*)`)?$", re.DOTALL)
-_FIELD = re.compile(r"^(?P<field>[a-z_]+(?:\[\d+\])?(?:\.[a-z_]+)?): (?P<message>.*)$", re.DOTALL)
-_STEP = re.compile(r"([a-z_A-Z]+)|\[(\d+)\]")
+_FIELD = re.compile(r"^(?P<field>[a-z_][a-z_0-9]*(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): (?P<message>.*)$", re.DOTALL)
+_STEP = re.compile(r"([a-z_A-Z][a-z_A-Z0-9]*)|\[(\d+)\]")
 _QUOTE = "; quote it in YAML"
 
 
@@ -333,7 +340,7 @@ def explain(error: Exception, cls: type[msgspec.Struct], raw: Any) -> tuple[str,
     if own:  # from the model's own checks, which begin with the field
         field, message = ".".join(part for part in (field, own["field"]) if part), own["message"]
         return field, message
-    owner = Member if field.startswith("members[") else cls
+    owner = _owner(field, cls)
     if message.startswith(("Object missing", "Object contains")):
         name = message.split("`")[1]
         field = ".".join(part for part in (field, name) if part)
@@ -358,6 +365,13 @@ def explain(error: Exception, cls: type[msgspec.Struct], raw: Any) -> tuple[str,
     if "expected str" in message and isinstance(value, bool | int | float):
         message += _QUOTE
     return field, message
+
+
+def _owner(field: str, cls: type[msgspec.Struct]) -> type[msgspec.Struct]:
+    """The class of what lies at a path."""
+    if field.startswith("l7_policies["):
+        return L7Rule if ".rules[" in field else L7Policy
+    return Member if field.startswith("members[") else cls
 
 
 def _at(raw: Any, path: str) -> Any:

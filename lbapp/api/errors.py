@@ -96,13 +96,18 @@ def joined(prefix: str, path: str) -> str:
 _AT = re.compile(r" - at `\$\.?(?P<path>.*)`$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]*)`$")
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<field>.*)`$", re.DOTALL)
-_NAMED = re.compile(r"^(?P<field>[a-z_]+(?:\[\d+\])?(?:\.[a-z_]+)?): (?P<text>.*)$", re.DOTALL)
+_NAMED = re.compile(r"^(?P<field>[a-z_][a-z_0-9]*(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): (?P<text>.*)$", re.DOTALL)
 
 _ENUMS: dict[str, type[enum.Enum]] = {
     "lb_algorithm": model.Algorithm,
     "protocol": model.Protocol,
     "state": model.State,
     "decision": model.Decision,
+    "application": model.Application,
+    "binding": model.Binding,
+    "type": model.RuleType,
+    "compare_type": model.CompareType,
+    "action": model.PolicyAction,
 }
 
 
@@ -124,8 +129,7 @@ def from_validation(error: Exception, prefix: str = "", known: tuple[str, ...] =
     if missing is not None:
         return invalid("required, but missing", joined(path, missing["field"]))
     if unknown is not None:
-        inside = at is not None and at["path"].startswith("members")
-        fields = editable(model.Member) if inside else known
+        fields = known if at is None else _fields_at(at["path"], known)
         return invalid(f"unknown field; expected one of {', '.join(fields)}", joined(path, unknown["field"]))
     if named is not None:
         return invalid(named["text"], joined(path, named["field"]))
@@ -136,6 +140,12 @@ def from_validation(error: Exception, prefix: str = "", known: tuple[str, ...] =
     elif text.startswith("Expected "):
         text = "e" + text.replace("`", "")[1:]
     return invalid(text, path or None)
+
+
+def _fields_at(path: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    if path.startswith("l7_policies"):
+        return editable(model.L7Rule if ".rules[" in path else model.L7Policy)
+    return editable(model.Member) if path.startswith("members") else known
 
 
 def from_store(error: StoreError, prefixes: Mapping[int, str] | None = None) -> ApiError:

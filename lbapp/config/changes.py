@@ -215,7 +215,7 @@ class _Planner:
     # -------------------------------------------------------------- checks that span resources
 
     def check(self) -> None:
-        fitting = Fitting()
+        fitting = Fitting(self._draft)
         for server in breathe(self._affected()):
             self._check_server(server, fitting)
         for resource, key, owner in self._draft.reindex():
@@ -238,21 +238,32 @@ class _Planner:
 
     def _check_server(self, server: VirtualServer, fitting: Fitting) -> None:
         pool_id = server.default_pool_id
-        if pool_id is None:
-            return
-        pool = self._draft.get(Pool, pool_id)
-        if pool is None:
-            removed = self._base.configuration.pools.get(pool_id)
-            if removed is not None and server.id not in self._blame:
-                raise Conflict(f"pool {removed.name} is in use by virtual server {server.name}",
-                               change=self._blame.get(pool_id))
-            raise Invalid(f"default_pool_id: expected the id of a pool that exists, got {pool_id!r}",
-                          "default_pool_id", self._blame.get(server.id))
-        clash = fitting.clash(server, pool)
+        if pool_id is not None:
+            pool = self._draft.get(Pool, pool_id)
+            if pool is None:
+                removed = self._base.configuration.pools.get(pool_id)
+                if removed is not None and server.id not in self._blame:
+                    raise Conflict(f"pool {removed.name} is in use by virtual server {server.name}",
+                                   change=self._blame.get(pool_id))
+                raise Invalid(f"default_pool_id: expected the id of a pool that exists, got {pool_id!r}",
+                              "default_pool_id", self._blame.get(server.id))
+            self._check_fit(server, pool, fitting, "default_pool_id")
+        for field, name, named in fitting.named(server):
+            if named is None:
+                renamed = self._base.find(Pool, name)
+                if renamed is not None and server.id not in self._blame:
+                    raise Conflict(f"pool {name} is in use by a policy of virtual server {server.name}",
+                                   change=self._blame.get(renamed.id))
+                raise Invalid(f"{field}: expected the name of a pool that exists, got {name!r}", field,
+                              self._blame.get(server.id))
+            self._check_fit(server, named, fitting, field)
+
+    def _check_fit(self, server: VirtualServer, pool: Pool, fitting: Fitting, named_in: str) -> None:
+        clash = fitting.clash(server, pool, named_in)
         if clash is None:
             return
-        field = clash.pool_field if pool_id in self._blame else clash.server_field
-        blamed = self._blame.get(pool_id, self._blame.get(server.id))
+        field = clash.pool_field if pool.id in self._blame else clash.server_field
+        blamed = self._blame.get(pool.id, self._blame.get(server.id))
         raise Invalid(f"{field}: {clash.message}", field, blamed)
 
     # -------------------------------------------------------------- the transaction

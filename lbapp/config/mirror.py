@@ -178,9 +178,9 @@ class Mirror:
         changed = {pool_id for pool_id in remade if matters(before.get(pool_id), draft.get(Pool, pool_id))}
         asked = {server.id: server for server in draft.users(changed)}
         asked.update((identifier, server) for identifier, server in self._unfit.items()
-                     if server.default_pool_id in changed)
+                     if server.default_pool_id in changed or server.l7_policies)
         asked.update(servers)
-        fitting = Fitting()
+        fitting = Fitting(draft)
         for identifier, server in breathe(asked.items()):
             reason = self._misfit(draft, server, fitting)
             if reason is None:
@@ -194,13 +194,16 @@ class Mirror:
 
     @staticmethod
     def _misfit(draft: Draft, server: VirtualServer, fitting: Fitting) -> str | None:
-        if server.default_pool_id is None:
-            return None
-        pool = draft.get(Pool, server.default_pool_id)
-        if pool is None:
-            return f"default_pool_id: pool {server.default_pool_id} is left out"
-        clash = fitting.clash(server, pool)
-        return f"{clash.server_field}: {clash.message}" if clash is not None else None
+        pools: list[tuple[str, str, Pool | None]] = list(fitting.named(server))
+        if server.default_pool_id is not None:
+            pools.append(("default_pool_id", server.default_pool_id, draft.get(Pool, server.default_pool_id)))
+        for field, name, pool in pools:
+            if pool is None:
+                return f"{field}: pool {name} is left out"
+            clash = fitting.clash(server, pool, field)
+            if clash is not None:
+                return f"{clash.server_field}: {clash.message}"
+        return None
 
     # -------------------------------------------------------------- the rest
 

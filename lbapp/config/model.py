@@ -13,11 +13,13 @@ Nothing here does I/O.
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
 import netaddr
+import re2
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$(?!\n)")]
 MemberName = Annotated[str, msgspec.Meta(max_length=255, pattern=r"^[A-Za-z0-9._:-]*$(?!\n)")]
@@ -27,6 +29,18 @@ Weight = Annotated[int, msgspec.Meta(ge=0, le=256)]
 Seconds = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 ConnectionLimit = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
 Number = Annotated[int, msgspec.Meta(ge=0, lt=2**24)]
+RuleText = Annotated[str, msgspec.Meta(max_length=512, pattern=r"^[^\u0000\r\n]*$(?!\n)")]
+Location = Annotated[str, msgspec.Meta(min_length=1, max_length=2048, pattern=r"^[!-~]+$(?!\n)")]
+
+INSPECT_MOST = 4096
+REDIRECT_CODES = (301, 302, 303, 307, 308)
+REGEX = re2.Options()
+"""How regular expressions are read: bytes, bounded memory, and no complaint on standard error."""
+REGEX.encoding = re2.Options.Encoding.LATIN1
+REGEX.log_errors = False
+REGEX.max_mem = 1 << 20
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_PLACE = re.compile(r"(?:(?:lp8:|lp16:)?([0-9]{1,4}))?")
 
 UNLIMITED = -1
 
@@ -69,6 +83,75 @@ class Decision(enum.Enum):
     CONTROLLER = "controller"
 
 
+class Application(enum.Enum):
+    """What of a connection is read before its member is selected: nothing, or what the client says first."""
+
+    L4 = "l4"
+    HTTP = "http"
+    TLS = "tls"
+    RAW = "raw"
+
+
+class Binding(enum.Enum):
+    """How a member gets a connection whose handshake it has not seen.
+
+    ``splice``: by a second handshake and offsets of sequence numbers. ``handoff``: its own kernel adopts the connection
+    from the first data segment (``lbapp server-agent``). ``auto``: what member and switch can do.
+    """
+
+    AUTO = "auto"
+    SPLICE = "splice"
+    HANDOFF = "handoff"
+
+
+class RuleType(enum.Enum):
+    """What of a request an L7 rule looks at."""
+
+    METHOD = "METHOD"
+    HOST_NAME = "HOST_NAME"
+    PATH = "PATH"
+    QUERY = "QUERY"
+    HEADER = "HEADER"
+    COOKIE = "COOKIE"
+    FILE_TYPE = "FILE_TYPE"
+    SNI = "SNI"
+    ALPN = "ALPN"
+    SESSION_ID = "SESSION_ID"
+    DATA = "DATA"
+
+
+class CompareType(enum.Enum):
+    """How an L7 rule compares."""
+
+    EQUAL_TO = "EQUAL_TO"
+    STARTS_WITH = "STARTS_WITH"
+    ENDS_WITH = "ENDS_WITH"
+    CONTAINS = "CONTAINS"
+    REGEX = "REGEX"
+
+
+class PolicyAction(enum.Enum):
+    """What happens to a connection that a policy matches."""
+
+    REDIRECT_TO_POOL = "REDIRECT_TO_POOL"
+    REDIRECT_TO_URL = "REDIRECT_TO_URL"
+    REDIRECT_PREFIX = "REDIRECT_PREFIX"
+    FIXED_RESPONSE = "FIXED_RESPONSE"
+    REJECT = "REJECT"
+
+
+RULE_TYPES: dict[Application, frozenset[RuleType]] = {
+    Application.L4: frozenset(),
+    Application.HTTP: frozenset({RuleType.METHOD, RuleType.HOST_NAME, RuleType.PATH, RuleType.QUERY, RuleType.HEADER,
+                                 RuleType.COOKIE, RuleType.FILE_TYPE}),
+    Application.TLS: frozenset({RuleType.SNI, RuleType.ALPN, RuleType.SESSION_ID}),
+    Application.RAW: frozenset({RuleType.DATA}),
+}
+"""The rules that fit what is read."""
+
+KEYED = frozenset({RuleType.HEADER, RuleType.COOKIE, RuleType.QUERY})
+"""Rule types that look at one of many, by its name."""
+
 SWITCH_ALGORITHMS = frozenset({
     Algorithm.ROUND_ROBIN, Algorithm.WEIGHTED_ROUND_ROBIN, Algorithm.SOURCE_IP, Algorithm.CONSISTENT_HASH,
 })
@@ -76,6 +159,11 @@ SWITCH_ALGORITHMS = frozenset({
 
 AUTO_SWITCH_ALGORITHMS = SWITCH_ALGORITHMS - {Algorithm.ROUND_ROBIN}
 """Algorithms that ``decision: auto`` leaves to the switch."""
+
+
+def _words(error: Exception) -> str:
+    text = error.args[0] if error.args else ""
+    return text.decode("latin-1") if isinstance(text, bytes) else str(text)
 
 
 def canonical_address(value: str) -> str:
@@ -160,6 +248,84 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             seen.add(key)
 
 
+class L7Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One condition on what a client said (names are Octavia's).
+
+    Attributes:
+        key: which header, cookie or parameter; for DATA where to look: empty for the beginning, an offset, or
+            ``lp8:OFFSET``, ``lp16:OFFSET`` for a field behind its own length of one or two bytes.
+        value: what to compare with; for DATA text, or ``hex:`` and digits.
+        invert: the condition holds where the comparison does not.
+    """
+
+    type: RuleType
+    compare_type: CompareType
+    value: RuleText
+    key: RuleText = ""
+    invert: bool = False
+
+    def __post_init__(self) -> None:
+        if self.type in KEYED and not self.key:
+            raise ValueError(f"key: expected the name of a {self.type.value.lower()}, for type {self.type.value}")
+        if self.key and self.type not in KEYED and self.type is not RuleType.DATA:
+            raise ValueError(f"key: expected none with type {self.type.value}")
+        if self.type is RuleType.HEADER and not _TOKEN.fullmatch(self.key):
+            raise ValueError(f"key: expected a header's name, got {self.key!r}")
+        place = _PLACE.fullmatch(self.key)
+        if self.type is RuleType.DATA and (place is None or int(place[1] or 0) >= INSPECT_MOST):
+            raise ValueError(f"key: expected an offset, lp8:OFFSET or lp16:OFFSET, each below "
+                             f"{INSPECT_MOST}, got {self.key!r}")
+        if self.type is RuleType.DATA and self.value.startswith("hex:"):
+            try:
+                bytes.fromhex(self.value[4:])
+            except ValueError:
+                raise ValueError(f"value: expected hexadecimal digits behind hex:, got {self.value!r}") from None
+            if self.compare_type is CompareType.REGEX:
+                raise ValueError("value: expected no hex: with compare_type REGEX (write \\x00 there)")
+        if self.compare_type is CompareType.REGEX:
+            try:
+                re2.compile(self.value.encode(), REGEX)
+            except re2.error as error:
+                raise ValueError(f"value: expected a regular expression of RE2, got {self.value!r} "
+                                 f"({_words(error)})") from None
+
+
+class L7Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to do with a connection to which all its rules apply. The first policy that matches decides.
+
+    Attributes:
+        redirect_pool: the name of a pool, for REDIRECT_TO_POOL.
+        redirect_url: the whole new location, for REDIRECT_TO_URL.
+        redirect_prefix: what comes before the request's own path and query, for REDIRECT_PREFIX.
+        redirect_http_code: of the two.
+        response_status, response_body, response_content_type: for FIXED_RESPONSE.
+    """
+
+    name: Name
+    action: PolicyAction
+    description: Text = ""
+    rules: Annotated[tuple[L7Rule, ...], msgspec.Meta(max_length=16)] = ()
+    redirect_pool: Name | None = None
+    redirect_url: Location | None = None
+    redirect_prefix: Location | None = None
+    redirect_http_code: int = 302
+    response_status: Annotated[int, msgspec.Meta(ge=200, le=599)] = 200
+    response_body: Annotated[str, msgspec.Meta(max_length=8192)] = ""
+    response_content_type: Annotated[str, msgspec.Meta(max_length=128, pattern=r"^[!-~ ]*$(?!\n)")] = "text/plain"
+    admin_state_up: bool = True
+
+    def __post_init__(self) -> None:
+        for action, field in ((PolicyAction.REDIRECT_TO_POOL, "redirect_pool"),
+                              (PolicyAction.REDIRECT_TO_URL, "redirect_url"),
+                              (PolicyAction.REDIRECT_PREFIX, "redirect_prefix")):
+            if (getattr(self, field) is not None) != (self.action is action):
+                raise ValueError(f"{field}: expected {'a value' if self.action is action else 'none'} with action "
+                                 f"{self.action.value}")
+        if self.redirect_http_code not in REDIRECT_CODES:
+            raise ValueError(f"redirect_http_code: expected {', '.join(map(str, REDIRECT_CODES))}, "
+                             f"got {self.redirect_http_code}")
+
+
 class VirtualServer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An address, protocol and port that clients connect to (003, "virtual server").
 
@@ -179,6 +345,11 @@ class VirtualServer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         state: connections in conntrack, or as one rule pair each.
         decision: who selects; ``auto`` leaves to the switch what the switch can do.
         idle_timeout, hard_timeout: seconds, for ``state: rules``; 0 is none.
+        application: what clients say first, where that is read (003: HTTP_PROXY, COOKIE_PROXY, SSL_PROXY, RAW_PROXY).
+        binding: how the member gets a connection that was read.
+        l7_policies: in their order; where none matches, ``default_pool_id`` it is.
+        inspect_bytes: with ``application: raw``, how much of it decides.
+        inspect_timeout: seconds a client may take to say enough.
     """
 
     name: Name
@@ -202,6 +373,11 @@ class VirtualServer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     decision: Decision = Decision.AUTO
     idle_timeout: Seconds = 60
     hard_timeout: Seconds = 0
+    application: Application = Application.L4
+    binding: Binding = Binding.AUTO
+    l7_policies: Annotated[tuple[L7Policy, ...], msgspec.Meta(max_length=256)] = ()
+    inspect_bytes: Annotated[int, msgspec.Meta(ge=1, le=INSPECT_MOST)] = 64
+    inspect_timeout: Annotated[int, msgspec.Meta(ge=1, le=60)] = 10
 
     def __post_init__(self) -> None:
         _address_field(self, "vip_address")
@@ -229,6 +405,45 @@ class VirtualServer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         if self.state is State.RULES and not self.idle_timeout and not self.hard_timeout:
             raise ValueError("idle_timeout: expected above 0 with state rules, or a hard_timeout "
                              "(a connection's rules must end)")
+        if self.l7_policies or self.application is not Application.L4:
+            self._check_application()
+
+    def _check_application(self) -> None:
+        if self.application is Application.L4:
+            raise ValueError("application: expected http, tls or raw with l7_policies")
+        word = f"with application {self.application.value}"
+        if self.protocol is not Protocol.TCP:
+            raise ValueError(f"protocol: expected TCP {word}")
+        if self.state is not State.CONNTRACK:
+            raise ValueError(f"state: expected conntrack {word}")
+        if self.wildcard_address or self.wildcard_port:
+            field = "vip_address" if self.wildcard_address else "protocol_port"
+            raise ValueError(f"{field}: expected no wildcard {word}")
+        if not self.translate_address:
+            raise ValueError(f"translate_address: expected true {word}")
+        if self.snat:
+            raise ValueError(f"snat: expected false {word}")
+        if self.decision is Decision.SWITCH:
+            raise ValueError(f"decision: expected auto or controller {word}")
+        seen: set[str] = set()
+        for index, policy in enumerate(self.l7_policies):
+            if policy.name in seen:
+                raise ValueError(f"l7_policies[{index}].name: {policy.name} is there already")
+            seen.add(policy.name)
+            if self.application is not Application.HTTP and policy.action not in (
+                    PolicyAction.REDIRECT_TO_POOL, PolicyAction.REJECT):
+                raise ValueError(f"l7_policies[{index}].action: expected REDIRECT_TO_POOL or REJECT {word}, "
+                                 f"got {policy.action.value}")
+            for at, rule in enumerate(policy.rules):
+                if rule.type not in RULE_TYPES[self.application]:
+                    known = ", ".join(one.value for one in RuleType if one in RULE_TYPES[self.application])
+                    raise ValueError(f"l7_policies[{index}].rules[{at}].type: expected {known} {word}, "
+                                     f"got {rule.type.value}")
+
+    @property
+    def pool_names(self) -> frozenset[str]:
+        """The pools that its policies name."""
+        return frozenset(policy.redirect_pool for policy in self.l7_policies if policy.redirect_pool is not None)
 
     @property
     def version(self) -> int:
@@ -254,7 +469,7 @@ class VirtualServer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         """Whether the switch itself selects the member of a new connection."""
         if self.decision is Decision.CONTROLLER or self.state is State.RULES or pool is None:
             return False
-        if self.connection_limit != UNLIMITED:
+        if self.connection_limit != UNLIMITED or self.application is not Application.L4:
             return False
         allowed = SWITCH_ALGORITHMS if self.decision is Decision.SWITCH else AUTO_SWITCH_ALGORITHMS
         return pool.lb_algorithm in allowed
@@ -304,3 +519,12 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
         if virtual_server.default_pool_id is None:
             return None
         return self.pools.get(virtual_server.default_pool_id)
+
+    def pools_of(self, virtual_server: VirtualServer) -> dict[str, Pool]:
+        """All pools that a virtual server may send connections to, by id."""
+        pool = self.pool_of(virtual_server)
+        found = {} if pool is None else {pool.id: pool}
+        if virtual_server.l7_policies:
+            names = virtual_server.pool_names
+            found.update((key, one) for key, one in self.pools.items() if one.name in names)
+        return found

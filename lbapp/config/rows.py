@@ -36,6 +36,8 @@ CLASSES: dict[str, Any] = {table: cls for cls, table in TABLES.items()}
 NOT_COLUMNS = frozenset({"id", "members"})
 """The row's own UUID, and rows of another table."""
 REFERENCES = frozenset({"default_pool_id", "pool_id"})
+DOCUMENTS = frozenset({"l7_policies"})
+"""Columns that hold JSON: what belongs to one resource alone, in an order, and is never looked for."""
 EMPTY: list[Any] = ["set", []]
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -64,8 +66,10 @@ def encode(resource: AnyResource, revision: int, pool_id: str | None = None) -> 
         value = getattr(resource, column)
         if isinstance(value, enum.Enum):
             value = value.value
-        elif value is None:
+        elif value is None or (column in DOCUMENTS and not value):
             value = EMPTY
+        elif column in DOCUMENTS:
+            value = msgspec.json.encode(value).decode()
         elif column in REFERENCES:
             value = reference(value)
         row[column] = value
@@ -90,6 +94,11 @@ def decode(table: str, identifier: str, row: Mapping[str, Any]) -> Any:
         value = row.get(column, EMPTY)
         if value == EMPTY:
             continue
+        if column in DOCUMENTS:
+            try:
+                value = msgspec.json.decode(value)
+            except msgspec.DecodeError as error:
+                raise ValueError(f"{column}: expected JSON: {error}") from None
         values[column] = uuid_of(value) if column in REFERENCES else value
     try:
         resource = msgspec.convert(values, CLASSES[table])

@@ -174,7 +174,10 @@ class Draft:
         wanted = set(pool_ids)
         if not wanted:
             return []
-        return [one for one in self.all(VirtualServer).values() if one.default_pool_id in wanted]
+        names = {pool.name for where in (self, self.base) for pool in map(where.all(Pool).get, wanted)
+                 if pool is not None}
+        return [one for one in self.all(VirtualServer).values() if one.default_pool_id in wanted
+                or (one.l7_policies and not names.isdisjoint(one.pool_names))]
 
     def finished(self) -> Snapshot:
         """The new snapshot. Maps that nothing was written to are the old ones."""
@@ -209,19 +212,30 @@ def matters(before: Pool | None, after: Pool | None) -> bool:
     """Whether a pool changed in something that its virtual servers have to fit."""
     if before is None or after is None:
         return before is not after
-    return (before.lb_algorithm is not after.lb_algorithm
+    return (before.lb_algorithm is not after.lb_algorithm or before.name != after.name
             or {":" in member.address for member in before.members}
             != {":" in member.address for member in after.members})
 
 
 class Fitting:
-    """Checks virtual servers against pools; looks at each pool's members once."""
+    """Checks virtual servers against the pools of a draft; looks at each pool's members once."""
 
-    def __init__(self) -> None:
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
         self._foreign: dict[tuple[str, int], int | None] = {}
+        self._named: dict[str, Pool] | None = None
 
-    def clash(self, server: VirtualServer, pool: Pool) -> Clash | None:
-        """What is wrong between the two, if anything."""
+    def named(self, server: VirtualServer) -> Iterator[tuple[str, str, Pool | None]]:
+        """The pools that a virtual server's policies name: (field, name, pool; None: there is none of that name)."""
+        for index, policy in enumerate(server.l7_policies):
+            if policy.redirect_pool is None:
+                continue
+            if self._named is None:
+                self._named = {pool.name: pool for pool in self._draft.all(Pool).values()}
+            yield f"l7_policies[{index}].redirect_pool", policy.redirect_pool, self._named.get(policy.redirect_pool)
+
+    def clash(self, server: VirtualServer, pool: Pool, field: str = "default_pool_id") -> Clash | None:
+        """What is wrong between the two, if anything; ``field`` is what names the pool."""
         if server.decision is Decision.SWITCH and pool.lb_algorithm not in SWITCH_ALGORITHMS:
             able = ", ".join(sorted(algorithm.value for algorithm in SWITCH_ALGORITHMS))
             return Clash("decision", "lb_algorithm",
@@ -232,7 +246,7 @@ class Fitting:
         index = self._first_foreign(pool, server.version)
         if index is None:
             return None
-        return Clash("default_pool_id", f"members[{index}].address",
+        return Clash(field, f"members[{index}].address",
                      f"expected IPv{server.version} members for virtual server {server.name} while "
                      f"translate_address is true; pool {pool.name} has {pool.members[index].address}")
 
