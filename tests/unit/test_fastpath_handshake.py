@@ -8,6 +8,7 @@ Programs: ``lbapp/dataflow/fastpath/handshake.bpf.h``, ``answer.bpf.h``, ``cooki
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import pytest
@@ -16,17 +17,25 @@ from hypothesis import strategies as st
 
 from lbapp.dataflow.fastpath import cookies, kernel, layout
 from lbapp.dataflow.fastpath.cookies import Options
-from lbapp.dataflow.fastpath.layout import FlowKey, Hash, Mode, Service, ServiceKey
+from lbapp.dataflow.fastpath.layout import Ask, FlowKey, Hash, Mode, Service, ServiceKey
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 from tests.fastpath_packets import (
     ACK,
+    CHECKSUM_COMPLETE,
     CLIENT_MAC,
+    FIN,
     REDIRECT,
+    RST,
     SYN,
     TCP,
+    UDP,
+    WIRE,
     Bench,
     frame,
+    ones_sum,
     packed,
+    segment,
+    wrap,
 )
 
 pytest_plugins = ["tests.fastpath_packets"]
@@ -140,3 +149,326 @@ def test_a_syn_is_answered(proxied: Bench, family: int, offered: bytes, seen: Op
                         fragment=0x4000 << 3 if family == 4 else None)
     assert proxied.counted() == {"greeted": 1}
     assert proxied.flows(10) == [] and proxied.queries() == [] and not pending(proxied)
+
+
+@BOTH
+@pytest.mark.parametrize(("sack", "scale", "answered"), [
+    (False, 9, b"\x01\x03\x03\x09"), (True, None, b"\x01\x01\x04\x02"), (False, None, b""),
+    (True, 0, b"\x01\x01\x04\x02" b"\x01\x03\x03\x00")])
+def test_nothing_is_offered_that_members_lack(proxied: Bench, family: int, sack: bool, scale: int | None,
+                                              answered: bytes) -> None:
+    offer(proxied, 9000, scale, sack)
+    client, virtual = FAMILIES[family]
+    seen = proxied.answered(frame(client, virtual, seq=ISN, tcp_options=LINUX))
+    assert seen.tcp_options == b"\x02\x04\x23\x28" + answered
+    # What the client offered is in the cookie all the same.
+    assert seen.seq == cookie(client, options=Options(1460, 7, True))
+
+
+@BOTH
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 500, 1400])
+def test_data_in_a_syn_is_not_acknowledged(proxied: Bench, family: int, size: int) -> None:
+    """TCP fast open: the client sends it again."""
+    client, virtual = FAMILIES[family]
+    data = frame(client, virtual, seq=7, tcp_options=LINUX, payload=(bytes(range(5, 255)) * 6)[:size])
+    seen = proxied.answered(data)
+    assert (seen.flags, seen.ack, seen.payload) == (SYN | ACK, 8, b"")
+
+
+@pytest.mark.parametrize("flags", [SYN | 0xC0, SYN | PSH, SYN | 0x20])
+def test_explicit_congestion_notification_is_not_agreed_upon(proxied: Bench, flags: int) -> None:
+    assert proxied.answered(frame(CLIENT, VIRTUAL, flags=flags)).flags == SYN | ACK
+
+
+def test_what_ethernet_padded_is_cut_off(proxied: Bench) -> None:
+    seen = proxied.answered(frame(CLIENT, VIRTUAL, seq=ISN) + b"\xee" * 6)
+    assert seen.flags == SYN | ACK
+    _, out, _ = kernel.run(proxied.programs["wire"], frame(CLIENT, VIRTUAL, seq=ISN) + b"\xee" * 6, room=256)
+    assert len(out) == 58
+
+
+def _error(data: bytes) -> int:
+    """What all words of a segment and its pseudo-header add up to; right is 0xffff."""
+    four = data[12:14] == b"\x08\x00"
+    length = struct.unpack_from("!H", data, 16)[0] - 20 if four else struct.unpack_from("!H", data, 18)[0]
+    addresses = data[26:34] if four else data[22:54]
+    start = 34 if four else 54
+    return ones_sum(addresses + struct.pack("!HH", TCP, length) + data[start:start + length])
+
+
+@BOTH
+@pytest.mark.parametrize("offered", [b"", LINUX])
+@pytest.mark.parametrize("payload", [b"", b"some data", bytes(range(200))])
+def test_a_wrong_checksum_stays_wrong(proxied: Bench, family: int, offered: bytes, payload: bytes) -> None:
+    """By exactly as much: the client drops the answer, as a host would have dropped the question."""
+    client, virtual = FAMILIES[family]
+    data = frame(client, virtual, seq=ISN, tcp_options=offered, checksum=0x1234, payload=payload)
+    _, out, _ = kernel.run(proxied.programs["wire"], data, room=600)
+    assert _error(data) != 0xFFFF
+    assert _error(out) == _error(data)
+    reset = said(payload or b"x", by=0x12345678, client=client, virtual=virtual, checksum=0x1234)
+    kernel.run(proxied.programs["wire"], reset)
+    _doubt(proxied, client, virtual, 4000)
+    verdict, out, _ = kernel.run(proxied.programs["wire"], reset, room=600)
+    assert verdict == REDIRECT
+    assert _error(out) == _error(reset) != 0xFFFF
+
+
+def test_a_wrong_header_checksum_stays_wrong(proxied: Bench) -> None:
+    with pytest.raises(AssertionError, match="header checksum"):
+        proxied.answered(frame(CLIENT, VIRTUAL, tcp_options=LINUX, check=0x1111))
+
+
+@BOTH
+@pytest.mark.parametrize("offered", [MSS, MSS + SACK + b"\x01\x01", MSS + SCALE + b"\x01" + SACK])
+def test_what_a_card_summed_up_stays_true(proxied: Bench, family: int, offered: bytes) -> None:
+    """CHECKSUM_COMPLETE: the kernel itself compares after the run. (It drops what it has when a length changes.)"""
+    client, virtual = FAMILIES[family]
+    data = frame(client, virtual, seq=ISN, tcp_options=offered, tos=0x10, ttl=7)
+    try:
+        verdict, _, _ = kernel.run(proxied.programs["wire"], data, room=600, flags=CHECKSUM_COMPLETE)
+    except kernel.KernelError as error:
+        if error.errno == 22:
+            pytest.skip("this kernel cannot test it")
+        raise
+    assert verdict == REDIRECT
+    assert proxied.counted() == {"greeted": 1}
+
+
+@pytest.mark.parametrize(("data", "reason"), [
+    (frame(CLIENT, VIRTUAL, eth_src=b"\x03" + CLIENT_MAC[1:]), "malformed"),
+    (frame("224.0.0.1", VIRTUAL), "malformed"), (frame("255.255.255.255", VIRTUAL), "malformed"),
+    (frame("0.0.0.0", VIRTUAL), "malformed"), (frame("ff02::1", "fd00::100"), "malformed"),
+    (frame("::", "fd00::100"), "malformed"), (frame(VIRTUAL, VIRTUAL), "malformed"),
+    (frame(CLIENT, VIRTUAL, options=b"\x94\x04\0\0"), "options"),
+    (frame(CLIENT, VIRTUAL, dport=81), "service"), (frame(CLIENT, VIRTUAL, dport=81, flags=ACK), "flow"),
+    (frame(CLIENT, VIRTUAL, UDP), "service"),
+    (wrap(CLIENT, VIRTUAL, TCP, segment(CLIENT, VIRTUAL, payload=bytes(64)), fragment=1), "fragment"),
+    (wrap("fd00::1", "fd00::100", TCP, segment("fd00::1", "fd00::100"), fragment=0), "fragment"),
+])
+def test_what_cannot_be_answered_goes_into_the_switch(proxied: Bench, data: bytes, reason: str) -> None:
+    assert proxied.miss(data) == reason
+
+
+def test_without_a_key_nothing_is_answered(proxied: Bench) -> None:
+    proxied.set_cookies((None, KEYS[1]), 0)
+    assert proxied.miss(frame(CLIENT, VIRTUAL)) == "pass"
+    proxied.set_cookies((None, None), 0)
+    assert proxied.miss(frame(CLIENT, VIRTUAL)) == "pass"
+    assert proxied.miss(frame(CLIENT, VIRTUAL, flags=ACK)) == "flow"
+
+
+def test_other_virtual_servers_are_as_they_were(proxied: Bench) -> None:
+    """Keys are there, yet an L4 virtual server's packets go as without."""
+    proxied.serve("10.0.0.101", ["10.0.1.1"])
+    proxied.serve("10.0.0.102", [], mode=Mode.PUNT, number=13)
+    proxied.serve("10.0.0.103", [], mode=Mode.PASS)
+    proxied.serve(VIRTUAL, ["10.0.1.1"], protocol=UDP)
+    assert proxied.miss(frame("10.0.0.7", "10.0.0.101", flags=ACK)) == "flow"
+    assert proxied.walk(frame(CLIENT, "10.0.0.101")).destination == "10.0.1.1"
+    assert proxied.drop(frame(CLIENT, "10.0.0.102")) == {"queries": 1}
+    assert proxied.queries() == [(WIRE, 13, frame(CLIENT, "10.0.0.102"), Ask.FIRST, 0)]
+    assert proxied.miss(frame(CLIENT, "10.0.0.103")) == "pass"
+    assert proxied.walk(frame(CLIENT, VIRTUAL, UDP)).destination == "10.0.1.1"
+
+
+# ------------------------------------------------------------------ what follows
+
+OFFERED = Options(1460, 7, True)
+
+
+@BOTH
+@pytest.mark.parametrize("checksum", ["whole", "partial"])
+@pytest.mark.parametrize("size", [1, 40, 105 - 54, 400, 512 - 54, 1448, 2048 - 54, 3000])
+def test_the_first_data_goes_to_the_agent(proxied: Bench, family: int, checksum: str, size: int) -> None:
+    client, virtual = FAMILIES[family]
+    made = proxied.answered(frame(client, virtual, seq=ISN, tcp_options=LINUX)).seq
+    assert proxied.drop(said(b"", ACK, by=made, client=client, virtual=virtual)) == {"greeted_ack": 1}
+    assert not pending(proxied)
+    data = said(b"p" * size, by=made, client=client, virtual=virtual, checksum=checksum)
+    assert proxied.drop(data) == {"asked_data": 1}
+    record = proxied.queries()[0]
+    assert Options.of(record.options) == OFFERED
+    assert record == (WIRE, 12, data, Ask.DATA, made >> 23)
+    assert pending(proxied) == {FlowKey(packed(client), packed(virtual), 40000, 80, TCP): (ISN, made)}
+    assert proxied.flows(10) == []
+
+
+@pytest.mark.parametrize("bit", range(32))
+def test_a_cookie_that_is_wrong_in_one_bit(proxied: Bench, bit: int) -> None:
+    """Also in what it says, or in the key's number."""
+    assert proxied.drop(said(by=cookie() ^ 1 << bit)) == {"cookie_bad": 1}
+    assert proxied.queries() == [] and not pending(proxied)
+
+
+@pytest.mark.parametrize("data", [
+    said(client="10.0.0.2", by=cookie()), said(by=cookie(), sport=40001), said(by=cookie(isn=ISN + 1)),
+    said(by=cookie(keys=KEYS[::-1])), said(by=cookie("fd00::1"))],
+    ids=["another client", "another port", "another ISN", "another key", "another family"])
+def test_a_cookie_of_another_connection(proxied: Bench, data: bytes) -> None:
+    assert proxied.drop(data) == {"cookie_bad": 1}
+
+
+@BOTH
+def test_keys_are_replaced(proxied: Bench, family: int) -> None:
+    """The other slot first, then it is current; a cookie is void when its own slot has been written."""
+    client, virtual = FAMILIES[family]
+    syn = frame(client, virtual, seq=ISN)
+    first = proxied.answered(syn).seq
+    new, newest = b"new".ljust(16), b"newest".ljust(16)
+    proxied.set_cookies((KEYS[0], new), 0)
+    assert proxied.answered(syn).seq == first
+    proxied.set_cookies((KEYS[0], new), 1)
+    second = proxied.answered(syn).seq
+    assert second >> 31 == 1 and first >> 31 == 0
+    for made in (first, second):
+        assert proxied.drop(said(b"", ACK, by=made, client=client, virtual=virtual)) == {"greeted_ack": 1}
+    proxied.set_cookies((newest, new), 1)
+    assert proxied.drop(said(b"", ACK, by=second, client=client, virtual=virtual)) == {"greeted_ack": 1}
+    assert proxied.drop(said(b"", ACK, by=first, client=client, virtual=virtual)) == {"cookie_bad": 1}
+    proxied.set_cookies((None, new), 1)
+    assert proxied.drop(said(b"", ACK, by=first, client=client, virtual=virtual)) == {"cookie_bad": 1}
+    zero = cookie(client, keys=(bytes(16), None))
+    assert proxied.drop(said(b"", ACK, by=zero, client=client, virtual=virtual)) == {"cookie_bad": 1}
+
+
+def test_further_segments_of_a_client_that_is_being_read(proxied: Bench) -> None:
+    """Its retransmissions, what follows, also out of order, its FIN and RST; nothing that only acknowledges."""
+    proxied.drop(said(b"first"))
+    made = cookie()
+    for data in (said(b"first"), said(b"second", at=5), said(b"fourth", at=40), said(b"third", at=20),
+                 said(b"", FIN | ACK, at=46), said(b"last", FIN | ACK, at=46),
+                 frame(CLIENT, VIRTUAL, flags=ACK, seq=ISN + 47 & 0xFFFFFFFF, ack=made + 1 + 700, payload=b"more"),
+                 said(b"far", at=0x1FFFF)):
+        assert proxied.drop(data) == {"asked_data": 1}
+        assert proxied.queries()[-1] == (WIRE, 12, data, Ask.DATA, made >> 23)
+    for data in (said(b"", ACK, at=5), said(b"", ACK | PSH), frame(CLIENT, VIRTUAL, flags=ACK, seq=ISN + 1,
+                                                                    ack=made + 1 + 700)):
+        assert proxied.drop(data) == {"greeted_ack": 1}
+    for data in (said(b"too far", at=0x20001), said(b"before", at=-2),
+                 frame(CLIENT, VIRTUAL, flags=ACK, seq=ISN + 1, ack=made, payload=b"x"),
+                 frame(CLIENT, VIRTUAL, flags=PSH, seq=ISN + 1, payload=b"x"),
+                 frame(CLIENT, VIRTUAL, flags=RST, seq=ISN - 5), frame(CLIENT, VIRTUAL, flags=SYN | ACK, seq=ISN + 1)):
+        assert proxied.drop(data) == {"cookie_bad": 1}, data
+    assert proxied.queries() == []
+    reset = frame(CLIENT, VIRTUAL, flags=RST, seq=ISN + 6 & 0xFFFFFFFF, ack=0)
+    assert proxied.drop(reset) == {"asked_data": 1}
+    assert proxied.queries()[-1] == (WIRE, 12, reset, Ask.DATA, made >> 23)
+    assert not pending(proxied)
+    assert proxied.drop(reset) == {"cookie_bad": 1}
+
+
+def test_a_syn_forgets_what_was_before_it(proxied: Bench) -> None:
+    proxied.drop(said(b"first"))
+    # A duplicate of the SYN does not: the client goes on.
+    proxied.set_cookies(KEYS, 1)
+    assert proxied.answered(frame(CLIENT, VIRTUAL, seq=ISN)).seq == cookie()
+    assert proxied.drop(said(b"second", at=5)) == {"asked_data": 1}
+    assert proxied.answered(frame(CLIENT, VIRTUAL, seq=77)).seq == cookie(isn=77, current=1)
+    assert not pending(proxied)
+    assert proxied.drop(said(b"second", at=5)) == {"cookie_bad": 1}
+
+
+def test_what_is_forgotten_by_the_agent(proxied: Bench) -> None:
+    proxied.drop(said(b"first"))
+    proxied.forget_pending([FlowKey(packed(CLIENT), packed(VIRTUAL), 40000, 80, TCP)])
+    assert not pending(proxied)
+    proxied.forget_pending(FlowKey(packed(CLIENT), packed(VIRTUAL), port, 80, TCP) for port in (40000, 1))
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def _doubt(tables: Bench, client: str, virtual: str, milliseconds: int) -> None:
+    """It was so long ago that this client sent something unknown."""
+    key = FlowKey(packed(client), packed(virtual), 40000, 80, TCP).pack()
+    doubts = tables.maps["doubts"]
+    (first,) = struct.unpack("=I", doubts.lookup(key) or b"")
+    doubts.update(key, struct.pack("=I", first - layout.ticks(milliseconds) & 0xFFFFFFFF))
+
+
+@BOTH
+@pytest.mark.parametrize("payload", [b"", b"x", b"GET / HTTP/1.1\r\n\r\n" * 40, bytes(range(256)) * 12])
+@pytest.mark.parametrize("flags", [ACK, FIN | ACK, SYN | ACK])
+def test_a_connection_that_is_none_is_reset_in_the_end(proxied: Bench, family: int, payload: bytes,
+                                                       flags: int) -> None:
+    """Not at once: its first data may have been lost, or may still come."""
+    client, virtual = FAMILIES[family]
+    data = said(payload, flags, by=0x01234567, client=client, virtual=virtual, tcp_options=b"\x01" * 12, tos=4, ttl=9)
+    assert proxied.drop(data) == {"cookie_bad": 1}
+    _doubt(proxied, client, virtual, 2900)
+    assert proxied.drop(data) == {"cookie_bad": 1}
+    _doubt(proxied, client, virtual, 200)
+    verdict, out, _ = kernel.run(proxied.programs["wire"], data, room=len(data) + 100)
+    assert verdict == REDIRECT
+    assert out == frame(virtual, client, TCP, 80, 40000, flags=RST, seq=0x01234568, ack=0, window=0,
+                        eth_dst=CLIENT_MAC, eth_src=VIRTUAL_MAC, identification=0,
+                        fragment=0x4000 << 3 if family == 4 else None)
+    assert proxied.counted() == {"cookie_bad": 1, "reset_sent": 1}
+    _doubt(proxied, client, virtual, 60_000)
+    assert proxied.drop(data) == {"cookie_bad": 1}
+    assert proxied.drop(data) == {"cookie_bad": 1}
+
+
+def test_the_second_segment_before_the_first(proxied: Bench) -> None:
+    assert proxied.drop(said(b"second", at=5)) == {"cookie_bad": 1}
+    assert proxied.drop(said(b"first")) == {"asked_data": 1}
+    assert proxied.drop(said(b"second", at=5)) == {"asked_data": 1}
+
+
+@BOTH
+def test_who_leaves_without_a_word_is_reset(proxied: Bench, family: int) -> None:
+    client, virtual = FAMILIES[family]
+    made = cookie(client)
+    seen = proxied.answered(said(b"", FIN | ACK, client=client, virtual=virtual))
+    assert (seen.flags, seen.seq, seen.ack, seen.window) == (RST, made + 1, 0, 0)
+    assert proxied.counted() == {"reset_sent": 1}
+    assert proxied.queries() == [] and not pending(proxied)
+
+
+@pytest.mark.parametrize("flags", [RST, RST | ACK, RST | SYN, 0, FIN, PSH, FIN | PSH | 0x20, SYN | FIN, 0xEF & ~ACK])
+def test_what_gets_no_answer(proxied: Bench, flags: int) -> None:
+    for _ in range(2):
+        assert proxied.drop(said(b"data", flags)) == {"cookie_bad": 1}
+    assert proxied.queries() == [] and list(proxied.maps["doubts"].items()) == []
+
+
+@BOTH
+@pytest.mark.parametrize(("scale", "options", "window"), [(7, OFFERED, 114), (None, OFFERED, 14_600),
+                                                          (7, PLAIN, 14_600)])
+def test_somebody_who_asks_whether_we_are_there(proxied: Bench, family: int, scale: int | None, options: Options,
+                                                window: int) -> None:
+    """A keep-alive probe before anything was said (RFC 1122, 4.2.3.6): one byte before the next one."""
+    offer(proxied, scale=scale)
+    client, virtual = FAMILIES[family]
+    made = cookie(client, options=options)
+    seen = proxied.answered(said(b"", ACK, at=-1, by=made, client=client, virtual=virtual))
+    assert (seen.flags, seen.seq, seen.ack, seen.window, seen.payload) == (ACK, made + 1, ISN + 1, window, b"")
+    assert proxied.counted() == {"greeted_ack": 1}
+
+
+def test_a_full_ring(proxied: Bench) -> None:
+    """Nothing reaches the switch, and nothing is remembered: the client sends it again."""
+    while proxied.drop(said(bytes(3000), client="10.0.0.9")) == {"asked_data": 1}:
+        pass
+    assert proxied.drop(said(bytes(3000))) == {"ask_lost": 1}
+    assert FlowKey(packed(CLIENT), packed(VIRTUAL), 40000, 80, TCP) not in pending(proxied)
+    assert len(proxied.queries(9999)) > 200
+    assert proxied.drop(said(bytes(3000))) == {"asked_data": 1}
+
+
+def test_a_flood_leaves_nothing(proxied: Bench) -> None:
+    for index in range(5000):
+        kernel.run(proxied.programs["wire"], frame(f"10.4.{index >> 8}.{index & 255}", VIRTUAL, tcp_options=LINUX))
+        kernel.run(proxied.programs["wire"], frame(f"10.5.{index >> 8}.{index & 255}", VIRTUAL, flags=ACK))
+    counted = proxied.counted()
+    assert counted == {"greeted": 5000, "cookie_bad": 5000}
+    assert proxied.flows(10) == [] and proxied.queries() == [] and not pending(proxied)
+
+
+def test_a_new_connection_where_one_has_ended(proxied: Bench) -> None:
+    proxied.connect(CLIENT, VIRTUAL, "10.0.1.7", state=layout.SPLICE, serial=9)
+    proxied.set_splices({9: layout.Splice(5)})
+    proxied.walk(frame("10.0.1.7", CLIENT, TCP, 8080, 40000, flags=RST))
+    assert proxied.answered(frame(CLIENT, VIRTUAL, seq=ISN)).seq == cookie()
+    assert proxied.flows(10) == [] and proxied.splice(9) is None

@@ -103,16 +103,17 @@ static __always_inline __u32 segment_length(struct __sk_buff *skb, const struct 
 
 /*
  * Answer a segment of so many bytes. As in send(): checksums are corrected by the difference, so a wrong one stays
- * wrong, a partial one partial, and a card's sum over all of it true.
+ * wrong, a partial one partial, and a card's sum over all of it true (or the kernel has dropped it, for the length
+ * has changed).
  */
 static __noinline int answer(struct __sk_buff *skb, const struct packet *packet, const struct answer *what,
 			     __u32 length)
 {
-	__u32 l4 = packet->l4 & 0x7f, size = TCP_HEADER + what->words * 4U, cut;
+	__u32 l4 = packet->l4 & 0x7f, size = TCP_HEADER + what->words * 4U;
 	struct scratch *here = scratch();
 	struct tcphdr *tcp;
 	__u32 *header;
-	__u64 before = 0, beyond = 0, hops = 0, sum;
+	__u64 before = 0, hops = 0, sum;
 	void *data, *end;
 	struct ethhdr *eth;
 	__u8 mac[6];
@@ -121,16 +122,10 @@ static __noinline int answer(struct __sk_buff *skb, const struct packet *packet,
 		return -FP_SHOT;
 	header = here->header;
 	tcp = (struct tcphdr *)header;
-	/* What Ethernet pads a short frame with is not the segment's. */
-	if (skb->len != l4 + length && bpf_skb_change_tail(skb, l4 + length, 0))
-		return -FP_SHOT;
 	/* A segment that is to be cut up has a partial checksum, which does not hold its bytes. */
-	if (!skb->gso_size) {
-		cut = length < size ? length : size;
-		before = sum_of(skb, l4, cut);
-		beyond = sum_of(skb, l4 + cut, length - cut);
-	}
-	if (length != size && bpf_skb_change_tail(skb, l4 + size, 0))
+	if (!skb->gso_size)
+		before = sum_of(skb, l4, length);
+	if (skb->len != l4 + size && bpf_skb_change_tail(skb, l4 + size, 0))
 		return -FP_SHOT;
 	if (bpf_skb_pull_data(skb, l4 + size))
 		return -FP_SHOT;
@@ -189,7 +184,7 @@ static __noinline int answer(struct __sk_buff *skb, const struct packet *packet,
 		header[7] = what->options[2];
 		/* Addresses and ports have only changed places. */
 		sum = bpf_csum_diff(0, 0, header, sizeof(here->header), 0);
-		sum += (__u64)(__u32)~fold32(before + beyond) + check;
+		sum += (__u64)(__u32)~fold32(before) + check;
 		tcp->check = check;
 	}
 	known_again(size);
@@ -200,8 +195,8 @@ static __noinline int answer(struct __sk_buff *skb, const struct packet *packet,
 	    || bpf_l4_csum_replace(skb, l4 + 16, 0, (__u32)bpf_htons(size) + (__u16)~bpf_htons(length),
 				   BPF_F_PSEUDO_HDR))
 		return -FP_SHOT;
-	/* Cut off without anything in its place, and a header of IPv6, which has no sum of its own. */
-	bpf_csum_update(skb, fold32(beyond + hops));
+	if (packet->ipv6)
+		bpf_csum_update(skb, fold32(hops));
 	return bpf_redirect(packet->ifindex, 0);
 }
 
