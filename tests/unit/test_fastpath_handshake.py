@@ -8,14 +8,19 @@ Programs: ``lbapp/dataflow/fastpath/handshake.bpf.h``, ``answer.bpf.h``, ``cooki
 
 from __future__ import annotations
 
+import ctypes
+import random
+import shutil
 import struct
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbapp.dataflow.fastpath import cookies, kernel, layout
+from lbapp.dataflow.fastpath import build, cookies, kernel, layout
 from lbapp.dataflow.fastpath.cookies import Options
 from lbapp.dataflow.fastpath.layout import Ask, FlowKey, Hash, Mode, Service, ServiceKey
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
@@ -110,6 +115,51 @@ def test_a_cookie_tells_what_was_offered(key: bytes, current: int, address: byte
     assert cookies.check(other, address, port, isn, made) is None
     with pytest.raises(ValueError, match="no key"):
         cookies.make(other, current, address, port, isn, read)
+
+
+WRAPPER = """
+#include "cookie.bpf.h"
+__u32 made(const struct fp_cookies *k, const __u8 *a, __u16 p, __u32 isn, __u32 mss, __u32 scale, int sack)
+{ return cookie_make(k, a, p, isn, cookie_options(mss, scale, sack)); }
+int checked(const struct fp_cookies *k, const __u8 *a, __u16 p, __u32 isn, __u32 c)
+{ return cookie_check(k, a, p, isn, c); }
+__u32 mss_of(__u32 top) { return cookie_mss_of(top); }
+__u32 scale_of(__u32 top) { return cookie_scale_of(top); }
+int sack_of(__u32 top) { return cookie_sack_of(top); }
+"""
+
+
+def test_the_header_says_the_same(tmp_path: Path) -> None:
+    """``cookie.bpf.h`` alone, as another program takes it in, compiled for this machine."""
+    compiler = next(filter(None, map(shutil.which, build.COMPILERS)), None)
+    if compiler is None:
+        pytest.skip("no clang")
+    source, library = tmp_path / "wrapper.c", tmp_path / "wrapper.so"
+    source.write_text(WRAPPER, encoding="ascii")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", f"-I{build.HERE}", str(source), "-o", str(library)],
+                   check=True)
+    calls = ctypes.CDLL(str(library))
+    calls.made.restype = ctypes.c_uint32
+    chosen = random.Random(4)
+    for _ in range(2000):
+        keys, current = (chosen.randbytes(16), chosen.randbytes(16)), chosen.randrange(2)
+        packed_keys = layout.COOKIES.pack(*keys, current, 3)
+        address, port, isn = chosen.randbytes(16), chosen.randrange(1, 65536), chosen.getrandbits(32)
+        options = Options(chosen.choice([*cookies.MSS, *range(500, 1500), 9000, 65535]),
+                          chosen.choice([None, *range(15)]), chosen.random() < 0.5)
+        made = cookies.make(keys, current, address, port, isn, options)
+        scale = layout.NO_SCALE if options.window_scale is None else options.window_scale
+        assert calls.made(packed_keys, address, port, isn, options.mss, scale, options.sack) == made
+        forged = made ^ 1 << chosen.randrange(32)
+        for one in (made, forged):
+            expected = cookies.check(keys, address, port, isn, one)
+            assert calls.checked(packed_keys, address, port, isn, one) == (-1 if expected is None else expected)
+        one_key = layout.COOKIES.pack(*keys, current, 2 >> current)
+        assert calls.checked(one_key, address, port, isn, made) == -1
+    for top in range(512):
+        told = Options.of(top)
+        assert calls.mss_of(top) == told.mss and calls.sack_of(top) == told.sack
+        assert calls.scale_of(top) == (layout.NO_SCALE if told.window_scale is None else told.window_scale)
 
 
 # ------------------------------------------------------------------ greeting

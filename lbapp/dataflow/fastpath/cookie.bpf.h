@@ -34,6 +34,31 @@ static __always_inline __u32 cookie_options(__u32 mss, __u32 scale, int sack)
 	return cookie_mss(mss) << 5 | scale << 1 | (sack ? 1 : 0);
 }
 
+/* What it was: of bits 31..23, as cookie_check() returns them. */
+static __always_inline __u32 cookie_mss_of(__u32 top)
+{
+	switch (top >> 5 & 7) {
+	case 0: return 536;
+	case 1: return 1220;
+	case 2: return 1280;
+	case 3: return 1360;
+	case 4: return 1400;
+	case 5: return 1440;
+	case 6: return 1460;
+	default: return 8960;
+	}
+}
+
+static __always_inline __u32 cookie_scale_of(__u32 top)
+{
+	return top >> 1 & 15;
+}
+
+static __always_inline int cookie_sack_of(__u32 top)
+{
+	return top & 1;
+}
+
 /* port: as a number of this host. top: bits 31..23. */
 static __always_inline __u32 cookie_hash(const struct fp_cookies *keys, const __u8 *address, __u16 port, __u32 isn,
 					 __u32 top)
