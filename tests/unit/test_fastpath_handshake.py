@@ -433,8 +433,8 @@ def _doubt(tables: Bench, client: str, virtual: str, milliseconds: int) -> None:
     """It was so long ago that this client sent something unknown."""
     key = FlowKey(packed(client), packed(virtual), 40000, 80, TCP).pack()
     doubts = tables.maps["doubts"]
-    (first,) = struct.unpack("=I", doubts.lookup(key) or b"")
-    doubts.update(key, struct.pack("=I", first - layout.ticks(milliseconds) & 0xFFFFFFFF))
+    since, acknowledged = struct.unpack("=II", doubts.lookup(key) or b"")
+    doubts.update(key, struct.pack("=II", since - layout.ticks(milliseconds) & 0xFFFFFFFF, acknowledged))
 
 
 @BOTH
@@ -464,6 +464,15 @@ def test_the_second_segment_before_the_first(proxied: Bench) -> None:
     assert proxied.drop(said(b"second", at=5)) == {"cookie_bad": 1}
     assert proxied.drop(said(b"first")) == {"asked_data": 1}
     assert proxied.drop(said(b"second", at=5)) == {"asked_data": 1}
+
+
+def test_doubts_about_one_connection_are_none_about_the_next(proxied: Bench) -> None:
+    assert proxied.drop(said(b"second", at=5)) == {"cookie_bad": 1}
+    _doubt(proxied, CLIENT, VIRTUAL, 4000)
+    other = cookie(isn=5)
+    assert proxied.drop(said(b"second", isn=5, at=5, by=other)) == {"cookie_bad": 1}
+    assert proxied.drop(said(b"second", at=5)) == {"cookie_bad": 1}
+    assert proxied.drop(said(b"first", isn=5, by=other)) == {"asked_data": 1}
 
 
 @BOTH

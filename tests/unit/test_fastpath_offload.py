@@ -179,7 +179,8 @@ def test_a_connection_that_is_none_is_reset(line: Line, family: int) -> None:
     line.send(data, SEGMENT)
     line.counted("cookie_bad")
     ((key, first),) = line.bench.maps["doubts"].items()
-    line.bench.maps["doubts"].update(key, struct.pack("=I", struct.unpack("=I", first)[0] - layout.ticks(4000)))
+    since, acknowledged = struct.unpack("=II", first)
+    line.bench.maps["doubts"].update(key, struct.pack("=II", since - layout.ticks(4000), acknowledged))
     line.send(data, SEGMENT)
     came = line.receive()
     assert came.gso == 0

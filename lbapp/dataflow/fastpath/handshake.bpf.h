@@ -199,13 +199,16 @@ static __always_inline int reset(struct __sk_buff *skb, const struct packet *pac
 static __always_inline int doubt(struct __sk_buff *skb, const struct fp_key *key, const struct packet *packet,
 				 __u32 acknowledgment)
 {
-	__u32 now = ticks(), age;
-	__u32 *first = bpf_map_lookup_elem(&doubts, key);
+	struct doubt *first = bpf_map_lookup_elem(&doubts, key), anew = {.acknowledgment = acknowledgment};
+	__u32 age = DOUBT_OVER;
 
 	count(FP_COOKIE_BAD);
-	age = first ? now - *first : DOUBT_OVER;
+	anew.since = ticks();
+	/* Another connection of the same ports acknowledges another cookie. */
+	if (first && first->acknowledgment == acknowledgment)
+		age = anew.since - first->since;
 	if (age >= DOUBT_OVER)
-		bpf_map_update_elem(&doubts, key, &now, BPF_ANY);
+		bpf_map_update_elem(&doubts, key, &anew, BPF_ANY);
 	else if (age >= DOUBT_TICKS)
 		return reset(skb, packet, acknowledgment);
 	return TC_ACT_SHOT;

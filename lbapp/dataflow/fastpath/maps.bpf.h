@@ -102,12 +102,17 @@ struct {
 	__type(value, struct fp_pending);
 } pending SEC(".maps");
 
-/* Clients that sent what no cookie allows -> the tick of the first time. */
+/* Clients that sent what no cookie allows: the tick of the first time, and what they acknowledged. */
+struct doubt {
+	__u32 since;
+	__u32 acknowledgment;
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 4096);
 	__type(key, struct fp_key);
-	__type(value, __u32);
+	__type(value, struct doubt);
 } doubts SEC(".maps");
 
 struct {
