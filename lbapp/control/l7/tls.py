@@ -116,6 +116,8 @@ def _assemble(data: bytes) -> bytes | Reject | None:
         if not 0 < length <= RECORD_MOST:
             return Reject("", f"a TLS record of {length} bytes")
         at += 5
+        if at + length > HELLO_MOST:
+            return Reject("", f"no ClientHello within {HELLO_MOST} bytes")
         pieces += data[at:at + length]
         if pieces and pieces[0] != CLIENT_HELLO:
             return Reject("", f"not a ClientHello: handshake type {pieces[0]}")
