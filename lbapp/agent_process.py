@@ -30,7 +30,7 @@ from lbapp.bus import csmb
 from lbapp.bus.events import Added, Distribution, Down, Removed, Synced, Up
 from lbapp.bus.ssmb import Lost
 from lbapp.bus.transport import CsPeer, DfsServer
-from lbapp.control.messages import Closed, Error, NewFlow, Query, Reap, Reason, Reply, Reset, Stats, Timeout
+from lbapp.control.messages import AppQuery, Closed, Error, NewFlow, Query, Reap, Reason, Reply, Reset, Stats, Timeout
 from lbapp.control_segments import ControlSegments, Key
 from lbapp.dataflow import conntrack
 from lbapp.dataflow.agent import Agent
@@ -215,8 +215,9 @@ class AgentProcess:
 
     # -------------------------------------------------------------- to the control segments
 
-    def _asked(self, queries: list[Query]) -> None:
-        for identity, batch in self.segments.queries(queries):
+    def _asked(self, queries: Sequence[Query | AppQuery]) -> None:
+        # No virtual server whose handshakes are proxied is ever told to an agent beside the switch: no AppQuery comes.
+        for identity, batch in self.segments.queries([one for one in queries if isinstance(one, Query)]):
             peer = self._server.peers.get(identity)
             if peer is not None:
                 peer.send_queries(batch)

@@ -18,7 +18,7 @@ from typing import Any
 import eventlet
 from eventlet.hubs import trampoline
 
-from lbapp.control.messages import Closed, Query, Reap, Reply, Stats
+from lbapp.control.messages import AppQuery, AppReply, Closed, Query, Reap, Reply, Stats
 from lbapp.dataflow.agent import Agent
 from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution
@@ -57,8 +57,9 @@ class AgentLoop:
         batch: the most closed connections in one.
     """
 
-    def __init__(self, agent: Agent, asked: Callable[[list[Query]], None], closed: Callable[[list[Closed]], None],
-                 alive: Callable[[list[Stats]], None], batch: int = BATCH) -> None:
+    def __init__(self, agent: Agent, asked: Callable[[Sequence[Query | AppQuery]], None],
+                 closed: Callable[[list[Closed]], None], alive: Callable[[list[Stats]], None],
+                 batch: int = BATCH) -> None:
         self.agent = agent
         self._asked = asked
         self._closed = closed
@@ -112,7 +113,9 @@ class AgentLoop:
     def _ticks(self) -> None:
         while True:
             eventlet.sleep(TICK_SECONDS)
-            self.agent.tick(time.monotonic())
+            asking = self.agent.tick(time.monotonic())
+            if asking:
+                self._asked(asking)
 
     def _sweeps(self) -> None:
         while True:
@@ -168,9 +171,13 @@ class LocalLink:
         """See :class:`lbapp.fastpaths.Link`."""
         self.agent.configure(changed, whole=whole)
 
-    def reply(self, replies: Sequence[Reply]) -> None:
+    def greet(self, keys: tuple[bytes | None, bytes | None], current: int) -> None:
         """See :class:`lbapp.fastpaths.Link`."""
-        self._fastpaths.heard(self.agent.reply(replies))
+        self.agent.fastpath.set_cookies(keys, current)
+
+    def reply(self, replies: Sequence[Reply | AppReply]) -> None:
+        """See :class:`lbapp.fastpaths.Link`."""
+        self._fastpaths.heard(self.agent.reply(replies, time.monotonic()))
 
     def deliver(self, answered: Sequence[Answered]) -> Sequence[Answered]:
         """See :class:`lbapp.fastpaths.Link`."""

@@ -9,6 +9,7 @@ which link belongs to which switch and what each was told last; decides nothing.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,8 +17,9 @@ from typing import Any, NamedTuple, Protocol
 
 from lbapp.config.model import Configuration
 from lbapp.config.routing import Routes
+from lbapp.control.cookies import CookieKeys
 from lbapp.control.engine import ControlSegment
-from lbapp.control.messages import Closed, Delete, Error, FromSwitch, Query, Reap, Reply
+from lbapp.control.messages import AppQuery, AppReply, Closed, Delete, Error, FromSwitch, Query, Reap, Reply
 from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution, distribution
 from lbapp.dataflow.fastpath.layout import Mode
@@ -66,7 +68,10 @@ class Link(Protocol):
         ``whole``: these are all; whatever else is there from before is gone as well.
         """
 
-    def reply(self, replies: Sequence[Reply]) -> None:
+    def greet(self, keys: tuple[bytes | None, bytes | None], current: int) -> None:
+        """Make and check cookies with these keys from now on; new ones with the one at ``current``."""
+
+    def reply(self, replies: Sequence[Reply | AppReply]) -> None:
         """Install the flows of these replies (003, REPLY) and let the packets go that wait for them."""
 
     def deliver(self, answered: Sequence[Answered]) -> Sequence[Answered]:
@@ -123,6 +128,7 @@ class FastPaths:
         self._control = control
         self._perform = perform
         self.queries = True
+        self._cookies = CookieKeys(lambda: secrets.token_bytes(16), time.monotonic())
         self._sides: dict[int, _Side] = {}
         self._configuration = Configuration()
         self._routes = Routes()
@@ -135,6 +141,7 @@ class FastPaths:
     def add(self, switch: int, link: Link) -> None:
         """A link is there; it is told everything anew."""
         self._sides[switch] = _Side(link)
+        link.greet(self._cookies.keys, self._cookies.current)
         self.refresh(switch, whole=True)
 
     def remove(self, switch: int) -> None:
@@ -167,7 +174,7 @@ class FastPaths:
         for number, server in wanted.items():
             pool = self._configuration.pool_of(server)
             made = distribution(server, pool, self._control.eligible(switch, server, pool), self._routes, hosts,
-                                queries=self.queries)
+                                queries=self.queries, pools=tuple(self._configuration.pools_of(server).values()))
             if made != side.told.get(number):
                 changed[number] = made
         if numbers is None:
@@ -211,24 +218,29 @@ class FastPaths:
             side.reaps.append(reap)
 
     def tick(self) -> None:
-        """Ask agents what the control segment wants to know, all in one."""
+        """Ask agents what the control segment wants to know, all in one; change the keys of cookies."""
+        changed = self._cookies.tick(time.monotonic())
         for side in list(self._sides.values()):
+            if changed:
+                side.link.greet(self._cookies.keys, self._cookies.current)
             if side.reaps:
                 reaps, side.reaps = side.reaps, []
                 side.link.reap(reaps)
 
     # -------------------------------------------------------------- what they ask and tell
 
-    def asked(self, switch: int, queries: Sequence[Query]) -> None:
-        """A batch of QUERY."""
+    def asked(self, switch: int, queries: Sequence[Query | AppQuery]) -> None:
+        """A batch of QUERY and APP_QUERY."""
         side = self._sides.get(switch)
         if side is None:
             return
         now = time.monotonic()
-        side.asked.update([one.virtual_server for one in queries])
+        side.asked.update([one.virtual_server if isinstance(one, Query) else one.query.virtual_server
+                           for one in queries])
         side.counters["queries"] += len(queries)
         side.counters["query_messages"] += 1
-        side.link.reply([self._answer(side, one, now) for one in queries])
+        side.link.reply([self._answer(side, one, now) if isinstance(one, Query) else
+                         self._control.app_query(one, now) for one in queries])
 
     def _answer(self, side: _Side, query: Query, now: float) -> Reply:
         """One that is asked again has lost its REPLY: it is the same flow still, and counts once."""

@@ -21,10 +21,11 @@ from lbapp.bus import csmb, keyfile
 from lbapp.bus.events import Counted, Down, Up
 from lbapp.bus.ssmb import Lost
 from lbapp.bus.transport import CsClient
-from lbapp.control.messages import Delete, Query, Reap, Refused, Reply, Reset, Stats
+from lbapp.control.messages import AppReply, Delete, Query, Reap, Refused, Reply, Reset, Stats
 from lbapp.control_segments import announce
 from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution
+from lbapp.dataflow.fastpath.layout import Mode
 from lbapp.fastpaths import FastPaths, MemberTraffic, Reading
 
 LOG = logging.getLogger("lbapp.agents")
@@ -113,6 +114,12 @@ class RemoteLink:
 
     def configure(self, changed: Mapping[int, Distribution | None], *, whole: bool = False) -> None:
         """See :class:`lbapp.fastpaths.Link`. Said at once, and again after each reconnection."""
+        for made in changed.values():
+            if made is not None and made.mode is Mode.PROXY:
+                LOG.warning("virtual server %d: what clients say is not read by agents elsewhere; it is refused there",
+                            made.number)
+        changed = {number: None if made is None or made.mode is Mode.PROXY else made
+                   for number, made in changed.items()}
         said = {number: announce(made) for number, made in changed.items() if made is not None}
         if whole:
             self.client.replace([server for server, _ in said.values()],
@@ -124,9 +131,12 @@ class RemoteLink:
             self.client.put(server)
             self.client.distribute(number, targets)
 
-    def reply(self, replies: Sequence[Reply]) -> None:
+    def greet(self, keys: tuple[bytes | None, bytes | None], current: int) -> None:
+        """See :class:`lbapp.fastpaths.Link`. Not carried by the buses: agents elsewhere do not proxy handshakes."""
+
+    def reply(self, replies: Sequence[Reply | AppReply]) -> None:
         """See :class:`lbapp.fastpaths.Link`."""
-        self.client.send_replies(replies)
+        self.client.send_replies([reply for reply in replies if isinstance(reply, Reply)])
         self.client.flush(urgent=True)
 
     def deliver(self, answered: Sequence[Answered]) -> Sequence[Answered]:

@@ -36,6 +36,9 @@ LOG = logging.getLogger("lbapp.runtime")
 FEATURES = ("bundles", "conntrack", "groups")
 MOST_FAST = 20_000
 """Connections of a fast path in one list: it may hold a million."""
+HANDSHAKES = ("greeted", "greeted_ack", "cookie_bad", "reset_sent", "asked_data", "asked_member", "ask_lost",
+              "splice_wait", "proxy_stray", "proxy_dropped", "proxy_member_failed", "proxy_unanswered")
+"""What a fast path and its agent count of handshakes that are proxied."""
 DROPS = ("shot", "closed_lost", "malformed", "waiting_dropped", "unanswered", "refused", "query_unknown_port",
          "reply_unknown_port")
 """Counters of a fast path and its agent that tell of something lost, or refused."""
@@ -303,6 +306,7 @@ class ControllerRuntime:
                 connections=reading.connections, hits=reading.counters.get("hits", 0),
                 misses={name.removeprefix("miss_"): count for name, count in reading.counters.items()
                         if name.startswith("miss_")},
+                handshakes={name: reading.counters[name] for name in HANDSHAKES if name in reading.counters},
                 drops={name: reading.counters[name] for name in DROPS if name in reading.counters},
                 **{name: told[name] for name in ("queries", "query_messages", "deletes", "delete_messages")}))
 

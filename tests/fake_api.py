@@ -16,7 +16,7 @@ import httpx
 import msgspec
 
 from lbapp.config.model import Member, Network, Pool, VirtualServer
-from lbapp.site import from_config, plain_value
+from lbapp.site import from_config
 
 TOKEN = "secret-token"
 KINDS: dict[str, type[Any]] = {"virtual-servers": VirtualServer, "pools": Pool, "networks": Network}
@@ -183,7 +183,8 @@ class FakeApi:
     @staticmethod
     def _checked(values: dict[str, Any], cls: type[Any]) -> dict[str, Any]:
         try:
-            return {key: plain_value(value) for key, value in msgspec.to_builtins(msgspec.convert(values, cls)).items()}
+            found: dict[str, Any] = msgspec.to_builtins(msgspec.convert(values, cls))
+            return found
         except msgspec.ValidationError as error:
             named = re.match(r"([a-z_]+): (.*)", str(error))
             raise Refused(400, named[2] if named else str(error), named[1] if named else None) from None

@@ -148,6 +148,7 @@ class FastPathStatistics(msgspec.Struct, frozen=True, kw_only=True):
         connections: those it holds now; null where its agent runs on another host.
         hits: packets that it translated itself.
         misses: packets that it left to Open vSwitch, by reason.
+        handshakes: of virtual servers that read what clients say: SYNs answered with a cookie, and what came of them.
         drops: what found no room or no answer, by reason.
         queries, deletes: first packets asked about, closed connections told of, one by one (unbundled).
         query_messages, delete_messages: the messages that carried them (bundled).
@@ -156,6 +157,7 @@ class FastPathStatistics(msgspec.Struct, frozen=True, kw_only=True):
     connections: Count | None = 0
     hits: Count = 0
     misses: dict[str, int] = {}
+    handshakes: dict[str, int] = {}
     drops: dict[str, int] = {}
     queries: Count = 0
     query_messages: Count = 0

@@ -523,7 +523,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     def pools_of(self, virtual_server: VirtualServer) -> dict[str, Pool]:
         """All pools that a virtual server may send connections to, by id."""
         pool = self.pool_of(virtual_server)
-        found = {} if pool is None else {pool.id: pool}
+        found = {} if pool is None else {str(virtual_server.default_pool_id): pool}
         if virtual_server.l7_policies:
             names = virtual_server.pool_names
             found.update((key, one) for key, one in self.pools.items() if one.name in names)

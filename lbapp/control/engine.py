@@ -11,6 +11,7 @@ reads a clock: each method that needs the time is given it, in seconds that only
 What is answered to a QUERY (003 FIGURES 8, 22), in this order:
 
     virtual server 0 (a port nobody serves)           NOTAVAIL
+    one that reads what clients say (no APP_QUERY)    NOTAVAIL
     a virtual server that is not configured           UNKNOWN
     a connection that is known                        its member, again
     TCP, and not the beginning of a connection        UNKNOWN
@@ -18,18 +19,25 @@ What is answered to a QUERY (003 FIGURES 8, 22), in this order:
     as many connections as its limit allows           CONNLIMIT
     no member that takes connections can be reached   NOTAVAIL
     otherwise                                         the member that the pool's algorithm selects
+
+An APP_QUERY is answered in the same order; the pool is the one that the virtual server's L7 policies name for what
+the client said, unless they answer it themselves.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from lbapp.config.model import Algorithm, Configuration, Member, Pool, VirtualServer
 from lbapp.control.connections import Connection, Connections
+from lbapp.control.l7 import Answer, More, Reject
 from lbapp.control.limits import DEFAULTS, Limits
 from lbapp.control.messages import (
+    AppQuery,
+    AppReply,
+    Binding,
     Delete,
     Error,
     FromSwitch,
@@ -81,14 +89,28 @@ class _Group:
         self.selector: Selector | None = None
 
 
+class Chosen(NamedTuple):
+    """Why a connection went where it went: the policy that matched ("": none), what was read, and the binding."""
+
+    policy: str
+    key: str
+    binding: Binding
+
+
 class _Switch:
     """What the engine keeps for a switch."""
 
-    __slots__ = ("counts", "groups")
+    __slots__ = ("chosen", "counts", "groups")
 
     def __init__(self, counts: Counts) -> None:
         self.counts = counts
-        self.groups: dict[int, _Group] = {}
+        self.groups: dict[int, dict[str, _Group]] = {}
+        self.chosen: dict[int, Chosen] = {}
+
+    def stale(self, number: int) -> None:
+        """What a virtual server selects from has changed."""
+        for group in self.groups.get(number, {}).values():
+            group.stale = True
 
 
 class ControlSegment:
@@ -158,6 +180,8 @@ class ControlSegment:
         if service is None:
             # 003 FIGURE 8: "the port requested was denied" is NOTAVAIL.
             return self._refuse(query, 0, Error.UNKNOWN if number else Error.NOTAVAIL)
+        if service.reader is not None:
+            return self._refuse(query, number, Error.NOTAVAIL)
         if service.follows:
             known = self._known(service, query, now)
             if known is not None:
@@ -169,19 +193,76 @@ class ControlSegment:
             return self._refuse(query, number, Error.NOTAVAIL)
         if 0 <= service.limit <= self._ledger.virtual_server(number).active:
             return self._refuse(query, number, Error.CONNLIMIT)
-        group = switch.groups.get(number)
+        return self._select(switch, service, service.virtual_server.default_pool_id or "", query, now)
+
+    def _select(self, switch: _Switch, service: Service, pool: str, query: Query, now: float) -> Reply:
+        groups = switch.groups.get(service.number)
+        group = groups.get(pool) if groups is not None else None
         if group is None or group.stale:
-            group = self._fill(switch, query.switch, service)
+            group = self._fill(switch, query.switch, service, pool)
         if not group.choices:
-            return self._refuse(query, number, Error.NOTAVAIL)
+            return self._refuse(query, service.number, Error.NOTAVAIL)
         assert group.selector is not None
-        member, translation, way, counts = group.choices[group.selector.pick(query.signature, query.serial)]
+        return self._opened(service, query, group.choices[group.selector.pick(query.signature, query.serial)], now)
+
+    def _opened(self, service: Service, query: Query, choice: Choice, now: float) -> Reply:
+        member, translation, way, counts = choice
         if service.follows:
             self._connections.open(query, member, service.rules, way, counts, service.idle, now)
         else:
             for count in counts:
                 count.opened += 1
         return Reply(query, Error.OK, member, translation, True, service.counts)
+
+    def app_query(self, asked: AppQuery, now: float) -> AppReply:
+        """Answer for a flow whose client was shaken hands with, and has spoken (APP_QUERY)."""
+        query = asked.query
+        number = query.virtual_server
+        service = self._services.by_number.get(number)
+        if service is None or service.reader is None:
+            return AppReply(query, self._refuse(query, number if service is not None else 0, Error.UNKNOWN))
+        switch = self._switches.get(query.switch)
+        if switch is None or not service.accepts:
+            return self._turned_away(service, query, Error.NOTAVAIL)
+        if 0 <= service.limit <= self._ledger.virtual_server(number).active:
+            return self._turned_away(service, query, Error.CONNLIMIT)
+        reader = service.reader
+        read = reader.timed_out(asked.data) if asked.timed_out else reader.read(asked.data)
+        if isinstance(read, More):
+            return AppReply(query)
+        if isinstance(read, Answer):
+            self._ledger.refuse(number, Refusal.ANSWERED)
+            return AppReply(query, Reply(query, Error.NOTAVAIL), answer=read.data)
+        if isinstance(read, Reject):
+            self._ledger.refuse(number, Refusal.REJECTED)
+            return AppReply(query, Reply(query, Error.NOTAVAIL))
+        pool = service.names.get(read.pool, "") if read.pool else service.virtual_server.default_pool_id or ""
+        if service.follows:
+            known = self._connections.find(query.switch, query.signature)
+            if known is not None:
+                self._replace(known)
+        reply = self._again(switch, service, pool, asked, now) if asked.failed else \
+            self._select(switch, service, pool, query, now)
+        if reply.error is not Error.OK:
+            return AppReply(query, reply, answer=service.reader.unavailable())
+        binding = Binding.SPLICE
+        chosen = switch.chosen
+        chosen[query.serial] = Chosen(read.policy, read.key, binding)
+        if len(chosen) > self._limits.chosen:
+            del chosen[next(iter(chosen))]
+        return AppReply(query, reply, binding)
+
+    def _turned_away(self, service: Service, query: Query, error: Error) -> AppReply:
+        assert service.reader is not None
+        return AppReply(query, self._refuse(query, service.number, error), answer=service.reader.unavailable())
+
+    def _again(self, switch: _Switch, service: Service, pool: str, asked: AppQuery, now: float) -> Reply:
+        """Another member than those that failed: the pool's next one."""
+        group = self._fill(switch, asked.query.switch, service, pool)
+        left = [choice for choice in group.choices if choice[0] not in asked.failed]
+        if not left or len(asked.failed) >= self._limits.attempts:
+            return self._refuse(asked.query, service.number, Error.NOTAVAIL)
+        return self._opened(service, asked.query, left[asked.query.serial // 2 % len(left)], now)
 
     def _known(self, service: Service, query: Query, now: float) -> Reply | None:
         """The answer for a packet of a connection that exists; None where it opens another one."""
@@ -215,18 +296,17 @@ class ControlSegment:
         self._ledger.refuse(number, REFUSALS[error])
         return Reply(query, error)
 
-    def _fill(self, switch: _Switch, switch_id: int, service: Service) -> _Group:
-        """Find out again which members can be reached, and tell the selection."""
-        group = switch.groups.get(service.number)
-        if group is None:
-            group = switch.groups[service.number] = _Group()
+    def _fill(self, switch: _Switch, switch_id: int, service: Service, pool_id: str) -> _Group:
+        """Find out again which members of a pool can be reached, and tell the selection."""
+        group = switch.groups.setdefault(service.number, {}).setdefault(pool_id, _Group())
         group.stale = False
-        pool = service.pool
+        farm = service.farms.get(pool_id)
+        pool = farm.pool if farm is not None and farm.pool.admin_state_up else None
         hosts = self._neighbours.hosts(switch_id)
         here = self._ledger.virtual_server(service.number)
         group.choices = []
         candidates = []
-        for way in service.ways:
+        for way in farm.ways if farm is not None and pool is not None else ():
             member = way.member
             host = hosts.get(way.next_hop)
             if host is None or not member.takes_new:
@@ -315,8 +395,8 @@ class ControlSegment:
             self._make_room()
             self._switches[switch] = _Switch(self._ledger.switch(switch))
         self._up.add(switch)
-        for group in self._switches[switch].groups.values():
-            group.stale = True
+        for number in self._switches[switch].groups:
+            self._switches[switch].stale(number)
         return self._located(self._neighbours.switch_up(switch, message.hosts, now))
 
     def _make_room(self) -> None:
@@ -345,11 +425,8 @@ class ControlSegment:
         """Note which groups a change of a next hop touches."""
         for command in commands:
             if type(command) is HostChanged:
-                groups = self._switches[command.switch].groups
                 for number in self._services.users(command.address):
-                    group = groups.get(number)
-                    if group is not None:
-                        group.stale = True
+                    self._switches[command.switch].stale(number)
         return commands
 
     # -------------------------------------------------------------- configuration
@@ -373,9 +450,7 @@ class ControlSegment:
             for number in removed:
                 switch.groups.pop(number, None)
             for number in change.changed:
-                group = switch.groups.get(number)
-                if group is not None:
-                    group.stale = True
+                switch.stale(number)
         commands += self._located(self._neighbours.configure(change.wanted, change.unwanted, now))
         return self._out(commands)
 
@@ -436,6 +511,11 @@ class ControlSegment:
         """The number of the virtual server of a connection that is known; else 0."""
         entry = self._connections.get(switch, serial)
         return entry.virtual_server if entry is not None else 0
+
+    def chosen(self, switch: int, serial: int) -> Chosen | None:
+        """Why a connection whose client was read went where it went; None where that is not known (any more)."""
+        known = self._switches.get(switch)
+        return known.chosen.get(serial) if known is not None else None
 
     def active(self, member: int) -> int:
         """The connections of a member, among those that are known."""

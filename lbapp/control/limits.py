@@ -19,6 +19,8 @@ class Limits(NamedTuple):
         asked_hosts: per switch, hosts looked up on demand; the oldest makes room.
         probes_per_tick: neighbours looked after in one tick.
         reaps_per_tick: connections whose idle timer is looked after in one tick.
+        chosen: per switch, connections whose reason is remembered (why that pool); the oldest makes room.
+        attempts: members that are tried for one connection, at most.
         live_interval: seconds between two :class:`~lbapp.control.messages.Live` snapshots of a
             switch. A younger connection may be missing from one without being dead.
     """
@@ -29,6 +31,8 @@ class Limits(NamedTuple):
     probes_per_tick: int = 500
     reaps_per_tick: int = 1000
     live_interval: float = 10.0
+    chosen: int = 65_536
+    attempts: int = 3
 
 
 DEFAULTS = Limits()

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from lbapp.config.model import UNLIMITED, Configuration, Member, Pool, Protocol, State, VirtualServer
 from lbapp.config.routing import Routes
 from lbapp.control.connections import CONNTRACK_IDLE, GRACE
+from lbapp.control.l7 import Reader
 from lbapp.control.messages import Host, Translation
 from lbapp.control.selection import COUNTING
 
@@ -40,21 +41,31 @@ class Way:
         return Translation(self._address, self.port, host, self._routed)
 
 
+class Farm(NamedTuple):
+    """A pool, and how one virtual server reaches its members."""
+
+    pool: Pool
+    ways: tuple[Way, ...]
+
+
 class Service:
-    """A virtual server with its pool, ready to answer for.
+    """A virtual server with its pools, ready to answer for.
 
     Attributes:
+        farms: its pools by id: the default one, and those that its L7 policies name.
+        reader: reads what clients say first; None where it does not matter.
         counts: whether its connections are to be counted (`tracked` in a REPLY).
         follows: whether the control segment has to know its connections at all.
         accepts: whether it takes new connections.
         idle: seconds without news after which to ask about a connection.
     """
 
-    __slots__ = ("accepts", "counts", "follows", "id", "idle", "limit", "next_hops", "number", "pool", "rules",
-                 "tcp", "virtual_server", "ways")
+    __slots__ = ("accepts", "counts", "farms", "follows", "id", "idle", "limit", "names", "next_hops", "number", "pool",
+                 "reader", "rules", "tcp", "virtual_server", "ways")
 
-    def __init__(self, resource_id: str, virtual_server: VirtualServer, pool: Pool | None,
+    def __init__(self, resource_id: str, virtual_server: VirtualServer, pools: Mapping[str, Pool],
                  next_hops: Mapping[str, str], routes: Routes) -> None:
+        pool = pools.get(virtual_server.default_pool_id or "")
         self.id = resource_id
         self.virtual_server = virtual_server
         self.pool = pool
@@ -62,19 +73,22 @@ class Service:
         self.tcp = virtual_server.protocol is Protocol.TCP
         self.rules = virtual_server.state is State.RULES
         self.limit = virtual_server.connection_limit
-        self.counts = self.limit != UNLIMITED or (pool is not None and pool.lb_algorithm in COUNTING)
+        self.reader = Reader.of(virtual_server)
+        self.counts = self.limit != UNLIMITED or any(one.lb_algorithm in COUNTING for one in pools.values())
         self.follows = self.rules or self.counts
         self.accepts = (virtual_server.admin_state_up and not virtual_server.maintenance
-                        and pool is not None and pool.admin_state_up)
+                        and (self.reader is not None or (pool is not None and pool.admin_state_up)))
         self.idle = CONNTRACK_IDLE
         if self.rules:
             self.idle = (virtual_server.idle_timeout or virtual_server.hard_timeout) + GRACE
-        members = pool.members if pool is not None else ()
-        self.ways = tuple(
+        self.farms = {key: Farm(one, tuple(
             Way(virtual_server, member, next_hops.get(member.address) or routes.next_hop(virtual_server, member),
                 routes.routed(virtual_server, member))
-            for member in members if routes.reaches(virtual_server, member))
-        self.next_hops = frozenset(way.next_hop for way in self.ways)
+            for member in one.members if routes.reaches(virtual_server, member))) for key, one in pools.items()}
+        self.names = {one.name: key for key, one in pools.items()}
+        default = self.farms.get(virtual_server.default_pool_id or "")
+        self.ways = default.ways if default is not None else ()
+        self.next_hops = frozenset(way.next_hop for farm in self.farms.values() for way in farm.ways)
 
 
 class Change(NamedTuple):
@@ -134,7 +148,8 @@ class Services:
         if networks or pools or gone_pools:
             touched = {*pools, *gone_pools}
             for key, server in new.virtual_servers.items():
-                if networks or server.default_pool_id in touched:
+                if networks or server.default_pool_id in touched or (
+                        server.l7_policies and not touched.isdisjoint(new.pools_of(server))):
                     servers.setdefault(key, server)
         changing: list[tuple[str, VirtualServer]] = [(key, new.virtual_servers[key]) for key in servers]
         removed = [old.virtual_servers[key].number for key in gone_servers]
@@ -156,12 +171,13 @@ class Services:
             self._release(self.by_number.pop(number), before_hops)
         next_hops: dict[str, str] = {}
         for key, server in changing:
-            pool = new.pool_of(server)
-            if server.route_by_destination and pool is not None:
-                for member in pool.members:
-                    if member.address not in next_hops:
-                        next_hops[member.address] = self.routes.towards(member.address)
-            service = Service(key, server, pool, next_hops if server.route_by_destination else {}, self.routes)
+            own = new.pools_of(server)
+            if server.route_by_destination:
+                for pool in own.values():
+                    for member in pool.members:
+                        if member.address not in next_hops:
+                            next_hops[member.address] = self.routes.towards(member.address)
+            service = Service(key, server, own, next_hops if server.route_by_destination else {}, self.routes)
             earlier = self.by_number.get(server.number)
             if earlier is not None:
                 self._release(earlier, before_hops)

@@ -22,6 +22,8 @@ class Refusal(enum.Enum):
     NOTAVAIL = "notavail"
     CONNLIMIT = "connlimit"
     OVERFLOW = "overflow"
+    REJECTED = "rejected"
+    ANSWERED = "answered"
 
 
 REFUSALS = {Error.UNKNOWN: Refusal.UNKNOWN, Error.NOTAVAIL: Refusal.NOTAVAIL, Error.CONNLIMIT: Refusal.CONNLIMIT}

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from lbapp.control.messages import (
+    AppQuery,
+    AppReply,
     Closed,
     Delete,
     Error,
@@ -35,12 +37,13 @@ from lbapp.control.messages import (
 )
 from lbapp.dataflow import frames
 from lbapp.dataflow.carrier import Answered, Held
-from lbapp.dataflow.distribution import Distribution, Target, slots
+from lbapp.dataflow.distribution import Distribution, Greeting, Target, slots
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.fastpath import FastPath
 from lbapp.dataflow.fastpath.layout import Mode
 from lbapp.dataflow.matches import TCP
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
+from lbapp.dataflow.proxy import Proxy
 
 LOG = logging.getLogger("lbapp.agent")
 
@@ -100,6 +103,7 @@ class Agent:
         self._told: dict[int, Distribution] = {}
         self._targets: dict[tuple[int, int], int] = {}
         self._free: deque[int] = deque()
+        self.proxy = Proxy(fastpath, switch, serials, self._proxied_flows, self._greeting, self.counters)
         # Tables of an agent that was here before go on until this one knows better.
         self._next = max(fastpath.targets(), default=0) + 1
 
@@ -169,7 +173,9 @@ class Agent:
             for number, target in zip(ids, made.targets, strict=True)))
         table = slots(reachable) if made.mode is Mode.DECIDE else ()
         mode = Mode.PASS if made.mode is Mode.DECIDE and not table else made.mode
-        return layout.Service(made.number, mode, made.hash, made.idle, tuple(ids[index] for index in table))
+        greeting = made.greeting or Greeting(0, 0, False)
+        return layout.Service(made.number, mode, made.hash, made.idle, tuple(ids[index] for index in table),
+                              greeting.mss, greeting.window_scale, greeting.sack)
 
     def _relocate(self, old: Distribution, made: Distribution) -> None:
         """A member that moved takes its established connections along."""
@@ -180,16 +186,17 @@ class Agent:
                 if wire is not None:
                     self.fastpath.relocate(target.member, target.host.mac, wire.ifindex, made.number)
 
-    def reply(self, replies: Sequence[Reply | NewFlow]) -> list[Refused]:
+    def reply(self, replies: Sequence[Reply | NewFlow | AppReply], now: float = 0.0) -> list[Refused]:
         """Install the flows of a batch of REPLY or NEWFLOW; then the packets that wait for them go, or refusals.
 
         Returns:
             The flows that could not be held: their control segment is to forget them.
         """
-        refused: list[Refused] = []
+        said = [reply for reply in replies if isinstance(reply, AppReply)]
+        refused: list[Refused] = self.proxy.reply(said, now) if said else []
         flows: list[tuple[layout.FlowKey, layout.Flow]] = []
         installing: list[tuple[Query, Waiting | None]] = []
-        for reply in map(_as_reply, replies):
+        for reply in (_as_reply(one) for one in replies if not isinstance(one, AppReply)):
             waiting = self._waiting.pop(reply.query.signature, None)
             if reply.error is not Error.OK or reply.translation is None:
                 if waiting is not None:
@@ -240,7 +247,15 @@ class Agent:
                 left.append(one)
         return left
 
-    def _flows(self, reply: Reply, translation: Translation) -> tuple[
+    def _proxied_flows(self, reply: Reply, state: int) -> tuple[
+            tuple[layout.FlowKey, layout.Flow], tuple[layout.FlowKey, layout.Flow]] | None:
+        return self._flows(reply, reply.translation, state) if reply.translation is not None else None
+
+    def _greeting(self, virtual_server: int) -> Greeting | None:
+        told = self._told.get(virtual_server)
+        return told.greeting if told is not None else None
+
+    def _flows(self, reply: Reply, translation: Translation, more: int = 0) -> tuple[
             tuple[layout.FlowKey, layout.Flow], tuple[layout.FlowKey, layout.Flow]] | None:
         query, signature = reply.query, reply.query.signature
         ports = self.fastpath.ports
@@ -253,7 +268,7 @@ class Agent:
         address = translation.address if translation.address is not None else signature.destination
         port = translation.port or signature.destination_port
         protocol = signature.protocol
-        state = (layout.ROUTED if translation.routed else 0) | (layout.TRACKED if reply.tracked else 0)
+        state = (layout.ROUTED if translation.routed else 0) | (layout.TRACKED if reply.tracked else 0) | more
         identity = (query.serial, query.virtual_server, reply.member, told.idle)
         inbound = layout.FlowKey(signature.source, signature.destination, signature.source_port,
                                  signature.destination_port, protocol)
@@ -298,11 +313,16 @@ class Agent:
 
     # -------------------------------------------------------------- what it asks and tells
 
-    def queries(self, now: float) -> list[Query]:
-        """The first packets that came, as a batch of QUERY."""
-        asked: list[Query] = []
-        for ifindex, virtual_server, frame, _, _ in self.fastpath.queries():
+    def queries(self, now: float) -> list[Query | AppQuery]:
+        """The first packets that came, as a batch of QUERY and APP_QUERY."""
+        asked: list[Query | AppQuery] = []
+        for record in self.fastpath.queries():
+            ifindex, virtual_server, frame = record[:3]
             try:
+                if record.kind != layout.Ask.FIRST:
+                    member = record.kind == layout.Ask.MEMBER
+                    (self.proxy.from_member if member else self.proxy.from_client)(record, now)
+                    continue
                 packet = frames.parse(frame)
                 frame = frames.with_checksum(frame, packet)
             except frames.MalformedError:
@@ -331,7 +351,7 @@ class Agent:
                 self.counters["waiting_dropped"] += 1
             self._waiting[packet.signature] = Waiting(query, now, now, ifindex, [frame], packet)
             asked.append(query)
-        return asked
+        return [*asked, *self.proxy.flush(now)]
 
     def ended(self, limit: int) -> tuple[list[Closed], list[Stats]]:
         """Connections that ended, as one batch of DELETE, and live ones that were asked about, as STATS (CONNALIVE).
@@ -367,14 +387,15 @@ class Agent:
                        flow.packets + (back.packets if back is not None else 0),
                        flow.bytes + (back.bytes if back is not None else 0))
 
-    def tick(self, now: float) -> None:
-        """Give up on what nobody answered."""
+    def tick(self, now: float) -> list[AppQuery]:
+        """Give up on what nobody answered; returns what has to be asked because time has passed."""
         while self._waiting:
             signature, waiting = next(iter(self._waiting.items()))
             if now - waiting.first < GIVE_UP_SECONDS:
                 break
             del self._waiting[signature]
             self.counters["unanswered"] += 1
+        return self.proxy.tick(now)
 
     def sweep(self) -> layout.Swept:
         """Delete what has ended or is idle; where the table is nearly full, the oldest too (003, FIGURE 18)."""

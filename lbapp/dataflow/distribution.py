@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from lbapp.config.model import Algorithm, Configuration, Member, Pool, Protocol, State, VirtualServer
+from lbapp.config.model import Algorithm, Application, Configuration, Member, Pool, Protocol, State, VirtualServer
 from lbapp.config.routing import Routes
 from lbapp.control.messages import FlowSignature, Host
 from lbapp.control.selection import Candidate, WeightedRoundRobin, maglev_table
@@ -38,8 +38,20 @@ class Target(NamedTuple):
     routed: bool
 
 
+class Greeting(NamedTuple):
+    """How the clients of a virtual server are shaken hands with (APP_PROXY): what its members support.
+
+    ``window_scale`` is offered to clients that offer one; ``seconds`` is how long they may take to say enough.
+    """
+
+    mss: int = 1460
+    window_scale: int = 7
+    sack: bool = True
+    seconds: float = 10.0
+
+
 class Distribution(NamedTuple):
-    """One virtual server as the fast path sees it. ``idle`` is in seconds."""
+    """One virtual server as the fast path sees it. ``idle`` is in seconds; ``greeting`` only with mode PROXY."""
 
     number: int
     address: bytes
@@ -49,6 +61,7 @@ class Distribution(NamedTuple):
     hash: Hash
     idle: int
     targets: tuple[Target, ...]
+    greeting: Greeting | None = None
 
 
 Eligible = Callable[[VirtualServer, Pool | None], Sequence[Member]]
@@ -61,7 +74,7 @@ def idle_seconds(protocol: Protocol) -> int:
 
 
 def distribution(virtual_server: VirtualServer, pool: Pool | None, eligible: Sequence[Member], routes: Routes,
-                 hosts: Mapping[str, Host], *, queries: bool) -> Distribution | None:
+                 hosts: Mapping[str, Host], *, queries: bool, pools: Sequence[Pool] = ()) -> Distribution | None:
     """What the fast path does with a virtual server; None where it leaves all of it to the switch.
 
     Wildcards, translated sources and rule pairs are the switch's: it finds the most specific virtual server,
@@ -74,10 +87,13 @@ def distribution(virtual_server: VirtualServer, pool: Pool | None, eligible: Seq
         routes: the balancer's networks.
         hosts: where next hops are, seen from this switch.
         queries: whether the agent asks the control segment itself; else by packet-in.
+        pools: where what clients say decides, all pools it may decide for.
     """
     if (not virtual_server.admin_state_up or virtual_server.wildcard_address or virtual_server.wildcard_port
             or virtual_server.snat or virtual_server.state is State.RULES):
         return None
+    if virtual_server.application is not Application.L4:
+        return _proxied(virtual_server, pools, routes, hosts)
     targets = tuple(_targets(virtual_server, pool, eligible, routes, hosts)) if pool is not None else ()
     takers = sum(1 for target in targets if target.weight)
     mode = Mode.PASS
@@ -93,6 +109,17 @@ def distribution(virtual_server: VirtualServer, pool: Pool | None, eligible: Seq
         how = Hash.FLOW
     return Distribution(virtual_server.number, packed(virtual_server.vip_address), virtual_server.protocol_port,
                         virtual_server.protocol.number, mode, how, idle_seconds(virtual_server.protocol), targets)
+
+
+def _proxied(virtual_server: VirtualServer, pools: Sequence[Pool], routes: Routes,
+             hosts: Mapping[str, Host]) -> Distribution:
+    """Its clients are answered by a cookie whatever state its members are in: how to refuse is a matter of the
+    application as well."""
+    targets = {target.member: target for pool in pools for target in _targets(virtual_server, pool, (), routes, hosts)}
+    greeting = Greeting(mss=1460 if virtual_server.version == 4 else 1440, seconds=virtual_server.inspect_timeout)
+    return Distribution(virtual_server.number, packed(virtual_server.vip_address), virtual_server.protocol_port,
+                        virtual_server.protocol.number, Mode.PROXY, Hash.TURN, idle_seconds(virtual_server.protocol),
+                        tuple(targets.values()), greeting)
 
 
 def _targets(virtual_server: VirtualServer, pool: Pool, eligible: Sequence[Member], routes: Routes,
@@ -113,7 +140,8 @@ def distributions(configuration: Configuration, routes: Routes, hosts: Mapping[s
     """The distributions of all virtual servers of a configuration, for one switch."""
     for virtual_server in configuration.virtual_servers.values():
         pool = configuration.pool_of(virtual_server)
-        made = distribution(virtual_server, pool, eligible(virtual_server, pool), routes, hosts, queries=queries)
+        made = distribution(virtual_server, pool, eligible(virtual_server, pool), routes, hosts, queries=queries,
+                            pools=tuple(configuration.pools_of(virtual_server).values()))
         if made is not None:
             yield made
 

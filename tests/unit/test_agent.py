@@ -161,7 +161,7 @@ def arrive(fast: FakeFastPath, *data: bytes, wire: int = CLIENT_WIRE) -> None:
 
 def ask(agent: Agent, fast: FakeFastPath, *data: bytes, now: float = 1.0) -> list[Query]:
     arrive(fast, *data)
-    return agent.queries(now)
+    return [one for one in agent.queries(now) if isinstance(one, Query)]
 
 
 def reply(query: Query, routed: bool = False, **more: Any) -> Reply:

@@ -216,7 +216,7 @@ def test_before_it_is_ready(tables: Bench, family: int) -> None:
     for data in (request(family, payload=b"first", **made), request(family, FIN | ACK, **made),
                  request(family, RST, **made), request(family, SYN)):
         assert tables.drop(data) == {"splice_wait": 1, "asked_data": 1}
-        assert tables.queries()[0][:4] == (WIRE, 5, data, Ask.DATA)
+        assert tables.queries()[0][:4] == (WIRE, 5, data, Ask.LATER)
     tables.drop(request(family, payload=b"first", **made))
     assert [one.options for one in tables.queries()] == [cookie >> 23]
     assert tables.drop(request(family, **made)) == {"splice_wait": 1}, "an acknowledgment says nothing"

@@ -13,6 +13,7 @@ from lbapp import fastpaths as fastpaths_module
 from lbapp.config.model import Algorithm, Configuration, Member, Pool, Protocol, VirtualServer
 from lbapp.control.engine import ControlSegment
 from lbapp.control.messages import (
+    AppReply,
     Closed,
     Error,
     FlowSignature,
@@ -40,7 +41,9 @@ class FakeLink:
 
     def __init__(self) -> None:
         self.told: list[tuple[dict[int, Distribution | None], bool]] = []
+        self.greeted: list[tuple[tuple[bytes | None, bytes | None], int]] = []
         self.replies: list[Reply] = []
+        self.app_replies: list[AppReply] = []
         self.delivered: list[Answered] = []
         self.reaps: list[list[Reap]] = []
         self.left: list[Answered] = []
@@ -50,8 +53,12 @@ class FakeLink:
     def configure(self, changed: Mapping[int, Distribution | None], *, whole: bool = False) -> None:
         self.told.append((dict(changed), whole))
 
-    def reply(self, replies: Sequence[Reply]) -> None:
-        self.replies += replies
+    def greet(self, keys: tuple[bytes | None, bytes | None], current: int) -> None:
+        self.greeted.append((keys, current))
+
+    def reply(self, replies: Sequence[Reply | AppReply]) -> None:
+        self.replies += [one for one in replies if isinstance(one, Reply)]
+        self.app_replies += [one for one in replies if isinstance(one, AppReply)]
 
     def deliver(self, answered: Sequence[Answered]) -> Sequence[Answered]:
         self.delivered += answered

@@ -54,6 +54,7 @@ enum fp_ask {
 	FP_ASK_FIRST,        /* a connection's first packet */
 	FP_ASK_DATA,         /* from a client whose handshake was answered here */
 	FP_ASK_MEMBER,       /* from the member of a splice that is not ready */
+	FP_ASK_LATER,        /* as FP_ASK_DATA, but not the client's first: its sequence number is not the cookie's */
 };
 
 /* What a packet that is not forwarded here was, and what else is counted. */

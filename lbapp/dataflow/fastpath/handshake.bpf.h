@@ -242,7 +242,9 @@ static __noinline int listen(struct __sk_buff *skb, const struct fp_key *key, co
 				count(FP_GREETED_ACK);
 				return TC_ACT_SHOT;
 			}
-			if (ask_or_drop(skb, packet, service->number, FP_ASK_DATA, entry.cookie >> COOKIE_SHIFT)
+			__u32 kind = isn == entry.isn && cookie == entry.cookie ? FP_ASK_DATA : FP_ASK_LATER;
+
+			if (ask_or_drop(skb, packet, service->number, kind, entry.cookie >> COOKIE_SHIFT)
 			    && flags & TCP_RST)
 				bpf_map_delete_elem(&pending, key);
 			return TC_ACT_SHOT;

@@ -84,12 +84,14 @@ class Ask(enum.IntEnum):
     """What came up the ring of queries.
 
     FIRST: a connection's first packet. DATA: a client's, whose handshake was answered here; :attr:`QueryRecord.options`
-    are of its cookie. MEMBER: from the member of a splice that is not ready.
+    are of its cookie, and this is its first data. LATER: what it says behind that. MEMBER: from the member of a splice
+    that is not ready.
     """
 
     FIRST = 0
     DATA = 1
     MEMBER = 2
+    LATER = 3
 
 
 class Counter(enum.IntEnum):

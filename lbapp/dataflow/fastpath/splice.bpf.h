@@ -99,7 +99,7 @@ static __always_inline __be16 scaled(__be16 window, __s8 shift)
 static __always_inline int wait(struct __sk_buff *skb, const struct packet *packet, __u32 virtual_server, __u32 member,
 				const struct tcphdr *tcp)
 {
-	__u32 kind = member ? FP_ASK_MEMBER : FP_ASK_DATA;
+	__u32 kind = member ? FP_ASK_MEMBER : FP_ASK_LATER;
 
 	count(FP_SPLICE_WAIT);
 	/* Later fragments would not wait. The client sends it again. */

@@ -1,0 +1,557 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's share of proxied handshakes (APP_PROXY): from the client's first data to a connection of the fast path.
+
+The fast path has shaken hands with the client by a cookie and holds nothing. This gathers what the client says, asks
+the control segment (APP_QUERY) until it knows, and then gives the connection to the member it named. Owns the
+connections that are on this way; decides nothing. Pure: frames in, frames and table entries out.
+
+    READING    what the client sent is not enough yet
+    OPENING    the member was sent a SYN with the client's own initial sequence number
+    SENDING    the member gets what the client was already told has arrived
+    ANSWERING  the control segment answered the client itself
+
+Who acknowledges and who repeats: nobody here, as long as one flight of segments is enough. The client's own segments
+are passed on once the member is there, and the client repeats what is lost. Only if more is needed to know, the
+client is told that its bytes have arrived (it would not send more); from then on they are repeated here until the
+member has acknowledged the last of them, and only then the fast path takes over.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from lbapp.control.messages import AppQuery, AppReply, Binding, Error, FlowSignature, Query, Refused, Reply
+from lbapp.dataflow import frames
+from lbapp.dataflow.distribution import Greeting
+from lbapp.dataflow.fastpath import layout
+from lbapp.dataflow.fastpath.cookies import Options
+from lbapp.dataflow.frames import ACK, FIN, RST, SYN, Segment
+from lbapp.dataflow.pipeline import VIRTUAL_MAC
+
+LOG = logging.getLogger("lbapp.agent")
+
+MAX_HANDSHAKES = 16_384
+"""Connections on their way to a member; the oldest that is still being read makes room."""
+MAX_DATA = 65_536
+"""What of one connection's data is kept."""
+MAX_TOTAL = 64 << 20
+"""The same of all of them together."""
+MAX_AHEAD = 32
+"""Segments of one connection that wait for one before them."""
+WINDOW = 14_600
+"""What a client may send beyond what it was told has arrived, and what a member is sent at once."""
+ASK_AGAIN_SECONDS = 0.5
+GIVE_UP_SECONDS = 3.0
+"""A control segment that does not answer for so long: the client is reset."""
+OPEN_SECONDS = 1.0
+OPEN_TRIES = 2
+"""How long a member may take for its SYN-ACK before it is asked again (then twice as long), and how often."""
+REPEAT_SECONDS = 0.3
+REPEATS = 5
+PASSED_ON = 4096
+"""Connections whose late segments, read from the ring when they were complete already, are still passed on."""
+PSH = 8
+
+
+class Phase(enum.Enum):
+    """See the module's text."""
+
+    READING = "reading"
+    OPENING = "opening"
+    SENDING = "sending"
+    ANSWERING = "answering"
+
+
+class Handshake:
+    """A connection on its way."""
+
+    __slots__ = ("acked", "ahead", "asked", "asks", "cookie", "data", "due", "failed", "first", "flights", "greeting",
+                 "ifindex", "isn", "member", "member_isn", "mss", "options", "phase", "query", "reply", "shift",
+                 "size_asked", "timed_out", "tries", "una", "window")
+
+    def __init__(self, query: Query, ifindex: int, first: Segment, options: Options, greeting: Greeting,
+                 now: float) -> None:
+        self.query = query
+        self.ifindex = ifindex
+        self.isn = first.seq - 1 & 0xFFFFFFFF
+        self.cookie = first.ack - 1 & 0xFFFFFFFF
+        self.options = options
+        self.greeting = greeting
+        self.phase = Phase.READING
+        self.data = bytearray()
+        self.ahead: dict[int, bytes] = {}
+        self.flights: dict[int, bytes] = {}
+        self.acked = 0
+        self.window = first.window
+        self.first = now
+        self.asked = now
+        self.asks = 0
+        self.size_asked = -1
+        self.timed_out = False
+        self.failed: tuple[int, ...] = ()
+        self.reply: Reply | None = None
+        self.member: tuple[bytes, int, int] | None = None
+        self.member_isn = 0
+        self.mss = options.mss
+        self.shift = 0
+        self.due = 0.0
+        self.tries = 0
+        self.una = 0
+
+    @property
+    def app_query(self) -> AppQuery:
+        """What to ask."""
+        return AppQuery(self.query, self.isn + 1 & 0xFFFFFFFF, self.cookie + 1 & 0xFFFFFFFF, b"", bytes(self.data),
+                        self.failed, self.timed_out)
+
+    def take(self, part: Segment, frame: bytes) -> bool:
+        """Take a segment of the client over; returns whether there is more to read than before."""
+        self.window = part.window
+        offset = part.seq - self.isn - 1 & 0xFFFFFFFF
+        if offset >= 1 << 31:
+            offset -= 1 << 32
+        before = len(self.data)
+        if not self.acked and offset >= 0 and offset + len(part.payload) <= MAX_DATA:
+            known = self.flights.get(offset)
+            if known is None or len(known) <= len(frame):
+                self.flights[offset] = frame
+        if part.payload and offset + len(part.payload) > before:
+            if offset > before:
+                if len(self.ahead) < MAX_AHEAD and offset + len(part.payload) <= MAX_DATA:
+                    self.ahead[offset] = part.payload
+            else:
+                self.data += part.payload[before - offset:]
+                self._close_gaps()
+        del self.data[MAX_DATA:]
+        return len(self.data) > before
+
+    def ends(self, last: Segment) -> bool:
+        """Whether everything before this FIN is here."""
+        return last.seq + len(last.payload) - self.isn - 1 & 0xFFFFFFFF == len(self.data)
+
+    def _close_gaps(self) -> None:
+        for offset in sorted(self.ahead):
+            if offset > len(self.data):
+                break
+            self.data += self.ahead.pop(offset)[len(self.data) - offset:]
+
+
+Flows = Callable[[Reply, int], "tuple[tuple[layout.FlowKey, layout.Flow], tuple[layout.FlowKey, layout.Flow]] | None"]
+"""The two directions of a connection as a REPLY wants it, with further bits of state; None where a port is unknown."""
+
+
+class Proxy:
+    """All connections of one switch that are on their way.
+
+    Args:
+        fastpath: where they end up.
+        switch: its datapath id.
+        serials: serials for them.
+        flows: what makes a connection's entries.
+        greeting: how a virtual server's clients were answered, by its number; None where it is none of these.
+        counters: what was dropped or refused, by name.
+    """
+
+    def __init__(self, fastpath: Any, switch: int, serials: Iterator[int], flows: Flows,
+                 greeting: Callable[[int], Greeting | None], counters: Counter[str]) -> None:
+        self._fastpath = fastpath
+        self._switch = switch
+        self._serials = serials
+        self._flows = flows
+        self._greeting = greeting
+        self._counters = counters
+        self._all: OrderedDict[FlowSignature, Handshake] = OrderedDict()
+        self._members: dict[tuple[bytes, int, bytes, int], Handshake] = {}
+        self._bytes = 0
+        self._ready: list[Handshake] = []
+        self._late: list[tuple[int, bytes]] = []
+        self._asking: dict[FlowSignature, Handshake] = {}
+        self._passed: OrderedDict[FlowSignature, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    # -------------------------------------------------------------- what comes
+
+    def from_client(self, record: layout.QueryRecord, now: float) -> None:
+        """A segment of a client whose handshake is proxied.
+
+        Raises:
+            MalformedError: the frame is not what its headers say.
+        """
+        packet = frames.parse(record.frame)
+        frame = frames.with_checksum(record.frame, packet)
+        part = frames.segment(frame, packet)
+        signature = packet.signature
+        known = self._all.get(signature)
+        if known is not None and record.kind == layout.Ask.DATA and known.cookie != part.ack - 1 & 0xFFFFFFFF:
+            self._abandon(known)  # its client has begun anew
+            known = None
+        if known is None:
+            if record.kind != layout.Ask.DATA or not part.payload:
+                if signature in self._passed:
+                    self._late.append((record.ifindex, frame))  # it is translated now
+                else:
+                    self._counters["proxy_stray"] += 1
+                return
+            known = self._begin(record, packet, part, now)
+            if known is None:
+                return
+        if part.flags & SYN:
+            if part.seq != known.isn:
+                self._abandon(known)  # it has begun anew, and comes again
+            return
+        if part.flags & RST:
+            self._abandon(known)
+            return
+        if known.phase is Phase.ANSWERING:
+            self._answered(known, part)
+            return
+        before = len(known.data)
+        grown = known.take(part, frame)
+        self._bytes += len(known.data) - before
+        if known.phase is not Phase.READING:
+            return
+        if part.flags & FIN and known.ends(part):
+            known.timed_out = True  # nothing more will come
+        elif not grown and now - known.asked < ASK_AGAIN_SECONDS:
+            return
+        self._asking[signature] = known
+
+    def _begin(self, record: layout.QueryRecord, packet: frames.Packet, part: Segment,
+               now: float) -> Handshake | None:
+        port = self._fastpath.port_of(record.ifindex)
+        greeting = self._greeting(record.virtual_server)
+        if port is None or greeting is None:
+            self._counters["query_unknown_port"] += 1
+            return None
+        while len(self._all) >= MAX_HANDSHAKES or self._bytes >= MAX_TOTAL:
+            self._counters["proxy_dropped"] += 1
+            self._reset(next(iter(self._all.values())))
+        query = Query(next(self._serials) & 0xFFFFFFFF, self._switch, port, packet.source_mac, packet.signature,
+                      record.virtual_server, packet.tcp_flags)
+        made = Handshake(query, record.ifindex, part, Options.of(record.options), greeting, now)
+        self._all[packet.signature] = made
+        return made
+
+    def _ask(self, one: Handshake, now: float) -> AppQuery | None:
+        """Not for each of a slow client's bytes: ever seldomer, unless there is much to read."""
+        size, due = len(one.data), one.asked + min(0.01 * one.asks, 0.5)
+        if one.asks and not one.timed_out and size - one.size_asked < WINDOW // 8 and now < due:
+            one.due = due
+            self._tell_arrived(one)
+            return None
+        one.asks += 1
+        one.asked, one.size_asked, one.due = now, size, 0.0
+        return one.app_query
+
+    def from_member(self, record: layout.QueryRecord, now: float) -> None:
+        """A segment of a member that was sent a SYN.
+
+        Raises:
+            MalformedError: the frame is not what its headers say.
+        """
+        packet = frames.parse(record.frame)
+        frame = frames.with_checksum(record.frame, packet)
+        part, it = frames.segment(frame, packet), packet.signature
+        one = self._members.get((it.source, it.source_port, it.destination, it.destination_port))
+        if one is None:
+            self._counters["proxy_stray"] += 1
+        elif part.flags & RST:
+            if one.phase is Phase.SENDING:
+                self._reset(one)
+            elif part.ack == one.isn + 1 & 0xFFFFFFFF:
+                self._next_member(one, now)
+        elif one.phase is Phase.OPENING:
+            if part.flags & (SYN | ACK) == SYN | ACK and part.ack == one.isn + 1 & 0xFFFFFFFF:
+                self._opened(one, part, now)
+        elif part.flags & ACK and not part.flags & SYN:
+            self._acknowledged(one, part, record.ifindex, frame, now)
+
+    def _opened(self, one: Handshake, part: Segment, now: float) -> None:
+        offered = _options(part.options)
+        one.member_isn = part.seq
+        one.mss = min(one.mss, offered.mss)
+        if one.options.window_scale is not None:
+            one.shift = (offered.window_scale or 0) - one.greeting.window_scale
+        if not one.acked:
+            self._ready.append(one)
+            return
+        one.phase, one.una, one.tries = Phase.SENDING, 0, 0
+        self._send(one, now)
+
+    def _acknowledged(self, one: Handshake, part: Segment, ifindex: int, frame: bytes, now: float) -> None:
+        arrived = part.ack - one.isn - 1 & 0xFFFFFFFF
+        if not one.una <= arrived <= len(one.data):
+            return
+        if arrived == len(one.data):
+            one.flights = {0: frame}
+            one.ifindex = ifindex  # the member's packet, which the fast path translates
+            self._ready.append(one)
+        elif arrived > one.una:
+            one.una, one.tries = arrived, 0
+            self._send(one, now)
+
+    def flush(self, now: float) -> list[AppQuery]:
+        """Have the fast path take over what is ready, all at once; then let its packets go.
+
+        Returns:
+            What is to be asked after all that has come: one question a connection.
+        """
+        if self._ready:
+            self._fastpath.set_splices({one.query.serial: layout.Splice(one.member_isn - one.cookie & 0xFFFFFFFF,
+                                                                        one.shift) for one in self._ready})
+            for one in self._ready:
+                self._pass_on(one)
+            self._ready.clear()
+        if self._late:
+            for ifindex, frame in self._late:
+                self._fastpath.inject(ifindex, frame)
+            self._late.clear()
+        asking, self._asking = self._asking, {}
+        return [question for question in (self._ask(one, now) for signature, one in asking.items()
+                                          if self._all.get(signature) is one) if question is not None]
+
+    def _pass_on(self, one: Handshake) -> None:
+        for offset in sorted(one.flights):
+            self._fastpath.inject(one.ifindex, one.flights[offset])
+        self._forget(one)
+        self._passed[one.query.signature] = None
+        if len(self._passed) > PASSED_ON:
+            self._passed.popitem(last=False)
+
+    # -------------------------------------------------------------- what the control segment says
+
+    def reply(self, replies: Sequence[AppReply], now: float) -> list[Refused]:
+        """Do what was answered; returns the connections that could not be held."""
+        refused: list[Refused] = []
+        entering: list[tuple[Handshake, AppReply, Reply]] = []
+        flows: list[tuple[layout.FlowKey, layout.Flow]] = []
+        for one in replies:
+            known = self._all.get(one.query.signature)
+            if known is None or known.query.serial != one.query.serial or known.phase is not Phase.READING:
+                if one.reply is not None and one.reply.error is Error.OK and known is None:
+                    refused.append(Refused(self._switch, one.query.serial, one.query.virtual_server))
+                continue
+            if one.reply is None:
+                self._tell_arrived(known)
+            elif one.reply.error is not Error.OK:
+                self._finish(known, one.answer, now)
+            else:
+                splice = one.binding is Binding.SPLICE or known.acked
+                pair = self._flows(one.reply, layout.SPLICE if splice else 0)
+                if pair is None:
+                    self._counters["reply_unknown_port"] += 1
+                    refused.append(Refused(self._switch, one.query.serial, one.query.virtual_server))
+                    self._reset(known)
+                    continue
+                known.phase = Phase.OPENING
+                flows += pair
+                entering.append((known, one, one.reply))
+        for (known, one, told), result in zip(entering, self._fastpath.install(flows) if flows else (), strict=True):
+            if result is not layout.Result.OPENED:
+                refused.append(Refused(self._switch, one.query.serial, one.query.virtual_server))
+                self._reset(known)
+            elif one.binding is Binding.SPLICE or known.acked:
+                self._open(known, told, now)
+            else:
+                self._pass_on(known)
+        self._fastpath.forget_pending([_key(known.query.signature) for known, _, _ in entering])
+        return refused
+
+    def _tell_arrived(self, one: Handshake) -> None:
+        """More is needed: the client may send on. What it was told has arrived is now ours to deliver."""
+        if len(one.data) > one.acked or one.asks > 1:
+            one.acked = len(one.data)
+            one.flights = {}
+            self._to_client(one, Segment(one.cookie + 1, one.isn + 1 + one.acked, ACK, self._window(one), b"", b""))
+
+    def _window(self, one: Handshake) -> int:
+        return WINDOW >> (one.greeting.window_scale if one.options.window_scale is not None else 0)
+
+    def _open(self, one: Handshake, reply: Reply, now: float) -> None:
+        translation, signature = reply.translation, one.query.signature
+        assert translation is not None
+        address = translation.address if translation.address is not None else signature.destination
+        port = translation.port or signature.destination_port
+        one.phase, one.reply, one.tries, one.due = Phase.OPENING, reply, 1, now + OPEN_SECONDS
+        one.member = (address, port, self._fastpath.ports[translation.host.port].ifindex)
+        self._members[address, port, signature.source, signature.source_port] = one
+        self._synchronize(one)
+
+    def _synchronize(self, one: Handshake) -> None:
+        options = one.options
+        packed = b"\x02\x04" + options.mss.to_bytes(2, "big")
+        if options.sack:
+            packed += b"\x01\x01\x04\x02"
+        if options.window_scale is not None:
+            packed += b"\x01\x03\x03" + bytes((options.window_scale,))
+        self._to_member(one, Segment(one.isn, 0, SYN, 64_240, packed, b""))
+
+    def _finish(self, one: Handshake, answer: bytes, now: float) -> None:
+        if not answer:
+            self._reset(one)
+            return
+        one.phase, one.due, one.tries = Phase.ANSWERING, now + REPEAT_SECONDS, 1
+        self._bytes -= len(one.data)
+        one.una = len(one.data)  # what the answer acknowledges
+        one.data, one.flights, one.ahead = bytearray(answer), {}, {}
+        self._bytes += len(one.data)
+        self._answer(one)
+
+    def _answer(self, one: Handshake) -> None:
+        size = max(one.options.mss, 536)
+        for at in range(0, len(one.data), size):
+            last = FIN if at + size >= len(one.data) else 0
+            self._to_client(one, Segment(one.cookie + 1 + at, one.isn + 1 + one.una, ACK | PSH | last,
+                                         self._window(one), b"", bytes(one.data[at:at + size])))
+
+    def _answered(self, one: Handshake, part: Segment) -> None:
+        if part.flags & FIN:
+            end = part.seq + len(part.payload) + 1
+            seen = part.ack - one.cookie - 1 & 0xFFFFFFFF
+            self._to_client(one, Segment(one.cookie + 2 + len(one.data), end, ACK, self._window(one), b"", b""))
+            if seen > len(one.data):
+                self._forget(one)
+
+    # -------------------------------------------------------------- time
+
+    def tick(self, now: float) -> list[AppQuery]:
+        """Repeat what was lost, ask about what took too long, give up on the rest; to be called ten times a second."""
+        for one in list(self._all.values()):
+            if one.phase is Phase.READING:
+                self._still_reading(one, now)
+            elif one.due > now:
+                continue
+            elif one.phase is Phase.OPENING:
+                if one.tries >= OPEN_TRIES:
+                    self._next_member(one, now)
+                else:
+                    one.due = now + OPEN_SECONDS * 2 ** one.tries
+                    one.tries += 1
+                    self._synchronize(one)
+            elif one.tries >= REPEATS:
+                self._counters["proxy_unanswered"] += 1
+                self._reset(one)
+            elif one.phase is Phase.SENDING:
+                self._send(one, now)
+            else:
+                one.due = now + REPEAT_SECONDS * 2 ** one.tries
+                one.tries += 1
+                self._answer(one)
+        return self.flush(now)
+
+    def _still_reading(self, one: Handshake, now: float) -> None:
+        if one.timed_out:
+            if now - one.asked >= GIVE_UP_SECONDS:
+                self._counters["unanswered"] += 1
+                self._reset(one)
+            return
+        if now - one.first >= one.greeting.seconds:
+            one.timed_out = True
+        elif not (one.due and now >= one.due and len(one.data) > one.size_asked):
+            return
+        self._asking[one.query.signature] = one
+
+    def _next_member(self, one: Handshake, now: float) -> None:
+        assert one.reply is not None
+        self._counters["proxy_member_failed"] += 1
+        self._close(one)
+        one.failed = (*one.failed, one.reply.member)
+        one.phase, one.reply = Phase.READING, None
+        # Another flow, with a serial of its own: the ledger will tell that this one has ended.
+        one.query = one.query._replace(serial=next(self._serials) & 0xFFFFFFFF)
+        one.asks, one.asked, one.size_asked, one.due = 0, now, len(one.data), 0.0
+        self._asking[one.query.signature] = one
+
+    def _send(self, one: Handshake, now: float) -> None:
+        """Send what the member has not acknowledged yet, a window of it."""
+        one.due = now + REPEAT_SECONDS * 2 ** one.tries
+        one.tries += 1
+        end = min(len(one.data), one.una + WINDOW)
+        for at in range(one.una, end, one.mss):
+            self._to_member(one, Segment(one.isn + 1 + at, one.member_isn + 1, ACK | PSH, one.window, b"",
+                                         bytes(one.data[at:min(at + one.mss, end)])))
+
+    # -------------------------------------------------------------- ends
+
+    def _close(self, one: Handshake) -> None:
+        """Take back what the fast path was given for a member that did not come."""
+        if one.member is not None:
+            signature = one.query.signature
+            self._members.pop((*one.member[:2], signature.source, signature.source_port), None)
+            self._fastpath.close_flow(_key(signature))
+            one.member = None
+
+    def _abandon(self, one: Handshake) -> None:
+        """Its client is gone."""
+        if one.member is not None:
+            self._to_member(one, Segment(one.isn + 1 + len(one.data), 0, RST, 0, b"", b""))
+        self._close(one)
+        self._forget(one)
+
+    def _reset(self, one: Handshake) -> None:
+        """Refuse: the client is told so."""
+        self._counters["refused"] += 1
+        self._to_client(one, Segment(one.cookie + 1, one.isn + 1 + len(one.data), RST | ACK, 0, b"", b""))
+        self._abandon(one)
+        self._fastpath.forget_pending([_key(one.query.signature)])
+
+    def _forget(self, one: Handshake) -> None:
+        signature = one.query.signature
+        if one.member is not None:
+            self._members.pop((*one.member[:2], signature.source, signature.source_port), None)
+        if self._all.pop(signature, None) is not None:
+            self._bytes -= len(one.data)
+
+    # -------------------------------------------------------------- frames
+
+    def _to_client(self, one: Handshake, part: Segment) -> None:
+        it = one.query.signature
+        wire = self._fastpath.ports.get(one.query.in_port)
+        if wire is not None:
+            self._fastpath.send(wire.ifindex, frames.tcp(
+                one.query.client_mac, VIRTUAL_MAC, (it.destination, it.destination_port), (it.source, it.source_port),
+                part))
+
+    def _to_member(self, one: Handshake, part: Segment) -> None:
+        assert one.member is not None
+        assert one.reply is not None
+        assert one.reply.translation is not None
+        it, translation = one.query.signature, one.reply.translation
+        self._fastpath.send(one.member[2], frames.tcp(
+            translation.host.mac, VIRTUAL_MAC if translation.routed else one.query.client_mac,
+            (it.source, it.source_port), one.member[:2], part))
+
+
+def _key(signature: FlowSignature) -> layout.FlowKey:
+    return layout.FlowKey(signature.source, signature.destination, signature.source_port,
+                          signature.destination_port, signature.protocol)
+
+
+def _options(packed: bytes) -> Options:
+    """What a SYN-ACK offers; what is malformed is as if it were not there."""
+    mss, scale, sack, at = 536, None, False, 0
+    while at < len(packed):
+        kind = packed[at]
+        if kind == 0:
+            break
+        if kind == 1:
+            at += 1
+            continue
+        length = packed[at + 1] if at + 1 < len(packed) else 0
+        if length < 2 or at + length > len(packed):
+            break
+        if kind == 2 and length == 4:
+            mss = int.from_bytes(packed[at + 2:at + 4], "big")
+        elif kind == 3 and length == 3:
+            scale = min(packed[at + 2], 14)
+        elif kind == 4:
+            sack = True
+        at += length
+    return Options(max(mss, 64), scale, sack)

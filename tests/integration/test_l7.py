@@ -1,0 +1,352 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""Virtual servers that read what clients say, with everything real: curl, openssl, nginx, the kernel's own TCP."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.bad_wire import bad_wire
+from tests.integration.support import VIP, VIP6, configure, members, pool, server, statistics
+from topologies.hosts import LabHost
+from topologies.lab import Lab, unavailable
+from topologies.namespace import end, wait_until
+from topologies.single import SingleTopo
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+PYTHON_PORT, TLS_PORT, DEAD_PORT = 9000, 9443, 9001
+WEB_SERVER = Path(__file__).with_name("web_server.py")
+
+
+def rule(kind: str, compare: str, value: str, **more: Any) -> dict[str, Any]:
+    return {"type": kind, "compare_type": compare, "value": value, **more}
+
+
+def to_pool(name: str, *rules: dict[str, Any]) -> dict[str, Any]:
+    return {"name": f"to-{name}", "action": "REDIRECT_TO_POOL", "redirect_pool": name, "rules": list(rules)}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    directory = tmp_path_factory.mktemp("l7")
+    certificate = directory / "server.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30", "-subj", "/CN=lab",
+                    "-keyout", str(certificate), "-out", str(directory / "only.pem")], check=True, capture_output=True)
+    certificate.write_bytes(certificate.read_bytes() + (directory / "only.pem").read_bytes())
+    with contextlib.ExitStack() as running:
+        made = running.enter_context(Lab(SingleTopo(), directory=directory / "lab", options=["--fastpath"]))
+        files = made.directory / "files"
+        for name in ("one/x", "one.txt", "two", "three", "half"):
+            (files / name).parent.mkdir(parents=True, exist_ok=True)
+            (files / name).write_text(f"{name}\n")
+        made.start_servers()
+        for host in made.servers:
+            for extra in ([str(PYTHON_PORT)], [str(TLS_PORT), str(certificate)]):
+                process = host.popen(sys.executable, str(WEB_SERVER), host.name, *extra)
+                running.callback(end, process)
+        made.start_controller()
+        wait_until(lambda: made.rest.get("/v1/stats")["switches"][0].get("fastpath"), 10, "a fast path")
+        yield made
+
+
+@pytest.fixture
+def site(lab: Lab) -> Lab:
+    """Three pools by path and host; by SNI; by the first bytes. Both families."""
+    pools, servers = [], []
+    for six, vip in ((False, VIP), (True, VIP6)):
+        word = "six" if six else "four"
+        for index, name in enumerate(("s1", "s2", "s3"), 1):
+            pools += [pool(f"{name}-{word}", "ROUND_ROBIN", members(lab, six=six, names=[name])),
+                      pool(f"tls{index}-{word}", "ROUND_ROBIN", members(lab, TLS_PORT, six, names=[name]))]
+        pools += [pool(f"all-{word}", "ROUND_ROBIN", members(lab, six=six)),
+                  pool(f"python-{word}", "ROUND_ROBIN", members(lab, PYTHON_PORT, six)),
+                  pool(f"dead-{word}", "ROUND_ROBIN", members(lab, DEAD_PORT, six)),
+                  pool(f"half-{word}", "ROUND_ROBIN", [*members(lab, DEAD_PORT, six, names=["s1"]),
+                                                       *members(lab, 80, six, names=["s2"])])]
+        servers += [
+            server(f"web-{word}", 80, f"all-{word}", vip, application="http", l7_policies=[
+                to_pool(f"s1-{word}", rule("PATH", "STARTS_WITH", "/one/")),
+                to_pool(f"s2-{word}", rule("HOST_NAME", "EQUAL_TO", "two.example")),
+                to_pool(f"s3-{word}", rule("COOKIE", "EQUAL_TO", "yes", key="third")),
+                to_pool(f"dead-{word}", rule("PATH", "EQUAL_TO", "/dead")),
+                to_pool(f"half-{word}", rule("PATH", "EQUAL_TO", "/half")),
+                to_pool(f"python-{word}", rule("PATH", "STARTS_WITH", "/python")),
+                {"name": "away", "action": "REDIRECT_TO_URL", "redirect_url": "https://elsewhere.example/",
+                 "redirect_http_code": 308, "rules": [rule("PATH", "EQUAL_TO", "/away")]},
+                {"name": "teapot", "action": "FIXED_RESPONSE", "response_status": 418, "response_body": "short\n",
+                 "rules": [rule("PATH", "EQUAL_TO", "/tea")]},
+                {"name": "never", "action": "REJECT", "rules": [rule("METHOD", "EQUAL_TO", "TRACE")]}]),
+            server(f"tls-{word}", 443, f"tls3-{word}", vip, application="tls", l7_policies=[
+                to_pool(f"tls1-{word}", rule("SNI", "EQUAL_TO", "one.example")),
+                to_pool(f"tls2-{word}", rule("SNI", "ENDS_WITH", ".two.example"))]),
+            server(f"raw-{word}", 7000, f"s3-{word}", vip, application="raw", inspect_bytes=8, l7_policies=[
+                to_pool(f"s1-{word}", rule("DATA", "STARTS_WITH", "GET /one")),
+                to_pool(f"s2-{word}", rule("DATA", "EQUAL_TO", "hex:474554202f74776f"))])]
+    configure(lab, pools, servers)
+    return lab
+
+
+both = pytest.mark.parametrize("vip", [VIP, VIP6], ids=["ipv4", "ipv6"])
+
+
+def url(vip: str, path: str = "/", port: int = 80, scheme: str = "http") -> str:
+    return f"{scheme}://{f'[{vip}]' if ':' in vip else vip}:{port}{path}"
+
+
+def named(vip: str, name: str) -> str:
+    return f"{name}-{'six' if ':' in vip else 'four'}"
+
+
+def counters(lab: Lab) -> dict[str, int]:
+    found = lab.rest.get("/v1/stats")["switches"][0]["fastpath"]
+    return {**found["handshakes"], "queries": found["queries"]}
+
+
+def connect(host: LabHost, vip: str, port: int, timeout: float = 5.0) -> socket.socket:
+    with host.entered():
+        made = socket.socket(socket.AF_INET6 if ":" in vip else socket.AF_INET)
+    made.settimeout(timeout)
+    made.connect((vip, port))
+    return made
+
+
+def everything(end_of: socket.socket) -> bytes:
+    found = b""
+    while part := end_of.recv(65536):
+        found += part
+    return found
+
+
+# ------------------------------------------------------------------ choosing
+
+
+@both
+@pytest.mark.parametrize(("path", "options", "expected"), [
+    ("/one/x", (), "s1"), ("/about", ("-H", "Host: two.example"), "s2"),
+    ("/about", ("-H", "Host: TWO.example:80"), "s2"),
+    ("/about", ("-H", "Cookie: a=b; third=yes"), "s3"), ("/one/%2e%2e/about", ("-H", "Host: two.example"), "s2")])
+def test_http_goes_where_the_rules_say(site: Lab, vip: str, path: str, options: tuple[str, ...], expected: str) -> None:
+    for _ in range(4):
+        found = site.client().run("curl", "-gsS", "--path-as-is", "-o", "/dev/null", "-w", "%header{x-server}",
+                                  "--max-time", "5", *options, url(vip, path)).stdout
+        assert found == expected
+
+
+@both
+def test_what_no_rule_names_goes_to_the_default_pool_in_turns(site: Lab, vip: str) -> None:
+    name = named(vip, "web")
+    before, asked = statistics(site, name), counters(site)["queries"]
+    assert site.client().who(url(vip), 30) == Counter({"s1": 10, "s2": 10, "s3": 10})
+    assert counters(site)["queries"] - asked == 30, "one question a connection"
+    wait_until(lambda: statistics(site, name)["closed"] - before["closed"] >= 30, 10, "the ends of all")
+    after = statistics(site, name)
+    assert after["opened"] - before["opened"] == 30
+    assert after["packets"] - (before["packets"] or 0) >= 30 * 5
+
+
+@both
+def test_the_member_sees_the_client(site: Lab, vip: str) -> None:
+    told = json.loads(site.client().curl(url(vip, "/about")))
+    assert told["client_address"] == (site.client().address6 if ":" in vip else site.client().address)
+
+
+@both
+@pytest.mark.parametrize("version", ["--tlsv1.2 --tls-max 1.2", "--tlsv1.3"])
+def test_tls_goes_where_its_server_name_says(site: Lab, vip: str, version: str) -> None:
+    for name, expected in (("one.example", "s1"), ("a.two.example", "s2"), ("other.example", "s3")):
+        found = site.client().curl(url(name, "/", 443, "https"), "-k", *version.split(), "--resolve",
+                                   f"{name}:443:{vip}")
+        assert found.strip() == expected
+
+
+def test_a_client_hello_of_two_segments(site: Lab) -> None:
+    """As post-quantum key shares make them."""
+    found = site.client().run(
+        "openssl", "s_client", "-connect", f"{VIP}:443", "-servername", "a.two.example", "-alpn",
+        ",".join(f"protocol-{number:03}-{'x' * 200}" for number in range(9)), "-quiet", "-ign_eof",
+        stdin="GET / HTTP/1.0\r\n\r\n", timeout=15, check=False).stdout
+    assert "X-Server: s2" in found
+
+
+@both
+def test_first_bytes(site: Lab, vip: str) -> None:
+    for path, expected in (("/one.txt", "s1"), ("/two", "s2"), ("/three", "s3")):
+        with connect(site.client(), vip, 7000) as it:
+            it.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+            assert f"X-Server: {expected}".encode() in everything(it)
+
+
+@both
+def test_answers_of_our_own(site: Lab, vip: str) -> None:
+    client = site.client()
+    found = client.run("curl", "-gsSi", "--max-time", "5", url(vip, "/away")).stdout
+    assert found.startswith("HTTP/1.1 308 ")
+    assert "Location: https://elsewhere.example/" in found
+    found = client.run("curl", "-gsSi", "--max-time", "5", url(vip, "/tea")).stdout
+    assert found.startswith("HTTP/1.1 418 ") and found.endswith("short\n")
+    found = client.run("curl", "-gsSi", "--max-time", "5", "-H", "Content-Length: 3", "-H",
+                       "Transfer-Encoding: chunked", url(vip)).stdout
+    assert found.startswith("HTTP/1.1 400 ")
+    done = client.run("curl", "-gsS", "--max-time", "5", "-X", "TRACE", url(vip), check=False)
+    assert done.returncode == 56, "reset"
+    # Nothing of it stays with the client's port.
+    assert client.who(url(vip), 3).total() == 3
+
+
+@both
+def test_no_member_no_waiting(site: Lab, vip: str) -> None:
+    """All refuse: 503 at once. One refuses: the next one has it."""
+    began = time.monotonic()
+    found = site.client().run("curl", "-gsSi", "--max-time", "5", url(vip, "/dead")).stdout
+    assert found.startswith("HTTP/1.1 503 ")
+    assert time.monotonic() - began < 1
+    for _ in range(6):
+        began = time.monotonic()
+        found = site.client().run("curl", "-gsS", "-o", "/dev/null", "-w", "%header{x-server}", "--max-time", "5",
+                                  url(vip, "/half")).stdout
+        assert found == "s2"
+        assert time.monotonic() - began < 1
+
+
+# ------------------------------------------------------------------ reading
+
+
+@both
+def test_requests_in_any_pieces(site: Lab, vip: str) -> None:
+    request = b"GET /one/x HTTP/1.1\r\nHost: a.example\r\nConnection: close\r\nX-Long: " + b"y" * 3000 + b"\r\n\r\n"
+    for sizes in ([1] * 30, [700] * 6, [10, 2000]):
+        with connect(site.client(), vip, 80) as it:
+            it.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            left = request
+            for size in sizes:
+                it.sendall(left[:size])
+                left = left[size:]
+                time.sleep(0.005)
+            it.sendall(left)
+            assert b"X-Server: s1" in everything(it)
+
+
+def test_headers_beyond_all_bounds_are_431(site: Lab) -> None:
+    with connect(site.client(), VIP, 80) as it, contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        it.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n" + b"".join(b"X-%d: %s\r\n" % (n, b"z" * 1000) for n in range(70)))
+        found = everything(it)
+        assert found.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 "))
+
+
+def test_a_client_that_says_nothing_costs_nothing(site: Lab) -> None:
+    asked = counters(site)["queries"]
+    held = [connect(site.client(), VIP, 80) for _ in range(50)]
+    time.sleep(0.3)
+    assert counters(site)["queries"] == asked, "no message"
+    assert site.client().who(url(VIP), 3).total() == 3
+    for one in held:
+        one.close()
+
+
+def test_half_a_request_is_408(site: Lab) -> None:
+    site.rest.patch("/v1/virtual-servers/web-four", {"inspect_timeout": 1})
+    time.sleep(0.5)
+    with connect(site.client(), VIP, 80) as it:
+        it.sendall(b"GET / HTTP/1.1\r\n")
+        assert everything(it).startswith(b"HTTP/1.1 408 ")
+
+
+# ------------------------------------------------------------------ carrying
+
+
+BAD: dict[str, dict[str, float]] = {"loss": {"loss": 0.05}, "twice": {"twice": 0.1}, "order": {"order": 0.1},
+                                    "damage": {"damage": 0.02}}
+
+
+@pytest.mark.parametrize("vip", [VIP, VIP6], ids=["ipv4", "ipv6"])
+@pytest.mark.parametrize("how", ["clean", *BAD])
+@pytest.mark.parametrize("sack", ["1", "0"], ids=["sack", "nosack"])
+def test_large_bodies_arrive_whole_both_ways(site: Lab, vip: str, how: str, sack: str) -> None:
+    client = site.client()
+    size = 100_000_000 if how == "clean" else 3_000_000
+    digest = site.make_file("large", size)
+    upload = site.directory / "upload"
+    data = os.urandom(1 << 20) * (size // (1 << 20))
+    upload.write_bytes(data)
+    ends = [client, *site.servers]
+    with contextlib.ExitStack() as wires:
+        for host in ends:
+            host.run("sysctl", "-qw", f"net.ipv4.tcp_sack={sack}")
+            wires.callback(host.run, "sysctl", "-qw", "net.ipv4.tcp_sack=1")
+        if how != "clean":
+            for host in ends:
+                wires.enter_context(bad_wire(host, site.directory, **BAD[how]))
+        target = site.directory / "got"
+        client.run("curl", "-gsS", "--max-time", "100", "-o", str(target), url(vip, "/large"), timeout=120)
+        assert hashlib.sha256(target.read_bytes()).hexdigest() == digest
+        told = client.run("curl", "-gsS", "--max-time", "100", "-H", "Expect:", "-T", str(upload), url(vip, "/python"),
+                          timeout=120).stdout
+        assert told.strip() == hashlib.sha256(data).hexdigest()
+
+
+@both
+def test_many_requests_on_a_bad_wire(site: Lab, vip: str) -> None:
+    """Rows 1 and 2: handshakes and first data suffer as well."""
+    with contextlib.ExitStack() as wires:
+        for host in (site.client(), *site.servers):
+            wires.enter_context(bad_wire(host, site.directory, loss=0.03, twice=0.03, order=0.1))
+        served = site.client().who(url(vip), 60, timeout=90)
+    assert set(served) <= {"s1", "s2", "s3"}, served
+    assert served.total() == 60
+
+
+@both
+def test_a_flood_of_syns_costs_nothing(site: Lab, vip: str) -> None:
+    before, asked = counters(site), statistics(site, named(vip, "web"))["opened"]
+    host = site.client("c2")
+    if ":" in vip:
+        pytest.skip("hping3 has no IPv6")
+    flood = host.popen("hping3", "-q", "-S", "-p", "80", "--flood", "--rand-source", vip, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL)
+    try:
+        time.sleep(1)
+        served = site.client().who(url(vip), 20, timeout=20)
+    finally:
+        end(flood)
+    assert served.total() == 20 and set(served) == {"s1", "s2", "s3"}
+    after = counters(site)
+    assert after["greeted"] - before["greeted"] > 1000
+    assert after["queries"] - before["queries"] == 20
+    assert statistics(site, named(vip, "web"))["opened"] - asked == 20
+
+
+def test_forged_acknowledgements_get_nowhere(site: Lab) -> None:
+    before = counters(site)
+    host = site.client("c2")
+    host.run("hping3", "-q", "-A", "-p", "80", "-c", "300", "-i", "u500", "-d", "20", VIP, check=False)
+    after = counters(site)
+    assert after["cookie_bad"] - before["cookie_bad"] >= 290
+    assert after["queries"] == before["queries"]
+
+
+def test_the_controller_comes_back(site: Lab) -> None:
+    """Connections that were spliced go on without it, and new ones come when it is back."""
+    digest = site.make_file("slow", 20_000_000)
+    target = site.directory / "got"
+    going = site.client().popen("curl", "-gsS", "--limit-rate", "8M", "-o", str(target), url(VIP, "/slow"))
+    wait_until(lambda: target.exists() and target.stat().st_size > 100_000, 5, "a download that goes")
+    site.controller.kill()
+    time.sleep(0.5)
+    site.start_controller()
+    assert going.wait(30) == 0
+    assert hashlib.sha256(target.read_bytes()).hexdigest() == digest
+    wait_until(lambda: site.client().who(url(VIP), 3, timeout=3).keys() <= {"s1", "s2", "s3"}, 10, "new connections")
