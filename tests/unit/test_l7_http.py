@@ -168,7 +168,22 @@ def test_what_is_late_is_answered():
     assert HTTP.timed_out(b"").status == 408
     assert HTTP.timed_out(b"GET / HT").status == 408
     assert HTTP.timed_out(b"GET / HTTP/1.1\r\n" + H + b"\r\n") == HTTP.read(head())
-    assert HTTP.unavailable().startswith(b"HTTP/1.1 503 ")
+
+
+def test_no_member_is_503():
+    told = HTTP.unavailable()
+    assert told.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+    assert told.endswith(b"\r\n\r\n503 Service Unavailable\n") and told == HTTP.unavailable(head())
+    assert HTTP.unavailable(head(b"HEAD / HTTP/1.1")) == told[:-24] and HTTP.unavailable(b"PRI * HTTP/2.0") == b""
+
+
+@pytest.mark.parametrize("data", [
+    head(b"HEAD / HTTP/1.1", b"A : b"), head(b"HEAD / HTTP/3.0"), b"\r\nHEAD / HTTP/1.1\n"])
+def test_a_refused_head_gets_no_body(data):
+    outcome = HTTP.read(data)
+    assert isinstance(outcome, Answer) and outcome.data.endswith(b"Connection: close\r\n\r\n")
+    consistent(HTTP.read, data)
+    assert HTTP.timed_out(b"HEAD / HT").data.endswith(b"\r\n\r\n")
 
 
 def test_a_head_is_handed_over_as_it_is():

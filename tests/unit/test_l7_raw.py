@@ -61,7 +61,8 @@ def test_a_start_up_message_needs_enough_bytes():
 
 @pytest.mark.parametrize(("data", "key", "found"), [
     (b"abc", "", (b"abc",)), (b"abc", "0", (b"abc",)), (b"abc", "2", (b"c",)), (b"abc", "3", (b"",)), (b"abc", "4", ()),
-    (b"\2abc", "lp8:0", (b"ab",)), (b"\3abc", "lp8:0", (b"abc",)), (b"\4abc", "lp8:0", ()), (b"x\0abc", "lp8:1", (b"",)),
+    (b"\2abc", "lp8:0", (b"ab",)), (b"\3abc", "lp8:0", (b"abc",)), (b"\4abc", "lp8:0", ()),
+    (b"x\0abc", "lp8:1", (b"",)),
     (b"", "lp8:0", ()), (b"\0", "lp8:1", ()), (b"\0\2abc", "lp16:0", (b"ab",)), (b"\0\4abc", "lp16:0", ()),
     (b"\0", "lp16:0", ()), (b"\1\0", "lp16:0", ()), (b"\0\0", "lp16:0", (b"",))])
 def test_what_a_rule_looks_at(data, key, found):

@@ -5,7 +5,7 @@
 Owns: what is a request, what is too long, and what is refused. Never: waits for a body, or decides
 about a good request.
 
-Headers are httptools' (llhttp, strict); what llhttp lets pass and a member could read in another way is refused here,
+The judge is httptools (llhttp, strict); what llhttp lets pass and a member could read in another way is refused here,
 as HAProxy does: both ``Content-Length`` and ``Transfer-Encoding``, several ``Content-Length``, a transfer coding that
 does not end in one ``chunked`` or comes with HTTP/1.0, bare CR or LF, NUL and other controls, white space around a
 header's name, folded lines, HTTP/1.1 without exactly one ``Host``, a target whose authority is not that of ``Host``,
@@ -18,12 +18,13 @@ beginning what its first fault is. Whatever :func:`_fault` finds, :func:`parse` 
 
 from __future__ import annotations
 
+import functools
 import re
 
 import httptools
 
 from lbapp.control.l7.outcomes import Answer, refusal
-from lbapp.control.l7.request import Request, host_of, split_target
+from lbapp.control.l7.request import Received, Request, host_of, split_target
 
 HEAD_MOST = 65536
 HEADERS_MOST = 100
@@ -38,21 +39,19 @@ _VERSION = re.compile(rb"HTTP/[0-9]\.[0-9]")
 AUTHORITY = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]*)(?::[0-9]{0,5})?")
 _TARGET = re.compile(rb"[!\"$-~]+")  # ASCII to be printed, without "#"
 ORIGIN = re.compile(rb"/[!\"$-~]*")
+_HOST_CACHED = 255
 _PLAIN = bytes((9, *range(32, 127), *range(128, 256)))
 _KNOWN = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"TRACE"})
-_CLOSE = {b"HTTP/1.1": "HTTP/1.1", b"HTTP/1.0": "HTTP/1.0"}
+_SPOKEN = {b"HTTP/1.1": "HTTP/1.1", b"HTTP/1.0": "HTTP/1.0"}
 
 
-class _Headers:
-    """What httptools calls back."""
+class _Nobody:
+    """Gets no call: llhttp only has to say whether all is well."""
 
-    __slots__ = ("found",)
+    __slots__ = ()
 
-    def __init__(self) -> None:
-        self.found: list[tuple[bytes, bytes]] = []
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self.found.append((name.lower(), value.strip(b" \t")))
+_NOBODY = _Nobody()
 
 
 def _line_fault(line: bytes) -> Answer | None:
@@ -66,7 +65,7 @@ def _line_fault(line: bytes) -> Answer | None:
     if not _VERSION.fullmatch(version):
         # HTTP/3.0 is caught below; HTTP/3 or RTSP/1.0 are no HTTP version at all (RFC 9112, 2.3).
         return refusal(400, "the version is not one of HTTP")
-    if version not in _CLOSE:
+    if version not in _SPOKEN:
         return refusal(505, f"version {version.decode()}")
     if method == b"CONNECT":
         return refusal(501, "CONNECT")
@@ -132,28 +131,26 @@ def parse(data: bytes) -> Request | Answer | None:
     if end < 4:
         return _fault(data)
     head = data[start:end]
-    line, _, rest = head.partition(b"\r\n")
-    parts = line.split(b" ")
-    if len(parts) != 3 or len(line) >= LINE_MOST - 1 or parts[2] not in _CLOSE:
+    line_end = head.find(b"\r\n")
+    parts = head[:line_end].split(b" ")
+    if len(parts) != 3 or line_end >= LINE_MOST - 1 or head.count(b"\r\n") > HEADERS_MOST + 2:
         return _refuse(data)
     method, target, version = parts
+    if version not in _SPOKEN or not _TARGET.fullmatch(target):
+        return _refuse(data)
+    judged = head
     if method not in _KNOWN:
         # llhttp knows its own list of methods only; any token is one (RFC 9110, 9.1), and members know which.
         if method == b"CONNECT" or len(method) > METHOD_MOST or not METHOD.fullmatch(method):
             return _refuse(data)
-        head = b"GET" + head[len(method):]
-    if head.translate(None, _PLAIN) != b"\r\n" * (rest.count(b"\r\n") + 1) or b"\n " in head or b"\n\t" in head:
-        return _refuse(data)
-    headers = _Headers()
+        judged = b"GET" + head[len(method):]
     try:
-        httptools.HttpRequestParser(headers).feed_data(head)
+        httptools.HttpRequestParser(_NOBODY).feed_data(judged)
     except httptools.HttpParserUpgrade:
         pass  # a good request that asks for another protocol: whether it gets it is the member's affair
     except httptools.HttpParserError:
         return _refuse(data)
-    if len(headers.found) > HEADERS_MOST:
-        return _refuse(data)
-    return _examine(method, target, _CLOSE[version], headers.found, data)
+    return _examine(Received(method, target, b"", head, _SPOKEN[version]))
 
 
 def _refuse(data: bytes) -> Answer:
@@ -161,48 +158,61 @@ def _refuse(data: bytes) -> Answer:
     return _fault(data) or refusal(400, "a head that is not of HTTP/1.1")
 
 
-def _examine(method: bytes, target: bytes, version: str, headers: list[tuple[bytes, bytes]],
-             data: bytes) -> Request | Answer:
-    """What only a whole head shows."""
-    if not _TARGET.fullmatch(target):
-        return _refuse(data)
-    said = coding = None
-    length = False
-    for name, value in headers:
-        if name == b"host":
-            if said is not None:
-                return refusal(400, "more than one Host")
-            said = value
-        elif name == b"content-length":
-            if length or not value.isdigit():
-                return refusal(400, "Content-Length is not one number")
-            length = True
-        elif name == b"transfer-encoding":
-            coding = value if coding is None else coding + b"," + value
-    if coding is not None:
-        codings = [one.strip(b" \t").lower() for one in coding.split(b",")]
-        if length:
-            return refusal(400, "both Content-Length and Transfer-Encoding")
-        if version == "HTTP/1.0":
-            return refusal(400, "Transfer-Encoding with HTTP/1.0")
-        if codings[-1] != b"chunked" or codings.count(b"chunked") > 1 or not all(codings):
-            return refusal(400, "Transfer-Encoding does not end in one chunked")
-    if said is None:
-        if version == "HTTP/1.1":
-            return refusal(400, "no Host")
-        said = b""
-    elif not AUTHORITY.fullmatch(said):
+def _examine(request: Received) -> Request | Answer:
+    """What only a whole head shows. Fills in the host."""
+    lower = request.lower
+    hosts = lower.count(b"\nhost:")
+    if hosts != 1 and (hosts or request.version == "HTTP/1.1"):
+        return refusal(400, "more than one Host" if hosts else "no Host")
+    if b"\ncontent-length:" in lower or b"\ntransfer-encoding:" in lower:
+        wrong = _framing(request)
+        if wrong:
+            return refusal(400, wrong)
+    said = request.values(b"host")[0] if hosts else b""
+    host = _host(said) if len(said) <= _HOST_CACHED else _host.__wrapped__(said)
+    if host is None:
         return refusal(400, "Host is not a host")
-    if target[:1] != b"/" and not (target == b"*" and method == b"OPTIONS"):
-        authority, target = split_target(target)
-        if authority is None:
-            return refusal(400, "the target is neither a path nor absolute")
-        if not authority or not AUTHORITY.fullmatch(authority):
-            return refusal(400, "the target's authority is not a host")
-        if said and not _same(authority, said):
-            return refusal(400, "the target's authority is not that of Host")
-        said = authority
-    return Request(method, target, host_of(said), headers, version)
+    request.host = host
+    if request.target[:1] == b"/":
+        return request
+    if request.target == b"*" and request.method == b"OPTIONS":
+        return request
+    return _absolute(request, said)
+
+
+def _framing(request: Received) -> str:
+    """What is wrong with the length of the body; empty: nothing."""
+    lengths, codings = request.values(b"content-length"), request.values(b"transfer-encoding")
+    if len(lengths) > 1 or not all(one.isdigit() for one in lengths):
+        return "Content-Length is not one number"
+    if not codings:
+        return ""
+    if lengths:
+        return "both Content-Length and Transfer-Encoding"
+    if request.version == "HTTP/1.0":
+        return "Transfer-Encoding with HTTP/1.0"
+    steps = [one.strip(b" \t").lower() for one in b",".join(codings).split(b",")]
+    if steps[-1] != b"chunked" or steps.count(b"chunked") > 1 or not all(steps):
+        return "Transfer-Encoding does not end in one chunked"
+    return ""
+
+
+def _absolute(request: Received, said: bytes) -> Request | Answer:
+    """A request whose target has a host of its own, which must be the one of ``Host``."""
+    authority, target = split_target(request.target)
+    if authority is None:
+        return refusal(400, "the target is neither a path nor absolute")
+    if not authority or not AUTHORITY.fullmatch(authority):
+        return refusal(400, "the target's authority is not a host")
+    if said and not _same(authority, said):
+        return refusal(400, "the target's authority is not that of Host")
+    return Received(request.method, target, host_of(authority), request.head, request.version)
+
+
+@functools.lru_cache(maxsize=1024)
+def _host(said: bytes) -> bytes | None:
+    """The normal form of what ``Host`` says; None where that is no host. Few hosts are asked for often."""
+    return host_of(said) if AUTHORITY.fullmatch(said) else None
 
 
 def _same(authority: bytes, host: bytes) -> bool:

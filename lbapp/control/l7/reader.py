@@ -74,16 +74,23 @@ class Reader:
         if not isinstance(found, More):
             return found
         if self._application is Application.HTTP:
-            if len(data) >= len(http2.TELLING) and data.startswith(http2.TELLING):
+            if data[:4] == http2.TELLING:
                 return Reject("", "HTTP/2: no complete request in time")
-            return refusal(408, "no complete request in time")
+            late = refusal(408, "no complete request in time")
+            return late._replace(data=_without_body(late.data)) if _asks_head(data) else late
         if self._application is Application.TLS:
             return ToPool(None, "", "no ClientHello in time")
         return self._decide(data)
 
-    def unavailable(self) -> bytes:
-        """What a client is told when no member is there: 503 of HTTP, else nothing (a reset it is)."""
-        return self._unavailable
+    def unavailable(self, data: bytes = b"") -> bytes:
+        """What a client is told when no member is there: 503 of HTTP, else nothing (a reset it is).
+
+        Args:
+            data: what the client said, where that is known: HEAD gets no body, HTTP/2 no answer.
+        """
+        if data[:4] == http2.TELLING:
+            return b""
+        return _without_body(self._unavailable) if _asks_head(data) else self._unavailable
 
     def explain(self, request: Request | ClientHello | bytes) -> list[PolicyTrace]:
         """Tell of each policy and each rule whether it held, and what was compared; nothing is decided.
@@ -99,7 +106,7 @@ class Reader:
         return self._decide(request[:self._inspect] if isinstance(request, bytes) else request)
 
     def _http(self, data: bytes) -> Outcome:
-        if data[:4] == b"PRI ":
+        if data[:4] == http2.TELLING:
             if not data.startswith(http2.PREFACE[:len(data)]):
                 return refusal(505, "the preface of HTTP/2 is broken")
             parsed = http2.parse(data)
@@ -114,13 +121,24 @@ class Reader:
         request = http1.parse(data)
         if request is None:
             return MORE
-        return request if isinstance(request, Answer) else self._decide(request)
+        if isinstance(request, Answer):
+            return request._replace(data=_without_body(request.data)) if _asks_head(data) else request
+        return self._decide(request)
 
     def _decide(self, subject: Subject) -> Outcome:
         for holds, act in self._steps:
             if holds(subject):
                 return act(subject)
         return ToPool(None, "", describe(subject))
+
+
+def _asks_head(data: bytes) -> bool:
+    return data.startswith((b"HEAD ", b"\r\nHEAD "))
+
+
+def _without_body(answer: bytes) -> bytes:
+    """The headers of an answer alone: all that HEAD gets (RFC 9110, 9.3.2)."""
+    return answer[:answer.find(b"\r\n\r\n") + 4]
 
 
 def describe(subject: Subject) -> str:

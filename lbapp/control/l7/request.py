@@ -70,26 +70,27 @@ def split_target(target: bytes) -> tuple[bytes | None, bytes]:
 
 
 class Request:
-    """A request line and its headers. Paths, parameters and cookies are worked out when they are first asked for.
+    """A request line and its headers. Parameters and cookies are worked out when they are first asked for.
 
     Attributes:
         method: as it was sent.
         target: path and query as they were sent, without scheme and authority.
+        path: in its normal form.
         host: in its normal form; empty where the client named none.
         headers: names in lower case, values stripped, in their order.
         version: ``HTTP/1.1`` and so on.
     """
 
-    __slots__ = ("_cookies", "_parameters", "_path", "headers", "host", "method", "target", "version")
+    __slots__ = ("_cookies", "_headers", "_parameters", "host", "method", "path", "target", "version")
 
-    def __init__(self, method: bytes, target: bytes, host: bytes, headers: list[tuple[bytes, bytes]],
+    def __init__(self, method: bytes, target: bytes, host: bytes, headers: list[tuple[bytes, bytes]] | None,
                  version: str = "HTTP/1.1") -> None:
         self.method = method
         self.target = target
         self.host = host
-        self.headers = headers
         self.version = version
-        self._path: bytes | None = None
+        self.path = normal_path(target.partition(b"?")[0])
+        self._headers = headers
         self._parameters: list[tuple[bytes, bytes]] | None = None
         self._cookies: list[tuple[bytes, bytes]] | None = None
 
@@ -111,11 +112,9 @@ class Request:
         return cls(method.encode(), target, host_of(said or b""), pairs)
 
     @property
-    def path(self) -> bytes:
-        """The path that rules compare."""
-        if self._path is None:
-            self._path = normal_path(self.target.partition(b"?")[0])
-        return self._path
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """All headers: names in lower case, values stripped."""
+        return self._headers or []
 
     @property
     def query(self) -> bytes:
@@ -133,12 +132,11 @@ class Request:
         """Names and values of all cookies, in their order."""
         if self._cookies is None:
             self._cookies = []
-            for name, value in self.headers:
-                if name == b"cookie":
-                    for piece in value.split(b";"):
-                        key, equals, said = piece.partition(b"=")
-                        if equals:
-                            self._cookies.append((key.strip(b" \t"), said.strip(b" \t")))
+            for value in self.values(b"cookie"):
+                for piece in value.split(b";"):
+                    key, equals, said = piece.partition(b"=")
+                    if equals:
+                        self._cookies.append((key.strip(b" \t"), said.strip(b" \t")))
         return self._cookies
 
     @property
@@ -159,3 +157,40 @@ class Request:
     def describe(self) -> str:
         """``GET shop.example/img/a.png``: what is told of it in logs, without its query (which may hold secrets)."""
         return (self.method + b" " + self.host + self.target.partition(b"?")[0]).decode("latin-1")
+
+
+class Received(Request):
+    """A request as it came: headers are looked up in the bytes, so that only those that rules ask for cost anything.
+
+    Attributes:
+        head: from the request line to the empty line, found good: lines end in CR LF, which stands nowhere else, no
+            line is folded, and a name is followed by its colon at once.
+        lower: the same in lower case.
+    """
+
+    __slots__ = ("head", "lower")
+
+    def __init__(self, method: bytes, target: bytes, host: bytes, head: bytes, version: str) -> None:
+        super().__init__(method, target, host, None, version)
+        self.head = head
+        self.lower = head.lower()
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """All headers: names in lower case, values stripped."""
+        if self._headers is None:
+            pairs = (line.partition(b":") for line in self.head.split(b"\r\n")[1:-2])
+            self._headers = [(name.lower(), value.strip(b" \t")) for name, _, value in pairs]
+        return self._headers
+
+    def values(self, name: bytes) -> list[bytes]:
+        """The values of all headers of a name (lower case)."""
+        start = b"\n" + name + b":"
+        found = []
+        at = self.lower.find(start)
+        while at >= 0:
+            at += len(start)
+            end = self.head.find(b"\r", at)
+            found.append(self.head[at:end].strip(b" \t"))
+            at = self.lower.find(start, end)
+        return found

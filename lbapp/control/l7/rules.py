@@ -126,7 +126,7 @@ def _values(rule: L7Rule) -> Values:
         RuleType.PATH: lambda request: (request.path,),
         RuleType.FILE_TYPE: lambda request: (request.file_type,),
         RuleType.QUERY: lambda request: _named(request.parameters, name),
-        RuleType.HEADER: lambda request: _named(request.headers, lowered),
+        RuleType.HEADER: lambda request: request.values(lowered),
         RuleType.COOKIE: lambda request: _named(request.cookies, name),
         RuleType.SNI: lambda hello: () if hello.sni is None else (hello.sni.encode(),),
         RuleType.ALPN: lambda hello: hello.alpn,
@@ -136,19 +136,35 @@ def _values(rule: L7Rule) -> Values:
     return table[rule.type]
 
 
+_SINGLE = frozenset({RuleType.PATH, RuleType.HOST_NAME, RuleType.METHOD})
+
+
+def _single(rule: L7Rule, compare: Compare) -> Holds:
+    """The shortest way of a rule whose one value is an attribute: almost every request is asked about these."""
+    expected = _expected(rule)
+    if rule.compare_type is CompareType.EQUAL_TO:
+        equal: dict[RuleType, Holds] = {
+            RuleType.PATH: lambda request: request.path == expected,
+            RuleType.HOST_NAME: lambda request: request.host == expected,
+            RuleType.METHOD: lambda request: request.method == expected,
+        }
+        return equal[rule.type]
+    if rule.compare_type is CompareType.STARTS_WITH and rule.type is RuleType.PATH:
+        return lambda request: request.path.startswith(expected)
+    other: dict[RuleType, Holds] = {
+        RuleType.PATH: lambda request: compare(request.path),
+        RuleType.HOST_NAME: lambda request: compare(request.host),
+        RuleType.METHOD: lambda request: compare(request.method),
+    }
+    return other[rule.type]
+
+
 def compile_rule(rule: L7Rule) -> Compiled:
-    """Make a function of a rule; the types that almost every request is asked about have shorter ways."""
+    """Make a function of a rule."""
     compare, values = _compare(rule), _values(rule)
     holds: Holds
-    if rule.type is RuleType.PATH:
-        def holds(request: Request) -> bool:
-            return compare(request.path)
-    elif rule.type is RuleType.HOST_NAME:
-        def holds(request: Request) -> bool:
-            return compare(request.host)
-    elif rule.type is RuleType.METHOD:
-        def holds(request: Request) -> bool:
-            return compare(request.method)
+    if rule.type in _SINGLE:
+        holds = _single(rule, compare)
     else:
         def holds(subject: Any) -> bool:
             return any(map(compare, values(subject)))
@@ -167,6 +183,9 @@ def matcher(rules: Sequence[Compiled]) -> Holds:
         return lambda subject: True
     if len(each) == 1:
         return each[0]
+    if len(each) == 2:
+        first, second = each
+        return lambda subject: first(subject) and second(subject)
 
     def every(subject: Any) -> bool:
         for holds in each:  # noqa: SIM110  (a generator costs more than what it calls)
