@@ -59,6 +59,17 @@ def http_policies() -> tuple[L7Policy, ...]:
         _policy(10, (host, equal, "shop.example", ""), (path, starts, "/static/", "")))
 
 
+def plain_policies() -> tuple[L7Policy, ...]:
+    """Ten policies as sites have them: paths, hosts and one expression; the browser's request fits the last."""
+    path, host = RuleType.PATH, RuleType.HOST_NAME
+    starts, equal = CompareType.STARTS_WITH, CompareType.EQUAL_TO
+    return (
+        *(_policy(n, (host, equal, f"h{n}.example", "")) for n in range(1, 4)),
+        *(_policy(n, (host, equal, "shop.example", ""), (path, starts, f"/part{n}/", "")) for n in range(4, 9)),
+        _policy(9, (path, CompareType.REGEX, r"^/v[0-9]+/(cart|checkout)", "")),
+        _policy(10, (path, starts, "/static/", "")))
+
+
 def sni_policies() -> tuple[L7Policy, ...]:
     """Ten names; the last is the one that is asked for."""
     return tuple(_policy(n, (RuleType.SNI, CompareType.EQUAL_TO, name, "")) for n, name in enumerate(
@@ -115,6 +126,8 @@ def main() -> None:
     told = hello()
     for title, reader, data, pool in (
             ("GET of a browser, 10 policies of every kind", web, BROWSER, "pool10"),
+            ("GET of a browser, 10 policies of paths and hosts", server(Application.HTTP, *plain_policies()), BROWSER,
+             "pool10"),
             ("GET of a browser, no policy", server(Application.HTTP), BROWSER, None),
             ("GET, the smallest, 10 policies", web, PLAIN, None),
             ("GET of a browser, its first half", web, BROWSER[:len(BROWSER) // 2], ...),
@@ -130,7 +143,7 @@ def main() -> None:
             profile.enable()
         spent = microseconds(reader, data, arguments.count)
         profile.disable()
-        print(f"{title:46} {len(data):5} bytes {spent:6.2f} us")
+        print(f"{title:48} {len(data):5} bytes {spent:6.2f} us")
         if arguments.profile:
             pstats.Stats(profile).sort_stats("tottime").print_stats(12)
 

@@ -161,14 +161,18 @@ def _refuse(data: bytes) -> Answer:
 def _examine(request: Received) -> Request | Answer:
     """What only a whole head shows. Fills in the host."""
     lower = request.lower
-    hosts = lower.count(b"\nhost:")
-    if hosts != 1 and (hosts or request.version == "HTTP/1.1"):
-        return refusal(400, "more than one Host" if hosts else "no Host")
+    said = b""
+    at = lower.find(b"\nhost:") + 6
+    if at >= 6:
+        if lower.find(b"\nhost:", at) >= 0:
+            return refusal(400, "more than one Host")
+        said = request.head[at:lower.find(b"\r", at)].strip(b" \t")
+    elif request.version == "HTTP/1.1":
+        return refusal(400, "no Host")
     if b"\ncontent-length:" in lower or b"\ntransfer-encoding:" in lower:
         wrong = _framing(request)
         if wrong:
             return refusal(400, wrong)
-    said = request.values(b"host")[0] if hosts else b""
     host = _host(said) if len(said) <= _HOST_CACHED else _host.__wrapped__(said)
     if host is None:
         return refusal(400, "Host is not a host")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from lbapp.config.model import Application, L7Policy, PolicyAction, VirtualServer
 from lbapp.control.l7 import http1, http2, tls
 from lbapp.control.l7.outcomes import MORE, Answer, More, Outcome, Reject, ToPool, printable, refusal, response
-from lbapp.control.l7.request import Request
+from lbapp.control.l7.request import Received, Request
 from lbapp.control.l7.rules import Compiled, Holds, PolicyTrace, compile_rule, matcher, trace
 from lbapp.control.l7.tls import ClientHello
 
@@ -119,6 +119,11 @@ class Reader:
                 return Reject(found.policy, f"HTTP/2: no answer with {found.status} is made")
             return found
         request = http1.parse(data)
+        if request.__class__ is Received:  # almost always; the shortest way
+            for holds, act in self._steps:
+                if holds(request):
+                    return act(request)
+            return ToPool(None, "", printable(request.describe()))
         if request is None:
             return MORE
         if isinstance(request, Answer):

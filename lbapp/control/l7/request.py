@@ -11,8 +11,8 @@ What rules compare is always bytes:
 * ``path``: of the target without the query, *normalized*, so that no other spelling leads around a rule: ``%XX`` is
   decoded once (``%252e`` becomes ``%2e`` and stays that; what is no ``%XX`` stays), then ``//`` becomes ``/``, and
   dot segments are removed (RFC 3986, 5.2.4; nothing leads above the root). A backslash and ``;`` mean nothing.
-* ``query``: parameters, split at ``&``, names and values decoded once, ``+`` being a space; the first ``=`` splits.
-* ``cookies``: of all ``Cookie`` headers, split at ``;``; names are compared as they are (RFC 6265), values too, with
+* parameters: the query, split at ``&``, names and values decoded once, ``+`` being a space; the first ``=`` splits.
+* cookies: of all ``Cookie`` headers, split at ``;``; names are compared as they are (RFC 6265), values too, with
   quotation marks if they have any.
 * ``file_type``: what follows the last dot in the last segment of ``path``, in lower case; empty without a dot.
 * ``headers``: names in lower case, values without white space at the ends.
@@ -70,7 +70,7 @@ def split_target(target: bytes) -> tuple[bytes | None, bytes]:
 
 
 class Request:
-    """A request line and its headers. Parameters and cookies are worked out when they are first asked for.
+    """A request line and its headers. Parameters are worked out when they are first asked for.
 
     Attributes:
         method: as it was sent.
@@ -79,9 +79,10 @@ class Request:
         host: in its normal form; empty where the client named none.
         headers: names in lower case, values stripped, in their order.
         version: ``HTTP/1.1`` and so on.
+        head: all of it as it was sent, where a value of a header or cookie stands as it is; None where it does not.
     """
 
-    __slots__ = ("_cookies", "_headers", "_parameters", "host", "method", "path", "target", "version")
+    __slots__ = ("_headers", "_parameters", "head", "host", "method", "path", "target", "version")
 
     def __init__(self, method: bytes, target: bytes, host: bytes, headers: list[tuple[bytes, bytes]] | None,
                  version: str = "HTTP/1.1") -> None:
@@ -90,9 +91,9 @@ class Request:
         self.host = host
         self.version = version
         self.path = normal_path(target.partition(b"?")[0])
+        self.head: bytes | None = None
         self._headers = headers
         self._parameters: list[tuple[bytes, bytes]] | None = None
-        self._cookies: list[tuple[bytes, bytes]] | None = None
 
     @classmethod
     def of(cls, method: str, url: str, headers: Iterable[tuple[str, str]] = ()) -> Request:
@@ -121,23 +122,30 @@ class Request:
         """What follows the first ``?``, as it was sent."""
         return self.target.partition(b"?")[2]
 
+    def cookie(self, name: bytes) -> list[bytes]:
+        """The values of all cookies of a name."""
+        found = []
+        for value in self.values(b"cookie"):
+            for piece in value.split(b";"):
+                if name in piece:  # most cookies are others
+                    key, equals, said = piece.partition(b"=")
+                    if equals and key.strip(b" \t") == name:
+                        found.append(said.strip(b" \t"))
+        return found
+
+    def parameter(self, name: bytes) -> list[bytes]:
+        """The values of all parameters of a name. Where the name cannot occur, nothing is taken apart."""
+        if self._parameters is None:
+            target = self.target
+            if b"?" not in target or (name not in target and b"%" not in target and b"+" not in target):
+                return []
+        return [value for key, value in self.parameters if key == name]
+
     @property
     def file_type(self) -> bytes:
         """The extension of the path's last segment, lower case, without its dot."""
         _, dot, extension = self.path.rpartition(b"/")[2].rpartition(b".")
         return extension.lower() if dot else b""
-
-    @property
-    def cookies(self) -> list[tuple[bytes, bytes]]:
-        """Names and values of all cookies, in their order."""
-        if self._cookies is None:
-            self._cookies = []
-            for value in self.values(b"cookie"):
-                for piece in value.split(b";"):
-                    key, equals, said = piece.partition(b"=")
-                    if equals:
-                        self._cookies.append((key.strip(b" \t"), said.strip(b" \t")))
-        return self._cookies
 
     @property
     def parameters(self) -> list[tuple[bytes, bytes]]:
@@ -168,10 +176,18 @@ class Received(Request):
         lower: the same in lower case.
     """
 
-    __slots__ = ("head", "lower")
+    __slots__ = ("lower",)
+
+    head: bytes
 
     def __init__(self, method: bytes, target: bytes, host: bytes, head: bytes, version: str) -> None:
-        super().__init__(method, target, host, None, version)
+        self.method = method
+        self.target = target
+        self.host = host
+        self.version = version
+        path = target.partition(b"?")[0]
+        self.path = normal_path(path) if b"%" in path or b"/." in path or b"//" in path else path
+        self._headers = self._parameters = None
         self.head = head
         self.lower = head.lower()
 
@@ -185,12 +201,16 @@ class Received(Request):
 
     def values(self, name: bytes) -> list[bytes]:
         """The values of all headers of a name (lower case)."""
-        start = b"\n" + name + b":"
-        found = []
+        start = b"\n%b:" % name
         at = self.lower.find(start)
-        while at >= 0:
+        if at < 0:
+            return []
+        head = self.head
+        at += len(start)
+        end = head.find(b"\r", at)
+        found = [head[at:end].strip(b" \t")]
+        while (at := self.lower.find(start, end)) >= 0:
             at += len(start)
-            end = self.head.find(b"\r", at)
-            found.append(self.head[at:end].strip(b" \t"))
-            at = self.lower.find(start, end)
+            end = head.find(b"\r", at)
+            found.append(head[at:end].strip(b" \t"))
         return found

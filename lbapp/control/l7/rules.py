@@ -113,10 +113,6 @@ def field(data: bytes, key: str) -> Sequence[bytes]:
     return (data[begin:end],) if begin <= len(data) and end <= len(data) else ()
 
 
-def _named(pairs: Iterable[tuple[bytes, bytes]], name: bytes) -> list[bytes]:
-    return [value for key, value in pairs if key == name]
-
-
 def _values(rule: L7Rule) -> Values:
     name = rule.key.encode()
     lowered = name.lower()
@@ -125,9 +121,9 @@ def _values(rule: L7Rule) -> Values:
         RuleType.HOST_NAME: lambda request: (request.host,),
         RuleType.PATH: lambda request: (request.path,),
         RuleType.FILE_TYPE: lambda request: (request.file_type,),
-        RuleType.QUERY: lambda request: _named(request.parameters, name),
+        RuleType.QUERY: lambda request: request.parameter(name),
         RuleType.HEADER: lambda request: request.values(lowered),
-        RuleType.COOKIE: lambda request: _named(request.cookies, name),
+        RuleType.COOKIE: lambda request: request.cookie(name),
         RuleType.SNI: lambda hello: () if hello.sni is None else (hello.sni.encode(),),
         RuleType.ALPN: lambda hello: hello.alpn,
         RuleType.SESSION_ID: lambda hello: (hello.session_id.hex().encode(),) if hello.session_id else (),
@@ -163,11 +159,24 @@ def compile_rule(rule: L7Rule) -> Compiled:
     """Make a function of a rule."""
     compare, values = _compare(rule), _values(rule)
     holds: Holds
+    expected = _expected(rule)
     if rule.type in _SINGLE:
         holds = _single(rule, compare)
+    elif rule.type in (RuleType.HEADER, RuleType.COOKIE) and expected and rule.compare_type is not CompareType.REGEX:
+        def holds(request: Request) -> bool:
+            head = request.head
+            if head is not None and expected not in head:
+                return False  # most rules do not hold; what nowhere occurs need not be looked for
+            for value in values(request):  # noqa: SIM110  (a generator costs more than what it calls)
+                if compare(value):
+                    return True
+            return False
     else:
         def holds(subject: Any) -> bool:
-            return any(map(compare, values(subject)))
+            for value in values(subject):  # noqa: SIM110  (a generator costs more than what it calls)
+                if compare(value):
+                    return True
+            return False
     if rule.invert:
         plain = holds
 

@@ -12,6 +12,8 @@ chance, to every server (GREASE ECH), and the two cannot be told apart.
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from lbapp.control.l7.outcomes import Reject
@@ -24,6 +26,7 @@ CLIENT_HELLO = 1
 SERVER_NAME, ALPN, ENCRYPTED_HELLO = 0, 16, 0xFE0D
 GREASE = frozenset(high << 8 | high for high in range(0x0A, 0x100, 0x10))
 """Values that mean nothing, so that servers stay used to unknown ones (RFC 8701)."""
+_EXTENSION = struct.Struct("!HH")
 _NAME_BYTES = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_:")
 
 
@@ -150,14 +153,10 @@ def _hello(body: bytes) -> ClientHello:
     protocols: tuple[bytes, ...] = ()
     seen: set[int] = set()
     if hello.left:
-        extensions = _Bytes(hello.vector(2))
+        extensions = hello.vector(2)
         if hello.left:
             raise _Broken("bytes behind the extensions")
-        while extensions.left:
-            kind = extensions.number(2)
-            value = extensions.vector(2)
-            if kind in GREASE:
-                continue
+        for kind, value in _extensions(extensions):
             if kind in seen:
                 raise _Broken(f"extension {kind} twice")
             seen.add(kind)
@@ -166,6 +165,20 @@ def _hello(body: bytes) -> ClientHello:
             elif kind == ALPN:
                 protocols = _protocols(value)
     return ClientHello(name, protocols, session_id, ENCRYPTED_HELLO in seen)
+
+
+def _extensions(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Kind and value of each extension; GREASE is left out."""
+    at, end = 0, len(data)
+    while at < end:
+        if at + 4 > end:
+            raise _Broken("a field that ends behind the hello")
+        kind, size = _EXTENSION.unpack_from(data, at)
+        at += 4 + size
+        if at > end:
+            raise _Broken("a field that ends behind the hello")
+        if kind not in GREASE:
+            yield kind, data[at - size:at]
 
 
 def _server_name(value: bytes) -> str | None:
