@@ -10,6 +10,7 @@ from dataclasses import dataclass
 REFERENCE = "haproxy-tcp"
 
 NFT = "nft"
+HTTP = "haproxy-http"
 BULK = ("up_gbit_per_s", "down_gbit_per_s")
 
 RATIOS: tuple[tuple[str, str, str, float], ...] = (
@@ -23,6 +24,9 @@ RATIOS: tuple[tuple[str, str, str, float], ...] = (
     *(("lbapp-fastpath", metric, NFT, 1.0) for metric in BULK),
     *(("lbapp-fastpath", metric, REFERENCE, 1.8) for metric in BULK),
     ("lbapp-agent", "new_conn_per_s", REFERENCE, 1.2),
+    ("lbapp-splice", "new_conn_per_s", HTTP, 1.0),
+    ("lbapp-splice", "keepalive_req_per_s", HTTP, 1.3),
+    ("lbapp-splice", "big_mb_per_s", HTTP, 1.8),
 )
 """Target, metric, the target it is compared with, and the least share of that one's figure."""
 

@@ -202,11 +202,36 @@ class Lbapp(Target):
                     installation.controller, SETTLE_SECONDS)
 
 
+class Spliced(Lbapp):
+    """What clients say is read: the rules of ``haproxy-http``, then a second handshake with the member."""
+
+    bulk = False  # iperf3 does not speak HTTP
+
+    def build(self, lab: Lab) -> Site:
+        """See :meth:`Target.build`."""
+        installation = Installation(lab, self._run)
+        members = [{"address": address, "protocol_port": WEB_PORT} for address in installation.addresses]
+        for name in ("one", "two", "three"):
+            installation.post("/v1/pools", {"name": name, "members": members})
+        rules = {"one": ("PATH", "STARTS_WITH", "/one/", ""), "two": ("HOST_NAME", "EQUAL_TO", "two.example", ""),
+                 "three": ("COOKIE", "EQUAL_TO", "yes", "third")}
+        policies = [{"name": name, "action": "REDIRECT_TO_POOL", "redirect_pool": name, "rules": [
+            {"type": kind, "compare_type": compare, "value": value, "key": key}]}
+            for name, (kind, compare, value, key) in rules.items()]
+        installation.post("/v1/virtual-servers", {**self.virtual_server("web", WEB_PORT, installation.addresses),
+                                                  "application": "http", "l7_policies": policies})
+        installation.wait_answer(VIP, WEB_PORT)
+        time.sleep(0.5)
+        return Site(tuple(Client(client, VIP) for client in installation.clients), installation.servers,
+                    installation.controller, SETTLE_SECONDS)
+
+
 OURS: tuple[Target, ...] = (
     Lbapp("lbapp-switch", "WEIGHTED_ROUND_ROBIN", decision="switch"),
     Lbapp("lbapp-punted", "ROUND_ROBIN", ("--fastpath", "--queries", "openflow"), decision="controller"),
     Lbapp("lbapp-ovs", "ROUND_ROBIN", decision="controller"),
     Lbapp("lbapp-rules", "ROUND_ROBIN", state="rules"),
     Lbapp("lbapp-fastpath", "WEIGHTED_ROUND_ROBIN", ("--fastpath",), decision="switch"),
+    Spliced("lbapp-splice", "ROUND_ROBIN", ("--fastpath",), binding="splice"),
     Lbapp("lbapp-agent", "ROUND_ROBIN", ("--fastpath",), decision="controller"),
 )

@@ -66,11 +66,26 @@ defaults
 listen web
     mode {mode}
     bind {vip}:{web} backlog 8192
-{members}
+{rules}{members}
 listen bulk
     mode tcp
     bind {vip}:{bulk}
     server s1 {first}:{bulk}
+"""
+RULES = """\
+    acl one path_beg /one/
+    acl two hdr(host) -i two.example
+    acl three req.cook(third) -m str yes
+    use_backend one if one
+    use_backend two if two
+    use_backend three if three
+"""
+"""With mode http: three rules that all requests of the benchmark have to get past."""
+BACKEND = """\
+backend {name}
+    mode http
+    balance roundrobin
+{members}
 """
 
 
@@ -174,7 +189,7 @@ class Nftables(Target):
 
 
 class HAProxy(Target):
-    """HAProxy with two threads, servers in turn, kernel splicing, no logs."""
+    """HAProxy with two threads, servers in turn, kernel splicing, no logs; with mode http, three rules."""
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
@@ -186,8 +201,12 @@ class HAProxy(Target):
         middle, site, addresses = routed(lab)
         path: Path = lab.directory / "haproxy.cfg"
         members = "\n".join(f"    server s{index} {address}:{WEB_PORT}" for index, address in enumerate(addresses, 1))
-        path.write_text(HAPROXY.format(
-            mode=self.mode, vip=VIP, web=WEB_PORT, bulk=BULK_PORT, members=members, first=addresses[0]))
+        rules = RULES if self.mode == "http" else ""
+        text = HAPROXY.format(mode=self.mode, vip=VIP, web=WEB_PORT, bulk=BULK_PORT, rules=rules, members=members,
+                              first=addresses[0])
+        if rules:
+            text += "".join(BACKEND.format(name=name, members=members) for name in ("one", "two", "three"))
+        path.write_text(text)
         process = lab.spawn(middle, self.name, ["haproxy", "-db", "-f", str(path)])
         lab.wait_port(middle, VIP, WEB_PORT, process)
         return site

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -108,7 +108,7 @@ class _Side:
         self.reaps: list[Reap] = []
         self.counters: Counter[str] = Counter()
         self.asked: Counter[int] = Counter()
-        self.recent: dict[int, tuple[float, Reply]] = {}
+        self.recent: OrderedDict[int, tuple[float, Reply]] = OrderedDict()
         self.before = {key: traffic.opened for key, traffic in link.read().members.items()}
 
 
@@ -251,7 +251,7 @@ class FastPaths:
         reply = self._control.query(query, now)
         recent[query.serial] = (now, reply)
         if len(recent) > RECENT:
-            del recent[next(iter(recent))]
+            recent.popitem(last=False)
         return reply
 
     def closed(self, switch: int, closed: Sequence[Closed]) -> None:

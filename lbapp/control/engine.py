@@ -26,7 +26,7 @@ the client said, unless they answer it themselves.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -105,7 +105,7 @@ class _Switch:
     def __init__(self, counts: Counts) -> None:
         self.counts = counts
         self.groups: dict[int, dict[str, _Group]] = {}
-        self.chosen: dict[int, Chosen] = {}
+        self.chosen: OrderedDict[int, Chosen] = OrderedDict()
 
     def stale(self, number: int) -> None:
         """What a virtual server selects from has changed."""
@@ -249,7 +249,7 @@ class ControlSegment:
         chosen = switch.chosen
         chosen[query.serial] = Chosen(read.policy, read.key, binding)
         if len(chosen) > self._limits.chosen:
-            del chosen[next(iter(chosen))]
+            chosen.popitem(last=False)
         return AppReply(query, reply, binding)
 
     def _turned_away(self, service: Service, query: Query, error: Error) -> AppReply:

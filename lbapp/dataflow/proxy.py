@@ -361,7 +361,6 @@ class Proxy:
                 self._open(known, told, now)
             else:
                 self._pass_on(known)
-        self._fastpath.forget_pending([_key(known.query.signature) for known, _, _ in entering])
         return refused
 
     def _tell_arrived(self, one: Handshake) -> None:

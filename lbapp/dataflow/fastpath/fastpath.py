@@ -125,8 +125,9 @@ class FastPath(Tables):
         return self._injector.inject(ifindex, frame)
 
     def send(self, ifindex: int, frame: bytes) -> bool:
-        """Send a frame out on a wire. False if the kernel had no room for it."""
-        return self._injector.send(ifindex, frame)
+        """Send a frame out on a wire. False if the kernel had no room for it, or there is no such wire."""
+        wire = self._by_index.get(ifindex)
+        return wire is not None and self._injector.send(wire.name, frame)
 
     def close(self, keep: bool = False) -> None:
         """End. ``keep``: wires, tables and connections stay and go on; otherwise nothing of it is left behind.
@@ -189,12 +190,9 @@ class Injector:
         """See :meth:`FastPath.inject`."""
         return self._send(self._here, ifindex, frame)
 
-    def send(self, ifindex: int, frame: bytes) -> bool:
+    def send(self, name: str, frame: bytes) -> bool:
         """See :meth:`FastPath.send`."""
-        try:
-            return self._send(socket.if_indextoname(ifindex), 0, frame)
-        except OSError:
-            return False
+        return self._send(name, 0, frame)
 
     def _send(self, name: str, mark: int, frame: bytes) -> bool:
         one = self._sockets.get((name, mark))
