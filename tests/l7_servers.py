@@ -32,7 +32,8 @@ def policy(name: str, action: str, *rules: L7Rule, **fields: Any) -> L7Policy:
     return L7Policy(name=name, action=PolicyAction(action), rules=rules, **fields)
 
 
-def reader(application: str, *policies: L7Policy, **fields: Any) -> Reader:
+def reader(application: str, *policies: L7Policy, **fields: Any) -> Any:
+    """The reader of a virtual server (Any: a test knows which outcome it expects)."""
     made = Reader.of(VirtualServer(
         name="v", vip_address="10.0.0.100", protocol=Protocol.TCP, protocol_port=80,
         application=Application(application), l7_policies=policies, **fields))

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -187,7 +189,30 @@ def test_a_refused_head_gets_no_body(data):
 
 
 def test_a_head_is_handed_over_as_it_is():
-    request = parse(head(b"GET http://Shop.Example:80?q=1 HTTP/1.1", b"Cookie:  a=1 "))
+    request: Any = parse(head(b"GET http://Shop.Example:80?q=1 HTTP/1.1", b"Cookie:  a=1 "))
     assert (request.method, request.target, request.host) == (b"GET", b"/?q=1", b"shop.example")
     assert request.headers == [(b"host", b"shop.example"), (b"cookie", b"a=1")] and request.version == "HTTP/1.1"
-    assert parse(head(b"FOO /a HTTP/1.0")).method == b"FOO"
+    other: Any = parse(head(b"FOO /a HTTP/1.0"))
+    assert (other.method, other.version) == (b"FOO", "HTTP/1.0")
+
+
+@pytest.mark.parametrize("name", [b"A", b"Connection", b"Upgrade", b"Transfer-Encoding", b"Content-Length", b"Host"])
+@pytest.mark.parametrize("byte", [*range(9), *range(10, 32), 127])
+def test_no_control_passes_anywhere_in_a_header(name, byte):
+    one = bytes((byte,))
+    for line in (name + one + b": x", name + b":" + one, name + b": x" + one, name + b": x" + one + b"y",
+                 one + name + b": x", name + b": x," + one + b", y"):
+        data = head(b"GET / HTTP/1.1", line)
+        assert HTTP.read(data).status == 400, data
+        consistent(HTTP.read, data)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([b"A", b"a", b"Ab", b"b", b"X-Host", b"Cookie", b"cookie"]),
+                          st.sampled_from([b"", b"a: b", b"\tx ", b":", b"a=1; b=2", b"\xff", b"cookie: a"])),
+                max_size=8))
+def test_a_header_is_found_in_the_bytes_as_in_the_list(pairs):
+    request: Any = parse(head(b"GET / HTTP/1.1", *(b"%b:%b" % pair for pair in pairs)))
+    assert request.headers == [(b"host", b"shop.example"), *((name.lower(), value.strip()) for name, value in pairs)]
+    for name in (b"a", b"ab", b"b", b"x-host", b"host", b"cookie", b"missing"):
+        assert request.values(name) == [value for key, value in request.headers if key == name]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbapp.control.l7 import Answer, More, Reject, ToPool
+from lbapp.control.l7 import Answer, More, Reject, Request, ToPool
 from lbapp.control.l7.http1 import HEADERS_MOST
 from lbapp.control.l7.http2 import FRAMES_MOST, PREFACE, parse
 from tests.hellos import REQUEST, block, frame, h2
@@ -50,7 +50,8 @@ READ = {
 def test_the_first_request_decides(data):
     assert HTTP.read(data) == ToPool("images-pool", "images", HTTP.read(data).key)
     assert HTTP.read(data).key == "GET shop.example/img/a.png"
-    assert parse(data).version == "HTTP/2"
+    request = parse(data)
+    assert isinstance(request, Request) and request.version == "HTTP/2"
 
 
 @pytest.mark.parametrize(("headers", "name"), [
@@ -94,6 +95,8 @@ WRONG = {
         6, 0, 0, bytes(8)) * FRAMES_MOST,
     "nothing but large frames": PREFACE + SETTINGS + frame(0xAB, 0, 0, bytes(16384)) * 4,
     "a flood of continuations": PREFACE + SETTINGS + frame(1, 0, 1, BLOCK) + frame(9, 0, 1) * FRAMES_MOST,
+    "large headers": PREFACE + SETTINGS + frame(1, 0, 1, bytes(16384)) +
+        frame(9, 0, 1, bytes(16384)) + frame(9, 4, 1, b"0"),
     "no hpack": PREFACE + SETTINGS + frame(1, 4, 1, b"\xff\xff\xff\xff\xff\xff\xff"),
     "half a header": PREFACE + SETTINGS + frame(1, 4, 1, BLOCK[:-3]),
     "an index of nothing": PREFACE + SETTINGS + frame(1, 4, 1, b"\xff\x80\x01"),

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lbapp.config.model import Protocol, VirtualServer
-from lbapp.control.l7 import Answer, Reader, Reject, Request, ToPool
+from lbapp.control.l7 import Answer, Reject, Request, ToPool
 from lbapp.control.l7.outcomes import KEY_MOST, printable, response
+from lbapp.control.l7.reader import Reader
 from lbapp.control.l7.request import normal_path, unescape
 from tests.l7_servers import policy, reader, rule, to_pool
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbapp.control.l7 import ClientHello, More, Reject, ToPool
-from lbapp.control.l7.tls import HELLO_MOST, RECORDS_MOST, parse
+from lbapp.control.l7.tls import EXTENSIONS_MOST, HELLO_MOST, NAMES_MOST, RECORDS_MOST, parse
 from tests.hellos import alpn, body, extension, hello, records, server_name, vector
 from tests.l7_servers import policy, reader, rule, to_pool
 
@@ -37,6 +37,8 @@ READ = [
     (hello(session=b"\xab\x01"), ClientHello(session_id=b"\xab\x01")),
     (hello(extension(0xFE0D, b"\0" * 40), SHOP), ClientHello("shop.example", encrypted=True)),
     (hello(extension(21, b"\0" * 40000), SHOP), ClientHello("shop.example")),
+    (hello(*(extension(1000 + n, b"") for n in range(EXTENSIONS_MOST))), ClientHello()),
+    (hello(alpn(*[b"a"] * (NAMES_MOST - 1))), ClientHello(None, (b"a",) * (NAMES_MOST - 1))),
     (hello(SHOP, version=b"\3\1"), ClientHello("shop.example")),
 ]
 
@@ -71,6 +73,10 @@ BROKEN = [
     (hello(extension(0, b"")), "ends behind"), (hello(extension(0, b"\0\0")), "server name"),
     (hello(server_name(b"a", b"b")), "two server names"), (hello(server_name(b"")), "server name"),
     (hello(server_name(b"a\0b")), "server name"), (hello(server_name(b"a b")), "server name"),
+    (hello(*(extension(1000 + n, b"") for n in range(EXTENSIONS_MOST + 1))), "extensions"),
+    (hello(*(extension(0x0A0A, b"") for _ in range(EXTENSIONS_MOST + 1))), "GREASE"),
+    (hello(alpn(*[b"a"] * NAMES_MOST)), "ALPN protocols or more"),
+    (hello(extension(0, vector(2, b"\7\0\0" * NAMES_MOST))), "server names or more"),
     (hello(extension(16, b"\0\0")), "ALPN"), (hello(alpn(b"")), "ALPN"),
 ]
 

@@ -22,6 +22,7 @@ TELLING = PREFACE[:4]
 """From here on a client can be told from one that uses a method such as POST."""
 SAID_MOST = 65536
 FRAME_MOST = 16384
+BLOCK_MOST = 32768
 LIST_MOST = 65536
 FRAMES_MOST = 64
 
@@ -74,6 +75,8 @@ def parse(data: bytes) -> Request | Reject | None:
             block += payload
         else:
             continue
+        if len(block) > BLOCK_MOST:
+            return _reject(f"headers of more than {BLOCK_MOST} bytes before HPACK")
         if flags & END_HEADERS:
             return _request(bytes(block))
     return _reject(f"no request within {FRAMES_MOST} frames")

@@ -160,7 +160,12 @@ def compile_rule(rule: L7Rule) -> Compiled:
     compare, values = _compare(rule), _values(rule)
     holds: Holds
     expected = _expected(rule)
-    if rule.type in _SINGLE:
+    if rule.type is RuleType.SNI and rule.compare_type is CompareType.EQUAL_TO:
+        name = expected.decode()
+
+        def holds(hello: ClientHello) -> bool:
+            return hello.sni == name
+    elif rule.type in _SINGLE:
         holds = _single(rule, compare)
     elif rule.type in (RuleType.HEADER, RuleType.COOKIE) and expected and rule.compare_type is not CompareType.REGEX:
         def holds(request: Request) -> bool:

@@ -21,6 +21,9 @@ from lbapp.control.l7.outcomes import Reject
 HELLO_MOST = 65536
 RECORDS_MOST = 256
 RECORD_MOST = 16384
+EXTENSIONS_MOST = 128
+NAMES_MOST = 64
+"""Server names, and ALPN protocols: each costs time, and no client has nearly as many."""
 HANDSHAKE = 22
 CLIENT_HELLO = 1
 SERVER_NAME, ALPN, ENCRYPTED_HELLO = 0, 16, 0xFE0D
@@ -159,6 +162,8 @@ def _hello(body: bytes) -> ClientHello:
         for kind, value in _extensions(extensions):
             if kind in seen:
                 raise _Broken(f"extension {kind} twice")
+            if len(seen) >= EXTENSIONS_MOST:
+                raise _Broken(f"more than {EXTENSIONS_MOST} extensions")
             seen.add(kind)
             if kind == SERVER_NAME:
                 name = _server_name(value)
@@ -170,6 +175,7 @@ def _hello(body: bytes) -> ClientHello:
 def _extensions(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Kind and value of each extension; GREASE is left out."""
     at, end = 0, len(data)
+    grease = 0
     while at < end:
         if at + 4 > end:
             raise _Broken("a field that ends behind the hello")
@@ -179,6 +185,10 @@ def _extensions(data: bytes) -> Iterator[tuple[int, bytes]]:
             raise _Broken("a field that ends behind the hello")
         if kind not in GREASE:
             yield kind, data[at - size:at]
+            continue
+        grease += 1
+        if grease > EXTENSIONS_MOST:
+            raise _Broken("nothing but GREASE")
 
 
 def _server_name(value: bytes) -> str | None:
@@ -188,7 +198,9 @@ def _server_name(value: bytes) -> str | None:
     if outer.left or not names.left:
         raise _Broken("a server name of the wrong length")
     found: str | None = None
-    while names.left:
+    for _ in range(NAMES_MOST):
+        if not names.left:
+            return found
         kind = names.number(1)
         name = names.vector(2)
         if kind != 0:
@@ -198,7 +210,7 @@ def _server_name(value: bytes) -> str | None:
         if not name or not _NAME_BYTES.issuperset(name):
             raise _Broken("a server name that is none")
         found = name.decode("ascii").lower().removesuffix(".")
-    return found
+    raise _Broken(f"{NAMES_MOST} server names or more")
 
 
 def _protocols(value: bytes) -> tuple[bytes, ...]:
@@ -207,11 +219,13 @@ def _protocols(value: bytes) -> tuple[bytes, ...]:
     names = _Bytes(outer.vector(2))
     if outer.left or not names.left:
         raise _Broken("ALPN of the wrong length")
-    found = []
-    while names.left:
+    found: list[bytes] = []
+    for _ in range(NAMES_MOST):
+        if not names.left:
+            return tuple(found)
         name = names.vector(1)
         if not name:
             raise _Broken("an empty ALPN protocol")
         if not (len(name) == 2 and int.from_bytes(name, "big") in GREASE):
             found.append(name)
-    return tuple(found)
+    raise _Broken(f"{NAMES_MOST} ALPN protocols or more")
