@@ -171,6 +171,7 @@ class ControllerRuntime:
             if server is None or member is None:
                 continue
             signature = held.signature
+            chosen = self._application.control.chosen(switch, held.serial)
             client = endpoint(address_text(signature.source), signature.source_port)
             yield ConnectionView(
                 id=f"{held.serial:08x}" if held.serial else hashlib.blake2b(
@@ -179,7 +180,9 @@ class ControllerRuntime:
                 member=endpoint(member.address, member.protocol_port), protocol=PROTOCOLS[signature.protocol],
                 client=client, destination=endpoint(address_text(signature.destination), signature.destination_port),
                 state="FAST", idle_seconds=round(held.idle, 3), age_seconds=round(held.age, 3), packets=held.packets,
-                bytes=held.bytes, decided_by="switch" if held.decided else "controller")
+                bytes=held.bytes, decided_by="switch" if held.decided else "controller",
+                policy=chosen.policy if chosen is not None else None, key=chosen.key if chosen is not None else None,
+                binding=chosen.binding.value if chosen is not None else None)
 
     def _conntrack(self, switch: int, servers: dict[int, VirtualServer],
                    members: dict[int, Member]) -> Iterator[ConnectionView]:

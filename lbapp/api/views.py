@@ -89,6 +89,9 @@ class ConnectionView(msgspec.Struct, frozen=True, kw_only=True):
         idle_seconds, age_seconds: null where the switch does not tell.
         packets, bytes: both directions; null where the switch does not count them.
         decided_by: ``switch`` or ``controller``.
+        policy: where what the client said decided, the L7 policy that matched; empty: none did.
+        key: what was read of it.
+        binding: how its member got the connection, ``splice`` or ``handoff``.
     """
 
     id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]+$")]
@@ -104,6 +107,9 @@ class ConnectionView(msgspec.Struct, frozen=True, kw_only=True):
     packets: Count | None = None
     bytes: Count | None = None
     decided_by: str = "controller"
+    policy: str | None = None
+    key: str | None = None
+    binding: str | None = None
 
 
 class VirtualServerStatistics(msgspec.Struct, frozen=True, kw_only=True):

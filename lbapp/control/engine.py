@@ -224,6 +224,11 @@ class ControlSegment:
         switch = self._switches.get(query.switch)
         if switch is None or not service.accepts:
             return self._turned_away(service, query, Error.NOTAVAIL)
+        if service.follows:
+            # Who has just shaken hands has no other connection on this port any more.
+            known = self._connections.find(query.switch, query.signature)
+            if known is not None:
+                self._replace(known)
         if 0 <= service.limit <= self._ledger.virtual_server(number).active:
             return self._turned_away(service, query, Error.CONNLIMIT)
         reader = service.reader
@@ -237,10 +242,6 @@ class ControlSegment:
             self._ledger.refuse(number, Refusal.REJECTED)
             return AppReply(query, Reply(query, Error.NOTAVAIL))
         pool = service.names.get(read.pool, "") if read.pool else service.virtual_server.default_pool_id or ""
-        if service.follows:
-            known = self._connections.find(query.switch, query.signature)
-            if known is not None:
-                self._replace(known)
         reply = self._again(switch, service, pool, asked, now) if asked.failed else \
             self._select(switch, service, pool, query, now)
         if reply.error is not Error.OK:
