@@ -123,7 +123,7 @@ class Reader:
             for holds, act in self._steps:
                 if holds(request):
                     return act(request)
-            return ToPool(None, "", printable(request.describe()))
+            return ToPool(None, "", request.describe())
         if request is None:
             return MORE
         if isinstance(request, Answer):
@@ -148,6 +148,8 @@ def _without_body(answer: bytes) -> bytes:
 
 def describe(subject: Subject) -> str:
     """What a client said, short and printable."""
+    if subject.__class__ is Received:
+        return subject.describe()  # was found to be ASCII to be printed
     if isinstance(subject, bytes):
         return f"{len(subject)} bytes {subject[:KEY_BYTES].hex(' ')}"
     return printable(subject.describe())

@@ -23,6 +23,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from lbapp.control.l7.outcomes import KEY_MOST
+
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 _BYTES = {f"{high}{low}".encode(): bytes((int(high + low, 16),))
           for high in "0123456789abcdefABCDEF" for low in "0123456789abcdefABCDEF"}
@@ -164,7 +166,8 @@ class Request:
 
     def describe(self) -> str:
         """``GET shop.example/img/a.png``: what is told of it in logs, without its query (which may hold secrets)."""
-        return (self.method + b" " + self.host + self.target.partition(b"?")[0]).decode("latin-1")
+        text = b"%b %b%b" % (self.method, self.host, self.target.partition(b"?")[0])
+        return text[:KEY_MOST].decode("latin-1")
 
 
 class Received(Request):
