@@ -22,6 +22,9 @@ HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "fastpath.bpf.c"
 SOURCES = (SOURCE, *sorted(HERE.glob("*.h")))
 OBJECT = HERE / "fastpath.bpf.o"
+ADOPT_SOURCE = HERE.parent.parent / "server_agent" / "adopt.bpf.c"
+ADOPT_OBJECT = ADOPT_SOURCE.with_suffix(".o")
+"""The program of a member's host (lbapp/server_agent): it checks the same cookies."""
 COMPILERS = ("clang", "clang-14", "clang-15", "clang-16", "clang-17", "clang-18", "clang-19")
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-sign-compare")
 
@@ -30,16 +33,16 @@ class BuildError(Exception):
     """The programs cannot be compiled. The message says what is missing or wrong."""
 
 
-def up_to_date(target: Path = OBJECT) -> bool:
+def up_to_date(target: Path = OBJECT, source: Path = SOURCE) -> bool:
     """Whether the object is there and not older than any source."""
     try:
         made = target.stat().st_mtime_ns
     except OSError:
         return False
-    return all(source.stat().st_mtime_ns <= made for source in SOURCES)
+    return all(one.stat().st_mtime_ns <= made for one in (source, *SOURCES[1:]))
 
 
-def build(target: Path = OBJECT, force: bool = False) -> bool:
+def build(target: Path = OBJECT, force: bool = False, source: Path = SOURCE) -> bool:
     """Compile unless that is done already.
 
     The object appears whole or not at all: a process that loads it meanwhile gets the old one or the new one.
@@ -50,7 +53,7 @@ def build(target: Path = OBJECT, force: bool = False) -> bool:
     Raises:
         BuildError: no compiler, no headers, or an error in the sources.
     """
-    if not force and up_to_date(target):
+    if not force and up_to_date(target, source):
         return False
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
@@ -62,7 +65,7 @@ def build(target: Path = OBJECT, force: bool = False) -> bool:
     os.close(handle)
     made = Path(name)
     try:
-        _run([compiler, "-O2", "-g", "-target", "bpf", "-mcpu=v3", *WARNINGS, *_includes(), "-c", str(SOURCE),
+        _run([compiler, "-O2", "-g", "-target", "bpf", "-mcpu=v3", *WARNINGS, *_includes(), "-c", str(source),
               "-o", str(made)])
         made.chmod(0o644)
         made.replace(target)
@@ -93,13 +96,15 @@ def _run(command: list[str]) -> None:
 def main() -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m lbapp.dataflow.fastpath.build",
-                                     description="Compile the fast path's eBPF programs.")
+                                     description="Compile the eBPF programs.")
     parser.add_argument("--force", action="store_true", help="even if the object is newer than its sources")
     try:
-        if build(force=parser.parse_args().force):
-            print(f"built {OBJECT.name}")
+        force = parser.parse_args().force
+        for target, source in ((OBJECT, SOURCE), (ADOPT_OBJECT, ADOPT_SOURCE)):
+            if build(target, force, source):
+                print(f"built {target.name}")
     except BuildError as error:
-        print(f"the fast path could not be compiled: {error}", file=sys.stderr)
+        print(f"the eBPF programs could not be compiled: {error}", file=sys.stderr)
         return 1
     return 0
 
