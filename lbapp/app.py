@@ -53,6 +53,7 @@ from lbapp.dataflow.openflow import delete_by_cookie
 from lbapp.dataflow.pipeline import ANY_CONNECTION, COOKIE_MAGIC, Kind, connection_cookie
 from lbapp.dataflow.session import SwitchSession
 from lbapp.fastpaths import FastPaths
+from lbapp.handoffs import Handoffs
 
 LOG = logging.getLogger("lbapp")
 
@@ -119,6 +120,7 @@ class LoadBalancer(app_manager.RyuApp):
         self.control = ControlSegment()
         self.configuration = Configuration()
         self.fastpaths = FastPaths(self.control, self.perform)
+        self.handoffs = Handoffs()
         self._configured = hub.Event()
         self.switches: dict[int, Switch] = {}
         self.reconnects: Counter[int] = Counter()
@@ -459,5 +461,6 @@ class LoadBalancer(app_manager.RyuApp):
                     self._flush(switch)
                 self.perform(self.control.tick(time.monotonic()))
                 self.fastpaths.tick()
+                self.control.adopting = self.handoffs.adopting(time.monotonic())
             except Exception:
                 LOG.exception("tick failed")

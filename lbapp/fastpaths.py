@@ -133,6 +133,11 @@ class FastPaths:
         self._configuration = Configuration()
         self._routes = Routes()
 
+    @property
+    def cookies(self) -> CookieKeys:
+        """The keys of the cookies that fast paths make, for whoever has to check them as well."""
+        return self._cookies
+
     def __contains__(self, switch: int) -> bool:
         return switch in self._sides
 

@@ -18,7 +18,9 @@ from lbapp.api.views import (
     ConnectionView,
     FastPathStatistics,
     HostView,
+    Lease,
     MemberStatistics,
+    ServerAgentView,
     StatisticsView,
     SwitchStatistics,
     SwitchView,
@@ -26,9 +28,11 @@ from lbapp.api.views import (
 )
 from lbapp.config.model import Configuration, Member, Pool, State, VirtualServer
 from lbapp.config.routing import Routes
+from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.matches import address_text
 from lbapp.dataflow.ovs import OvsError
 from lbapp.fastpaths import Reading
+from lbapp.handoffs import LEASE_SECONDS
 from lbapp.readings import Readings
 
 LOG = logging.getLogger("lbapp.runtime")
@@ -312,6 +316,27 @@ class ControllerRuntime:
                 handshakes={name: reading.counters[name] for name in HANDSHAKES if name in reading.counters},
                 drops={name: reading.counters[name] for name in DROPS if name in reading.counters},
                 **{name: told[name] for name in ("queries", "query_messages", "deletes", "delete_messages")}))
+
+    # -------------------------------------------------------------- agents beside servers
+
+    def server_agents(self) -> list[ServerAgentView]:
+        """Agents beside servers."""
+        now = time.monotonic()
+        return [ServerAgentView(name=name, listeners=sorted(endpoint(*one) for one in announced.listeners),
+                                expires_in=round(max(announced.until - now, 0.0), 1))
+                for name, announced in self._application.handoffs.agents().items()]
+
+    def announce(self, name: str, listeners: list[tuple[str, int]]) -> Lease | None:
+        """An agent beside servers says what it adopts connections for."""
+        if not self._application.handoffs.announce(name, listeners, time.monotonic()):
+            return None
+        one, two = (None if key is None else key.hex() for key in self._application.fastpaths.cookies.keys)
+        return Lease(cookie_keys=(one, two), window_scale=Greeting().window_scale, lease_seconds=LEASE_SECONDS)
+
+    def withdraw(self, name: str) -> bool:
+        """Such an agent ends."""
+        known: bool = self._application.handoffs.withdraw(name)
+        return known
 
     @property
     def _configuration(self) -> Configuration:

@@ -168,6 +168,21 @@ class ApiController(ControllerBase):
         """The connections."""
         return _answered(req, {"GET": self.api.live.connections})
 
+    @route("lbapp", "/v1/connections/{reference}")
+    def connection(self, req: webob.Request, reference: str, **_: str) -> webob.Response:
+        """One connection."""
+        return _answered(req, {"GET": self.api.live.connection}, reference)
+
+    @route("lbapp", "/v1/server-agents")
+    def server_agents(self, req: webob.Request, **_: str) -> webob.Response:
+        """The agents beside servers."""
+        return _answered(req, {"GET": self.api.live.server_agents})
+
+    @route("lbapp", "/v1/server-agents/{name}")
+    def server_agent(self, req: webob.Request, name: str, **_: str) -> webob.Response:
+        """One of them, for itself."""
+        return _answered(req, {"PUT": self.api.live.announce, "DELETE": self.api.live.withdraw}, name)
+
     @route("lbapp", "/v1/stats")
     def stats(self, req: webob.Request, **_: str) -> webob.Response:
         """The counters."""

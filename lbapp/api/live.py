@@ -1,23 +1,39 @@
 # SPDX-FileCopyrightText: The lbapp authors
 # SPDX-License-Identifier: Apache-2.0
-"""Live facts over REST: switches, connections, counters. Only reads, and only from the runtime."""
+"""Live facts over REST: switches, connections, counters, agents beside servers. Never touches the configuration."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator
+from typing import Annotated
 from urllib.parse import quote
 
+import msgspec
 import webob
 
-from lbapp.api.errors import invalid
-from lbapp.api.requests import limit_of, query
+from lbapp.api.errors import ApiError, Problem, from_validation, invalid
+from lbapp.api.requests import json_object, limit_of, query
 from lbapp.api.resources import Answer, ok
 from lbapp.api.views import ConnectionView, Runtime, StatisticsView
 from lbapp.config.model import canonical_address
 from lbapp.config.snapshot import breathe
+from lbapp.handoffs import MOST_AGENTS, MOST_LISTENERS
 
 FILTERS = ("virtual_server", "member", "client", "protocol", "state", "switch")
+
+
+class Listener(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a server listens."""
+
+    address: str
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+
+class Announcement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an agent beside servers adopts connections for."""
+
+    listeners: Annotated[tuple[Listener, ...], msgspec.Meta(max_length=MOST_LISTENERS)]
 
 
 class Live:
@@ -61,6 +77,45 @@ class Live:
             following = f"/v1/connections?limit={limit}{kept}&marker={chosen[-1].id}"
         return ok({"connections": chosen, "next": following})
 
+    def connection(self, request: webob.Request, reference: str) -> Answer:
+        """GET of one connection, by its id."""
+        query(request)
+        serial = _serial(reference, "id")
+        found = next((view for number, view in self._after(-1, {}) if number == serial), None)
+        if found is None:
+            raise ApiError(Problem.NOT_FOUND, f"no connection {reference} (any more)")
+        return ok(found)
+
+    def server_agents(self, request: webob.Request) -> Answer:
+        """GET of the agents beside servers."""
+        query(request)
+        return ok({"server_agents": sorted(self.runtime.server_agents(), key=lambda agent: agent.name)})
+
+    def announce(self, request: webob.Request, name: str) -> Answer:
+        """PUT of an agent beside servers: what it adopts connections for. To be repeated before its lease ends."""
+        query(request)
+        try:
+            told = msgspec.convert(json_object(request), Announcement)
+        except msgspec.ValidationError as error:
+            raise from_validation(error, "", ("listeners",)) from None
+        listeners = []
+        for index, one in enumerate(told.listeners):
+            try:
+                listeners.append((canonical_address(one.address), one.port))
+            except ValueError as error:
+                raise invalid(str(error), f"listeners[{index}].address") from None
+        lease = self.runtime.announce(name, listeners)
+        if lease is None:
+            raise ApiError(Problem.CONFLICT, f"there are {MOST_AGENTS} agents beside servers already")
+        return ok(lease)
+
+    def withdraw(self, request: webob.Request, name: str) -> Answer:
+        """DELETE of an agent beside servers."""
+        query(request)
+        if not self.runtime.withdraw(name):
+            raise ApiError(Problem.NOT_FOUND, f"no agent {name} beside a server")
+        return Answer(204, None, {})
+
     def _after(self, after: int, wanted: dict[str, str]) -> Iterator[tuple[int, ConnectionView]]:
         connections: Iterable[ConnectionView] = breathe(self.runtime.connections())
         for view in connections:
@@ -69,13 +124,13 @@ class Live:
                 yield serial, view
 
 
-def _serial(text: str) -> int:
+def _serial(text: str, field: str = "marker") -> int:
     try:
         if len(text) > 32:
             raise ValueError
         return int(text, 16)
     except ValueError:
-        raise invalid("expected the id of a connection (hexadecimal)", "marker") from None
+        raise invalid("expected the id of a connection (hexadecimal)", field) from None
 
 
 def _matches(view: ConnectionView, wanted: dict[str, str]) -> bool:

@@ -10,7 +10,7 @@ import msgspec
 
 from lbapp.api import views
 from lbapp.api.errors import ErrorAnswer, Problem
-from lbapp.api.live import FILTERS
+from lbapp.api.live import FILTERS, Announcement
 from lbapp.api.requests import DEFAULT_LIMIT, JSON, MAX_LIMIT, MERGE_PATCH
 from lbapp.api.sites import Difference
 from lbapp.config.model import Member, Network, Pool, VirtualServer
@@ -34,7 +34,7 @@ def _content(schema: JsonObject, *types: str) -> JsonObject:
 
 def _schemas() -> JsonObject:
     kinds = [VirtualServer, Pool, Member, Network, views.SwitchView, views.ConnectionView, views.StatisticsView,
-             ErrorAnswer, Difference]
+             views.ServerAgentView, views.Lease, Announcement, ErrorAnswer, Difference]
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_TEMPLATE)
     for kind in (VirtualServer, Pool, Member, Network):
         _with_read_only(schemas[kind.__name__]["properties"])
@@ -152,6 +152,15 @@ def document() -> JsonObject:
             [], None, ("400",))},
         "/v1/connections": {"get": _operation("The connections", "200", _listing("connections", "ConnectionView"),
                                               [*filters, *_PAGING], None, ("400",))},
+        "/v1/connections/{id}": {"get": _operation("One connection", "200", _ref("ConnectionView"),
+                                                   _path_parameters("{id}"))},
+        "/v1/server-agents": {"get": _operation("The agents beside servers", "200", {
+            "type": "object", "properties": {"server_agents": {"type": "array", "items": _ref("ServerAgentView")}}},
+            [], None, ("400",))},
+        "/v1/server-agents/{id}": {
+            "put": _operation("An agent beside servers announces itself", "200", _ref("Lease"),
+                              _path_parameters("{id}"), _content(_ref("Announcement")), ("400", "409")),
+            "delete": _operation("It ends", "204", None, _path_parameters("{id}"))},
         "/v1/stats": {"get": _operation("The counters", "200", _ref("StatisticsView"), only, None, ("400",))},
         "/v1/openapi.json": {"get": _operation("This description", "200", {"type": "object"}, [], None, ())},
         "/healthz": {"get": {"summary": "Whether it lives", "security": [], "responses": {

@@ -209,6 +209,34 @@ class StatisticsView(msgspec.Struct, frozen=True, kw_only=True):
     switches: list[SwitchStatistics] = []
 
 
+class ServerAgentView(msgspec.Struct, frozen=True, kw_only=True):
+    """An agent beside servers, whose kernel adopts connections (handoff).
+
+    Attributes:
+        name: which it gave itself.
+        listeners: ``address:port`` of the servers it does that for.
+        expires_in: seconds, unless it announces itself again.
+    """
+
+    name: str
+    listeners: list[str]
+    expires_in: float
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True):
+    """What an agent beside servers needs to know.
+
+    Attributes:
+        cookie_keys: two keys, hexadecimal; null: there is none at that place.
+        window_scale: what clients were told in the handshake, if they offered any.
+        lease_seconds: how long the announcement counts.
+    """
+
+    cookie_keys: tuple[str | None, str | None]
+    window_scale: int
+    lease_seconds: float
+
+
 class Runtime(Protocol):
     """What the API asks the running controller. Statuses are (provisioning, operating), Octavia's words."""
 
@@ -237,4 +265,16 @@ class Runtime(Protocol):
 
     def statistics(self) -> StatisticsView:
         """A reading of the counters."""
+        ...
+
+    def server_agents(self) -> list[ServerAgentView]:
+        """Agents beside servers."""
+        ...
+
+    def announce(self, name: str, listeners: list[tuple[str, int]]) -> Lease | None:
+        """An agent beside servers says what it adopts connections for; None: there are too many agents."""
+        ...
+
+    def withdraw(self, name: str) -> bool:
+        """Such an agent ends; returns whether it was known."""
         ...

@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lbapp.config.model import Algorithm, Configuration, Member, Pool, VirtualServer
+from lbapp.config.model import Binding as Wanted
 from lbapp.control.connections import Connection, Connections
 from lbapp.control.l7 import Answer, More, Reject
 from lbapp.control.limits import DEFAULTS, Limits
@@ -119,6 +120,9 @@ class ControlSegment:
     Args:
         configuration: what to begin with; :meth:`configure` replaces it.
         limits: bounds of tables and of the work of one tick.
+
+    Attributes:
+        adopting: addresses and ports of members whose hosts adopt connections (handoff), whoever knows of them.
     """
 
     def __init__(self, configuration: Configuration = EMPTY, limits: Limits = DEFAULTS) -> None:
@@ -130,6 +134,7 @@ class ControlSegment:
         self._switches: dict[int, _Switch] = {}
         self._up: set[int] = set()
         # Queries are answered one reply each; what else they cause leaves with the next message.
+        self.adopting: frozenset[tuple[str, int]] = frozenset()
         self._outbox: deque[ToSwitch] = deque(maxlen=65_536)
         self._handlers: dict[type, Callable[[Any, float], Iterable[ToSwitch]]] = {
             Query: self._on_query,
@@ -223,14 +228,14 @@ class ControlSegment:
             return AppReply(query, self._refuse(query, number if service is not None else 0, Error.UNKNOWN))
         switch = self._switches.get(query.switch)
         if switch is None or not service.accepts:
-            return self._turned_away(service, query, Error.NOTAVAIL)
+            return self._turned_away(service, asked, Error.NOTAVAIL)
         if service.follows:
             # Who has just shaken hands has no other connection on this port any more.
             known = self._connections.find(query.switch, query.signature)
             if known is not None:
                 self._replace(known)
         if 0 <= service.limit <= self._ledger.virtual_server(number).active:
-            return self._turned_away(service, query, Error.CONNLIMIT)
+            return self._turned_away(service, asked, Error.CONNLIMIT)
         reader = service.reader
         read = reader.timed_out(asked.data) if asked.timed_out else reader.read(asked.data)
         if isinstance(read, More):
@@ -245,17 +250,24 @@ class ControlSegment:
         reply = self._again(switch, service, pool, asked, now) if asked.failed else \
             self._select(switch, service, pool, query, now)
         if reply.error is not Error.OK:
-            return AppReply(query, reply, answer=service.reader.unavailable())
-        binding = Binding.SPLICE
+            return AppReply(query, reply, answer=service.reader.unavailable(asked.data))
+        binding = self._binding(service, reply.member)
         chosen = switch.chosen
         chosen[query.serial] = Chosen(read.policy, read.key, binding)
         if len(chosen) > self._limits.chosen:
             chosen.popitem(last=False)
         return AppReply(query, reply, binding)
 
-    def _turned_away(self, service: Service, query: Query, error: Error) -> AppReply:
+    def _binding(self, service: Service, number: int) -> Binding:
+        """Handoff where the member's host can do it and nobody said otherwise."""
+        if service.virtual_server.binding is Wanted.SPLICE or not self.adopting:
+            return Binding.SPLICE
+        return Binding.HANDOFF if service.endpoints.get(number) in self.adopting else Binding.SPLICE
+
+    def _turned_away(self, service: Service, asked: AppQuery, error: Error) -> AppReply:
         assert service.reader is not None
-        return AppReply(query, self._refuse(query, service.number, error), answer=service.reader.unavailable())
+        return AppReply(asked.query, self._refuse(asked.query, service.number, error),
+                        answer=service.reader.unavailable(asked.data))
 
     def _again(self, switch: _Switch, service: Service, pool: str, asked: AppQuery, now: float) -> Reply:
         """Another member than those that failed: the pool's next one."""

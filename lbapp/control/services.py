@@ -53,6 +53,7 @@ class Service:
 
     Attributes:
         farms: its pools by id: the default one, and those that its L7 policies name.
+        endpoints: where its members are, by number, where it reads what clients say.
         reader: reads what clients say first; None where it does not matter.
         counts: whether its connections are to be counted (`tracked` in a REPLY).
         follows: whether the control segment has to know its connections at all.
@@ -60,8 +61,8 @@ class Service:
         idle: seconds without news after which to ask about a connection.
     """
 
-    __slots__ = ("accepts", "counts", "farms", "follows", "id", "idle", "limit", "names", "next_hops", "number", "pool",
-                 "reader", "rules", "tcp", "virtual_server", "ways")
+    __slots__ = ("accepts", "counts", "endpoints", "farms", "follows", "id", "idle", "limit", "names", "next_hops",
+                 "number", "pool", "reader", "rules", "tcp", "virtual_server", "ways")
 
     def __init__(self, resource_id: str, virtual_server: VirtualServer, pools: Mapping[str, Pool],
                  next_hops: Mapping[str, str], routes: Routes) -> None:
@@ -85,6 +86,8 @@ class Service:
             Way(virtual_server, member, next_hops.get(member.address) or routes.next_hop(virtual_server, member),
                 routes.routed(virtual_server, member))
             for member in one.members if routes.reaches(virtual_server, member))) for key, one in pools.items()}
+        self.endpoints = {member.number: (member.address, member.protocol_port)
+                          for one in pools.values() for member in one.members} if self.reader is not None else {}
         self.names = {one.name: key for key, one in pools.items()}
         default = self.farms.get(virtual_server.default_pool_id or "")
         self.ways = default.ways if default is not None else ()

@@ -37,6 +37,7 @@ class Runtime:
 
     def __init__(self, connections: int) -> None:
         self._connections = connections
+        self._agents: dict[str, list[tuple[str, int]]] = {}
 
     def virtual_server_status(self, vs: VirtualServer) -> tuple[str, str]:
         return ("ACTIVE", "ONLINE" if vs.admin_state_up else "DISABLED")
@@ -60,6 +61,19 @@ class Runtime:
                 id=f"{serial:x}", switch=f"{1:016x}", virtual_server="web" if serial % 2 else "dns",
                 member=f"10.0.0.{serial % 3 + 1}:80", protocol="TCP" if serial % 2 else "UDP",
                 client=f"192.0.2.{serial % 5}:{1000 + serial}", destination="10.0.0.100:80", state="ESTABLISHED")
+
+    def server_agents(self) -> list[views.ServerAgentView]:
+        return [views.ServerAgentView(name=name, listeners=[f"{address}:{port}" for address, port in told],
+                                      expires_in=9.0) for name, told in self._agents.items()]
+
+    def announce(self, name: str, listeners: list[tuple[str, int]]) -> views.Lease | None:
+        if len(self._agents) >= 2 and name not in self._agents:
+            return None
+        self._agents[name] = listeners
+        return views.Lease(cookie_keys=("00" * 16, None), window_scale=7, lease_seconds=10.0)
+
+    def withdraw(self, name: str) -> bool:
+        return self._agents.pop(name, None) is not None
 
     def statistics(self) -> views.StatisticsView:
         return views.StatisticsView(

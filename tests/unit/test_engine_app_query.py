@@ -21,6 +21,7 @@ from lbapp.config.model import (
     RuleType,
     VirtualServer,
 )
+from lbapp.config.model import Binding as Wanted
 from lbapp.control.engine import Chosen, ControlSegment
 from lbapp.control.limits import DEFAULTS
 from lbapp.control.messages import AppQuery, AppReply, Binding, Closed, Delete, Error, Reason, SwitchUp
@@ -86,6 +87,22 @@ def test_half_a_request_is_asked_about_again_and_not_for_ever() -> None:
     assert last.reply is not None and last.reply.error is Error.NOTAVAIL
     assert segment.statistics().refused == {(1, Refusal.ANSWERED): 1}
     assert chosen_member(segment.app_query(said(3, timed_out=True), 0.0)) == 1, "it was all there"
+
+
+def test_members_whose_hosts_adopt_connections_are_handed_them() -> None:
+    segment = control()
+    segment.adopting = frozenset({("10.0.0.2", 8080), ("10.0.0.3", 80)})
+    found = {}
+    for number in (1, 3):
+        reply = segment.app_query(said(number), 0.0)
+        assert reply.reply is not None
+        found[reply.reply.member] = reply.binding
+    assert found == {1: Binding.SPLICE, 2: Binding.HANDOFF}
+    assert segment.chosen(1, 3) == Chosen("", "GET shop.example/", Binding.HANDOFF)
+    assert segment.app_query(said(5, b"/img"), 0.0).binding is Binding.SPLICE, "announced for another port"
+    told_otherwise = control(configuration(binding=Wanted.SPLICE))
+    told_otherwise.adopting = segment.adopting
+    assert {told_otherwise.app_query(said(number), 0.0).binding for number in (1, 3)} == {Binding.SPLICE}
 
 
 def test_answers_and_rejections_reach_no_member() -> None:
