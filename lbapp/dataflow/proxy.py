@@ -37,8 +37,8 @@ LOG = logging.getLogger("lbapp.agent")
 
 MAX_HANDSHAKES = 16_384
 """Connections on their way to a member; the oldest that is still being read makes room."""
-MAX_DATA = 65_536
-"""What of one connection's data is kept."""
+MAX_DATA = 68 << 10
+"""What of one connection's data is kept: more than the 64 KiB that are read, so that what is too long is seen to be."""
 MAX_TOTAL = 64 << 20
 """The same of all of them together."""
 MAX_AHEAD = 32
