@@ -159,6 +159,49 @@ def agent(**options: Any) -> None:
         launcher.run_agent(**options)
 
 
+@cli.command("server-agent")
+@click.option("--listener", "listeners", type=HostPort(), multiple=True, metavar="ADDRESS:PORT",
+              help="A server of this host; may be repeated.")
+@click.option("--listen-port", "ports", type=click.IntRange(1, 65535), multiple=True, metavar="PORT",
+              help="One at any of its addresses; may be repeated.")
+@click.option("--interface", "interfaces", multiple=True, metavar="NAME",
+              help="Where clients' packets come in; may be repeated.  [default: all that are up, but for loopback]")
+@click.option("--name", help="By which the controller knows it.  [default: the host's name]")
+@click.option("--remove", is_flag=True, help="Take down what an earlier one left, and do nothing else.")
+@click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False),
+              default="INFO", show_default=True)
+@click.option("--log-file", type=PATH, help="Log there instead of to standard error.")
+@click.pass_obj
+def server_agent(access: Access, listeners: tuple[tuple[str, int], ...], ports: tuple[int, ...],
+                 interfaces: tuple[str, ...], name: str | None, **options: Any) -> None:
+    """Run the agent beside servers: this host's kernel takes over connections that a fast path has begun."""
+    import ipaddress
+    import socket
+
+    from lbapp import launcher
+    from lbapp.client import ClientError
+    from lbapp.server_agent.adopt import Listener
+    from lbapp.server_agent.process import Settings
+
+    if not (listeners or ports or options["remove"]):
+        raise click.UsageError("give at least one --listener or --listen-port")
+    try:
+        named = tuple(Listener(str(ipaddress.ip_address(host)), port) for host, port in listeners)
+    except ValueError as error:
+        raise click.UsageError(f"--listener: {error}") from None
+
+    def connect() -> Any:
+        try:
+            return access.client()
+        except Failure as failure:
+            raise ClientError(failure.message) from None
+
+    if not options["remove"]:
+        connect().close()  # what is wrong with URL, certificates or token file is said at once
+    settings = Settings(name or socket.gethostname(), named, ports, interfaces)
+    launcher.run_server_agent(settings=settings, connect=connect, **options)
+
+
 @cli.command()
 @click.option("-f", "--file", "file", required=True, type=click.Path(allow_dash=True), metavar="FILE",
               help="Site document, YAML or JSON; - is standard input.")

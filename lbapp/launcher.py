@@ -16,10 +16,15 @@ import logging.handlers
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lbapp.client import Client
+    from lbapp.server_agent.process import Settings as ServerAgentSettings
 
 UNREPLIED_ECHO_REQUESTS = 3
 ECHO_SECONDS = 5.0
@@ -120,6 +125,29 @@ def run_agent(*, bridge: str, listen: tuple[str, int], key: Path | None, state_d
         raise StartError(str(error)) from error
     except OSError as error:
         raise StartError(f"cannot listen on {listen[0]}:{listen[1]}: {error.strerror or error}") from error
+
+
+def run_server_agent(*, settings: ServerAgentSettings, connect: Callable[[], Client], remove: bool, log_level: str,
+                     log_file: Path | None) -> None:
+    """Run an agent beside servers until it is told to stop; or, with ``remove``, take down what one has left.
+
+    Raises:
+        StartError: there can be none here; the message says why.
+    """
+    _log(log_level, log_file)
+    from lbapp.server_agent import process
+    from lbapp.server_agent.adopt import AdoptError
+
+    try:
+        if remove:
+            for name in process.remove():
+                logging.getLogger("lbapp").info("no connections are adopted at %s any more", name)
+            return
+        process.run(settings, connect)
+    except AdoptError as error:
+        raise StartError(str(error)) from error
+    except OSError as error:
+        raise StartError(f"connections cannot be adopted: {error.strerror or error}") from error
 
 
 def _patch() -> None:

@@ -168,11 +168,11 @@ def attach(netlink: Netlink, link: Link, program: int) -> None:
 
 def attached(netlink: Netlink) -> dict[str, Filter]:
     """The interfaces at which such a program is, whoever attached it, and its filter."""
-    found = {}
+    found: dict[str, Filter] = {}
     able = netlink.clsacts()
     for link in netlink.links().values():
         if link.ifindex in able:
-            found.update({link.name: one for one in netlink.filters(link.ifindex) if _mine(one)})
+            found.update((link.name, one) for one in netlink.filters(link.ifindex) if _mine(one))
     return found
 
 

@@ -236,7 +236,8 @@ def test_a_listener_that_is_full_takes_it_when_there_is_room(place: Place) -> No
 def test_a_wrong_cookie_is_refused_by_the_kernel_in_the_end(place: Place, family: int, wrong: str) -> None:
     """Nobody can tell at first whether its beginning was lost; repeated for three seconds it was not."""
     place.listen(family)
-    client = place.client(family, **{"key": {"key": b"another key 1234"}, "cookie": {"cookie": 12345}}.get(wrong, {}))
+    options: dict[str, dict[str, Any]] = {"key": {"key": b"another key 1234"}, "cookie": {"cookie": 12345}}
+    client = place.client(family, **options.get(wrong, {}))
     if wrong == "client":
         client.sport += 1
     client.send(b"hello", ACK | PSH)
