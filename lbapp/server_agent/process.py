@@ -109,8 +109,9 @@ def own_addresses() -> list[str]:
     try:
         done = subprocess.run(["ip", "-json", "address", "show", "scope", "global", "up"], stdin=subprocess.DEVNULL,
                               capture_output=True, text=True, timeout=5, check=True)
-        found = [one["local"] for link in json.loads(done.stdout) for one in link.get("addr_info", ())]
-    except (OSError, subprocess.SubprocessError, ValueError, KeyError) as error:
+        found = [one["local"] for link in json.loads(done.stdout) for one in link.get("addr_info", ())
+                 if "local" in one]  # what is left out of the list leaves an empty object
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
         raise AdoptError(f"this host's addresses cannot be listed: {error}") from None
     return sorted(address for address in set(found) if not ipaddress.ip_address(address).is_loopback)
 

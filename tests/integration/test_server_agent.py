@@ -9,9 +9,12 @@ of programs, hence two namespaces and a client that plays the fast path.
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from tests.fastpath_packets import ACK, FIN, RST, SYN
 from tests.namespaces import require
 from topologies.namespace import Namespace, wait_until
 
+LBAPP = str(Path(sys.executable).with_name("lbapp"))
 SERVER = {4: "10.9.0.51", 6: "fd09::51"}
 CLIENT = {4: "10.9.0.7", 6: "fd09::7"}
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -396,3 +400,83 @@ def test_somebody_elses_filters_stay(place: Place) -> None:
     assert adopt.attached(place.netlink)["s0"].name == "lbapp-adopt"
     adopt.detach(place.netlink)
     assert [one.priority for one in place.netlink.filters(link.ifindex)] == [5]
+
+
+# ------------------------------------------------------------------ the whole agent
+
+
+REST = """
+import http.server, json, sys, pathlib
+told = pathlib.Path(sys.argv[1])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def answer(self, status, body):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_PUT(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        with told.open("a") as file:
+            file.write(body.decode() + "\\n")
+        self.answer(200, json.dumps({"cookie_keys": [sys.argv[2], None], "window_scale": 7,
+                                     "lease_seconds": 10}).encode())
+    def do_DELETE(self):
+        with told.open("a") as file:
+            file.write("gone\\n")
+        self.answer(204, b"")
+    def log_message(self, *_):
+        pass
+http.server.ThreadingHTTPServer(("127.0.0.1", 8080), Handler).serve_forever()
+"""
+
+
+def test_the_agent_from_its_start_to_its_end_and_after_a_kill(place: Place, tmp_path: Path) -> None:
+    adopt.detach(place.netlink)
+    told, log = tmp_path / "told", tmp_path / "log"
+    told.touch()
+    place.server.popen(sys.executable, "-c", REST, str(told), KEY.hex())
+
+    def start() -> subprocess.Popen[Any]:
+        count = len(told.read_text().splitlines())
+        process = place.server.popen(LBAPP, "--token", "t", "server-agent", "--listen-port",
+                                     "80", "--log-file", str(log))
+        wait_until(lambda: len(told.read_text().splitlines()) >= count + 2, 10, "the agent announces itself")
+        return process
+
+    def works(sport: int) -> None:
+        client = place.client(sport=sport)
+        client.send(b"hello", ACK | PSH)
+        assert place.accept(listener).recv(100) == b"hello"
+
+    listener = place.listen()
+    process = start()
+    announced = [json.loads(line)["listeners"] for line in told.read_text().splitlines()[:2]]
+    assert announced == [[], [{"address": address, "port": 80} for address in SERVER.values()]]
+    works(40001)
+    process.kill()
+    process.wait()
+    works(40002)  # goes on with the keys it had
+    process = start()
+    works(40003)
+    second = place.server.run(LBAPP, "--token", "t", "server-agent", "--listen-port", "80",
+                              check=False)
+    assert second.returncode == 1 and "another agent beside servers" in second.stderr
+    process.terminate()
+    assert process.wait(10) == 0
+    assert told.read_text().splitlines()[-1] == "gone"
+    assert adopt.attached(place.netlink) == {} and not place.netlink.clsacts()
+    assert "stopped: adopted 1, refused 0" in log.read_text() and "Traceback" not in log.read_text()
+    process = start()
+    process.kill()
+    process.wait()
+    assert list(adopt.attached(place.netlink)) == ["s0"]
+    place.server.run(LBAPP, "server-agent", "--remove")
+    assert adopt.attached(place.netlink) == {}
+
+
+def test_without_syncookies_there_is_none(place: Place) -> None:
+    place.server.run("sysctl", "-qw", "net.ipv4.tcp_syncookies=0")
+    done = place.server.run(LBAPP, "--token", "t", "server-agent", "--listen-port", "80",
+                            check=False)
+    assert done.returncode == 1
+    assert done.stderr == "lbapp: net.ipv4.tcp_syncookies is 0: the kernel takes no connection by a cookie without it\n"
