@@ -167,13 +167,15 @@ def agent(**options: Any) -> None:
 @click.option("--interface", "interfaces", multiple=True, metavar="NAME",
               help="Where clients' packets come in; may be repeated.  [default: all that are up, but for loopback]")
 @click.option("--name", help="By which the controller knows it.  [default: the host's name]")
+@click.option("--netns", type=click.Path(exists=True, path_type=Path), metavar="FILE",
+              help="Network namespace of the servers: /run/netns/NAME, /proc/PID/ns/net.  [default: this one]")
 @click.option("--remove", is_flag=True, help="Take down what an earlier one left, and do nothing else.")
 @click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False),
               default="INFO", show_default=True)
 @click.option("--log-file", type=PATH, help="Log there instead of to standard error.")
 @click.pass_obj
 def server_agent(access: Access, listeners: tuple[tuple[str, int], ...], ports: tuple[int, ...],
-                 interfaces: tuple[str, ...], name: str | None, **options: Any) -> None:
+                 interfaces: tuple[str, ...], name: str | None, netns: Path | None, **options: Any) -> None:
     """Run the agent beside servers: this host's kernel takes over connections that a fast path has begun."""
     import ipaddress
     import socket
@@ -198,7 +200,7 @@ def server_agent(access: Access, listeners: tuple[tuple[str, int], ...], ports: 
 
     if not options["remove"]:
         connect().close()  # what is wrong with URL, certificates or token file is said at once
-    settings = Settings(name or socket.gethostname(), named, ports, interfaces)
+    settings = Settings(name or socket.gethostname(), named, ports, interfaces, netns)
     launcher.run_server_agent(settings=settings, connect=connect, **options)
 
 

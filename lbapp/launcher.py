@@ -140,7 +140,7 @@ def run_server_agent(*, settings: ServerAgentSettings, connect: Callable[[], Cli
 
     try:
         if remove:
-            for name in process.remove():
+            for name in process.remove(settings.namespace):
                 logging.getLogger("lbapp").info("no connections are adopted at %s any more", name)
             return
         process.run(settings, connect)

@@ -34,6 +34,7 @@ from lbapp.dataflow.fastpath.kernel import KernelError
 from lbapp.dataflow.fastpath.netlink import Netlink, NetlinkError
 from lbapp.server_agent import adopt
 from lbapp.server_agent.adopt import Adopter, AdoptError, Listener
+from lbapp.server_agent.namespaces import Outside, inside
 
 LOG = logging.getLogger("lbapp.server_agent")
 
@@ -54,12 +55,14 @@ class Settings:
         listeners: addresses and ports of servers here.
         ports: of servers at any address of this host.
         interfaces: where clients' packets come in; none: all that are up, but for loopback.
+        namespace: the network namespace of the servers; None: this one.
     """
 
     name: str
     listeners: tuple[Listener, ...] = ()
     ports: tuple[int, ...] = ()
     interfaces: tuple[str, ...] = ()
+    namespace: Path | None = None
 
     @property
     def wanted(self) -> tuple[Listener, ...]:
@@ -126,12 +129,15 @@ class ServerAgent:
         connect: makes a client of the controller, with the token as it is then.
         addresses: this host's.
         sysctl: the kernel's settings.
+        outside: a block in which the controller can be reached.
     """
 
     def __init__(self, settings: Settings, adopter: Adopter, netlink: Netlink, connect: Callable[[], Client],
-                 addresses: Callable[[], list[str]] = own_addresses, sysctl: Path = adopt.SYSCTL) -> None:
+                 addresses: Callable[[], list[str]] = own_addresses, sysctl: Path = adopt.SYSCTL,
+                 outside: Outside = contextlib.nullcontext) -> None:
         self.settings, self._adopter, self._netlink = settings, adopter, netlink
         self._connect, self._addresses, self._sysctl = connect, addresses, sysctl
+        self._outside = outside
         self._client: Client | None = None
         self._lease: Lease | None = None
         self._told: str | None = None
@@ -206,10 +212,11 @@ class ServerAgent:
         return lease
 
     def _call(self, method: str, body: Any) -> Any:
-        if self._client is None:
-            self._client = self._connect()
-        return self._client.call(method, f"/v1/server-agents/{quote(self.settings.name, safe='')}", body,
-                                 seconds=ANSWER_S)
+        with self._outside():
+            if self._client is None:
+                self._client = self._connect()
+            return self._client.call(method, f"/v1/server-agents/{quote(self.settings.name, safe='')}", body,
+                                     seconds=ANSWER_S)
 
     def _say(self, failure: str | None) -> None:
         """What fails is said once, and once more when it changes or is over."""
@@ -244,13 +251,13 @@ def claim() -> Iterator[None]:
         yield
 
 
-def remove() -> list[str]:
-    """Take the program off all interfaces where an agent left it.
+def remove(namespace: Path | None = None) -> list[str]:
+    """Take the program off all interfaces of a network namespace where an agent left it.
 
     Raises:
         AdoptError: an agent is at work here, or the kernel refuses.
     """
-    with claim(), Netlink() as netlink:
+    with inside(namespace), claim(), Netlink() as netlink:
         return adopt.detach(netlink)
 
 
@@ -265,15 +272,17 @@ def run(settings: Settings, connect: Callable[[], Client]) -> None:
     def stopping(_signal: int, _frame: FrameType | None) -> None:
         stop.set()
 
-    lacking = adopt.lacking()
-    if lacking:
-        raise AdoptError("; ".join(lacking))
-    with claim(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        outside = stack.enter_context(inside(settings.namespace))
+        lacking = adopt.lacking()
+        if lacking:
+            raise AdoptError("; ".join(lacking))
+        stack.enter_context(claim())
         netlink = stack.enter_context(Netlink())
         adopt.interfaces(netlink.links().values(), settings.interfaces)  # a wrong name is said at once
         adopter = Adopter()
         stack.callback(adopter.close)
-        agent = ServerAgent(settings, adopter, netlink, connect)
+        agent = ServerAgent(settings, adopter, netlink, connect, outside=outside)
         stack.callback(agent.close)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stopping)

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The program of a member's host on a real kernel, with servers that know nothing of it.
 
-``lbapp/server_agent/adopt.bpf.c``, and ``lbapp.server_agent.adopt`` on real interfaces. No sockets exist in test runs
-of programs, hence two namespaces and a client that plays the fast path.
+``lbapp/server_agent/adopt.bpf.c``, ``lbapp.server_agent.adopt`` on real interfaces, ``lbapp.server_agent.namespaces``.
+No sockets exist in test runs of programs, hence two namespaces and a client that plays the fast path.
 """
 
 from __future__ import annotations
@@ -313,6 +313,21 @@ def test_the_kernels_own_cookies_go_on(place: Place) -> None:
     place.counted()
 
 
+def test_a_listener_of_mptcp_adopts_nothing(place: Place) -> None:
+    with place.server.entered():
+        try:
+            listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP)
+        except OSError as error:
+            pytest.skip(f"MPTCP: {error.strerror}")
+    with listener:
+        listener.bind((SERVER[4], 80))
+        listener.listen()
+        client = place.client()
+        client.send(b"hello", ACK | PSH)
+        assert client.silence()
+    place.counted(refused=1)
+
+
 # ------------------------------------------------------------------ a client's port that comes back
 
 
@@ -480,3 +495,26 @@ def test_without_syncookies_there_is_none(place: Place) -> None:
                             check=False)
     assert done.returncode == 1
     assert done.stderr == "lbapp: net.ipv4.tcp_syncookies is 0: the kernel takes no connection by a cookie without it\n"
+
+
+def test_an_agent_of_another_namespace(place: Place, netns: Callable[[str], Namespace], tmp_path: Path) -> None:
+    """The servers' namespace has no way to the controller."""
+    adopt.detach(place.netlink)
+    told, outside = tmp_path / "told", netns("outside")
+    told.touch()
+    outside.popen(sys.executable, "-c", REST, str(told), KEY.hex())
+    where = ("server-agent", "--netns", f"/proc/{place.server.pid}/ns/net")
+    process = outside.popen(LBAPP, "--token", "t", *where, "--listen-port", "80")
+    wait_until(lambda: len(told.read_text().splitlines()) >= 2, 10, "the agent announces itself")
+    assert SERVER[6] in told.read_text()
+    listener = place.listen()
+    client = place.client()
+    client.send(b"hello", ACK | PSH)
+    assert place.accept(listener).recv(100) == b"hello"
+    process.kill()
+    process.wait()
+    assert list(adopt.attached(place.netlink)) == ["s0"]
+    outside.run(LBAPP, *where, "--remove")
+    assert adopt.attached(place.netlink) == {}
+    done = outside.run(LBAPP, "--token", "t", "server-agent", "--netns", str(told), "--listen-port", "80", check=False)
+    assert done.returncode == 1 and done.stderr == f"lbapp: {told}: Invalid argument\n"
