@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from topologies import l7_scene
 from topologies.controller import API
 from topologies.hosts import ECHO_PORT, LabHost
 from topologies.lab import BIG_BYTES, Lab
@@ -377,6 +378,7 @@ class Demo:
             kept, _, kept_errors = self._wrk(lab.client("c1"), f"http://{VIP}:{port}/")
             rows.append([way, f"{new:,.0f}", slow, f"{kept:,.0f}", errors + kept_errors])
         story.table(["wrk, 32 at a time", "new conn/s", "99 % within", "kept alive req/s", "errors"], rows)
+        l7_scene.play(self)
         lab.controller.stop()
         story.command("operator", "lbapp agent --bridge lb1 --remove")
         lab.controller.remove_fastpath(lab.bridges)

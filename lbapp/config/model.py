@@ -39,6 +39,8 @@ REGEX = re2.Options()
 REGEX.encoding = re2.Options.Encoding.LATIN1
 REGEX.log_errors = False
 REGEX.max_mem = 1 << 20
+REGEX_MOST = 500
+"""Instructions of a compiled regular expression: larger ones no longer fit into that memory, and are slow then."""
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _PLACE = re.compile(r"(?:(?:lp8:|lp16:)?([0-9]{1,4}))?")
 
@@ -284,7 +286,10 @@ class L7Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 raise ValueError("value: expected no hex: with compare_type REGEX (write \\x00 there)")
         if self.compare_type is CompareType.REGEX:
             try:
-                re2.compile(self.value.encode(), REGEX)
+                size = re2.compile(self.value.encode(), REGEX).programsize
+                if size > REGEX_MOST:
+                    raise ValueError(f"value: expected a regular expression of at most {REGEX_MOST} instructions, got "
+                                     f"{self.value!r} with {size}")
             except re2.error as error:
                 raise ValueError(f"value: expected a regular expression of RE2, got {self.value!r} "
                                  f"({_words(error)})") from None

@@ -51,6 +51,7 @@ GIVE_UP_SECONDS = 3.0
 OPEN_SECONDS = 1.0
 OPEN_TRIES = 2
 """How long a member may take for its SYN-ACK before it is asked again (then twice as long), and how often."""
+MAX_CHALLENGES = 3
 REPEAT_SECONDS = 0.3
 REPEATS = 5
 PASSED_ON = 4096
@@ -70,9 +71,9 @@ class Phase(enum.Enum):
 class Handshake:
     """A connection on its way."""
 
-    __slots__ = ("acked", "ahead", "asked", "asks", "cookie", "data", "due", "failed", "first", "flights", "greeting",
-                 "ifindex", "isn", "member", "member_isn", "mss", "options", "phase", "query", "reply", "shift",
-                 "size_asked", "timed_out", "tries", "una", "window")
+    __slots__ = ("acked", "ahead", "asked", "asks", "challenges", "cookie", "data", "due", "failed", "first",
+                 "flights", "greeting", "ifindex", "isn", "member", "member_isn", "mss", "options", "phase", "query",
+                 "reply", "shift", "size_asked", "timed_out", "tries", "una", "window")
 
     def __init__(self, query: Query, ifindex: int, first: Segment, options: Options, greeting: Greeting,
                  now: float) -> None:
@@ -91,6 +92,7 @@ class Handshake:
         self.first = now
         self.asked = now
         self.asks = 0
+        self.challenges = 0
         self.size_asked = -1
         self.timed_out = False
         self.failed: tuple[int, ...] = ()
@@ -270,6 +272,11 @@ class Proxy:
         elif one.phase is Phase.OPENING:
             if part.flags & (SYN | ACK) == SYN | ACK and part.ack == one.isn + 1 & 0xFFFFFFFF:
                 self._opened(one, part, now)
+            elif part.flags & ACK and not part.flags & SYN and one.challenges < MAX_CHALLENGES:
+                # It still has an older connection of these ports (TIME_WAIT): do as a client does (RFC 9293, 3.10.7.3).
+                one.challenges += 1
+                self._to_member(one, Segment(part.ack, 0, RST, 0, b"", b""))
+                self._synchronize(one)
         elif part.flags & ACK and not part.flags & SYN:
             self._acknowledged(one, part, record.ifindex, frame, now)
 

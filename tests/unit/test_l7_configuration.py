@@ -58,6 +58,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (with_rule(key="x"), "l7_policies[0].rules[0].key", "expected none with type PATH"),
     (with_rule(type="HEADER", key="x y"), "l7_policies[0].rules[0].key", "expected a header's name"),
     (with_rule(compare_type="REGEX", value="a("), "l7_policies[0].rules[0].value", "expected a regular expression"),
+    (with_rule(compare_type="REGEX", value="(a|b)*a(a|b){900}c"), "l7_policies[0].rules[0].value",
+     "expected a regular expression of at most 500 instructions"),
     (with_rule(compare_type="LIKE"), "l7_policies[0].rules[0].compare_type", "EQUAL_TO"),
     (with_rule(value="x" * 513), "l7_policies[0].rules[0].value", "512"),
     (with_rule(colour="red"), "l7_policies[0].rules[0].colour", "unknown field; expected"),

@@ -317,6 +317,19 @@ def test_the_next_member_where_one_refuses(world: World) -> None:
     assert len(world.fast.injected) == 1
 
 
+def test_a_member_that_remembers_an_older_connection_is_told_to_forget_it(world: World) -> None:
+    asked = world.client(0, REQUEST)
+    assert asked is not None
+    world.answer(asked.query)
+    (syn,) = world.to_member()
+    for _ in range(5):
+        world.member(5000, ACK)
+    sent = world.to_member()
+    assert sent == [Segment(ISN + 5000 & 0xFFFFFFFF, 0, RST, 0, b"", b""), syn] * 3, "and not for ever"
+    world.member(1, SYN | ACK)
+    assert world.fast.splices
+
+
 def test_a_forged_reset_is_none(world: World) -> None:
     asked = world.client(0, REQUEST)
     assert asked is not None
