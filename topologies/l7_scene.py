@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections import Counter
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from topologies.hosts import LabHost
@@ -85,7 +86,7 @@ def _requests(demo: Demo) -> None:
     redirected = found.startswith("HTTP/1.1 302") and "Location: https://new.example/" in found
     rows.append(["path /old", "302 by the load balancer" if redirected else found[:40], "302 by the load balancer"])
     for name, expected in (("shop.example", "s2"), ("other.example", "s3")):
-        wait_until(lambda name=name: _certificate(client, name) != "", 10, "TLS serves")
+        wait_until(partial(_certificate, client, name), 10, "TLS serves")
         rows.append([f"TLS, server name {name}", _certificate(client, name), expected])
     story.table(["what the client says", "served by", "expected"], rows)
     story.check(all(row[1] == row[2] for row in rows), "each was served by the pool that its rule names",
