@@ -24,9 +24,10 @@ RATIOS: tuple[tuple[str, str, str, float], ...] = (
     *(("lbapp-fastpath", metric, NFT, 1.0) for metric in BULK),
     *(("lbapp-fastpath", metric, REFERENCE, 1.8) for metric in BULK),
     ("lbapp-agent", "new_conn_per_s", REFERENCE, 1.2),
+    ("lbapp-handoff", "new_conn_per_s", HTTP, 1.3),
+    *((target, metric, HTTP, least) for target in ("lbapp-splice", "lbapp-handoff")
+      for metric, least in (("keepalive_req_per_s", 1.3), ("big_mb_per_s", 1.8))),
     ("lbapp-splice", "new_conn_per_s", HTTP, 1.0),
-    ("lbapp-splice", "keepalive_req_per_s", HTTP, 1.3),
-    ("lbapp-splice", "big_mb_per_s", HTTP, 1.8),
 )
 """Target, metric, the target it is compared with, and the least share of that one's figure."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from bench import machine
-from bench.lab import BenchError, Lab, Namespace, tail
+from bench.lab import NAMED, BenchError, Lab, Namespace, tail
 from bench.load import BULK_PORT, WEB_PORT, Client, Messages, Site
 from bench.targets import VIP, Target, hosts, start_servers
 from lbapp.dataflow.ovs import OvsError, PrivateOvs
@@ -220,10 +220,32 @@ class Spliced(Lbapp):
             for name, (kind, compare, value, key) in rules.items()]
         installation.post("/v1/virtual-servers", {**self.virtual_server("web", WEB_PORT, installation.addresses),
                                                   "application": "http", "l7_policies": policies})
+        self.agents(lab, installation)
         installation.wait_answer(VIP, WEB_PORT)
         time.sleep(0.5)
         return Site(tuple(Client(client, VIP) for client in installation.clients), installation.servers,
                     installation.controller, SETTLE_SECONDS)
+
+    def agents(self, lab: Lab, installation: Installation) -> None:
+        """None beside the servers."""
+
+
+class HandedOff(Spliced):
+    """The same, and the servers' kernels adopt the connections: an ``lbapp server-agent`` for each."""
+
+    def agents(self, lab: Lab, installation: Installation) -> None:
+        """Start them, and wait until they have announced themselves."""
+        for namespace, address in zip(installation.servers, installation.addresses, strict=True):
+            lab.spawn(installation.middle, f"server-agent-{namespace.name}", [
+                installation.process.command, "--token-file", str(installation.process.state / "token"), "server-agent",
+                "--name", namespace.name, "--netns", str(NAMED / namespace.name),
+                "--listener", f"{address}:{WEB_PORT}"])
+
+        def all_announced() -> bool:
+            agents = installation.rest.get("/v1/server-agents")["server_agents"]
+            return sum(bool(agent["listeners"]) for agent in agents) == len(installation.servers)
+
+        installation.wait(all_announced, "the agents beside the servers")
 
 
 OURS: tuple[Target, ...] = (
@@ -233,5 +255,6 @@ OURS: tuple[Target, ...] = (
     Lbapp("lbapp-rules", "ROUND_ROBIN", state="rules"),
     Lbapp("lbapp-fastpath", "WEIGHTED_ROUND_ROBIN", ("--fastpath",), decision="switch"),
     Spliced("lbapp-splice", "ROUND_ROBIN", ("--fastpath",), binding="splice"),
+    HandedOff("lbapp-handoff", "ROUND_ROBIN", ("--fastpath",), binding="handoff"),
     Lbapp("lbapp-agent", "ROUND_ROBIN", ("--fastpath",), decision="controller"),
 )
