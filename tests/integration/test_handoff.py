@@ -1,0 +1,169 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""Handoff with everything real: controller, fast path, ``lbapp server-agent`` for each server, nginx, curl."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.bad_wire import bad_wire
+from tests.integration.support import VIP, VIP6, configure, members, pool, server
+from topologies.hosts import LabHost
+from topologies.lab import Lab, unavailable
+from topologies.namespace import end, wait_until
+from topologies.single import SingleTopo
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+LBAPP = str(Path(sys.executable).with_name("lbapp"))
+SIZE = 20_000_000
+both = pytest.mark.parametrize("vip", [VIP, VIP6], ids=["ipv4", "ipv6"])
+
+
+class Site:
+    """A laboratory whose servers have their agents."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.digest = lab.make_file("big", SIZE)
+        self.agents: dict[str, subprocess.Popen[Any]] = {}
+
+    def log(self, host: LabHost) -> Path:
+        return self.lab.directory / f"{host.name}-agent.log"
+
+    def start_agents(self) -> None:
+        controller = self.lab.controller
+        for host in self.lab.servers:
+            if host.name not in self.agents:
+                self.agents[host.name] = controller.namespace.popen(
+                    LBAPP, "--token-file", str(controller.state / "token"), "server-agent", "--name", host.name,
+                    "--netns", f"/proc/{host.pid}/ns/net", "--listen-port", "80", "--log-file", str(self.log(host)))
+        wait_until(lambda: self.announced() == len(self.lab.servers), 15, "every agent announces its servers")
+        time.sleep(0.5)  # the controller looks at them every tenth of a second
+
+    def stop_agents(self) -> None:
+        while self.agents:
+            end(self.agents.popitem()[1])
+
+    def announced(self) -> int:
+        return sum(bool(one["listeners"]) for one in self.lab.rest.get("/v1/server-agents")["server_agents"])
+
+    def counters(self) -> dict[str, int]:
+        return dict(self.lab.rest.get("/v1/stats")["switches"][0]["fastpath"]["handshakes"])
+
+    def shaken(self) -> Callable[[], tuple[int, int]]:
+        """How many clients shook hands since, and with how many members the switch did."""
+        before = self.counters()
+
+        def since() -> tuple[int, int]:
+            now = self.counters()
+            return now["greeted"] - before["greeted"], now["splice_wait"] - before["splice_wait"]
+
+        return since
+
+
+@pytest.fixture(scope="module")
+def _site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with contextlib.ExitStack() as running:
+        lab = running.enter_context(Lab(SingleTopo(), directory=tmp_path_factory.mktemp("handoff") / "lab",
+                                        options=["--fastpath"]))
+        made = Site(lab)
+        lab.start_servers()
+        lab.start_controller()
+        wait_until(lambda: lab.rest.get("/v1/stats")["switches"][0].get("fastpath"), 10, "a fast path")
+        configure(lab, [pool("four", "ROUND_ROBIN", members(lab)), pool("six", "ROUND_ROBIN", members(lab, six=True))],
+                  [server("web-four", 80, "four", VIP, application="http"),
+                   server("web-six", 80, "six", VIP6, application="http")])
+        running.callback(made.stop_agents)
+        yield made
+
+
+@pytest.fixture
+def site(_site: Site) -> Site:
+    _site.start_agents()
+    return _site
+
+
+def url(vip: str, path: str = "/") -> str:
+    return f"http://{f'[{vip}]' if ':' in vip else vip}{path}"
+
+
+@both
+def test_connections_are_handed_over(site: Site, vip: str) -> None:
+    since = site.shaken()
+    assert set(site.lab.client().who(url(vip), 30)) == {"s1", "s2", "s3"}
+    wait_until(lambda: since() == (30, 0), 5, "30 handshakes with the client, none with a member")
+
+
+@both
+def test_a_large_file_and_many_requests_of_one_connection(site: Site, vip: str, tmp_path: Path) -> None:
+    since, got = site.shaken(), tmp_path / "got"
+    codes = site.lab.client().run("curl", "-gsS", "-m", "20", "-w", "%{http_code} ", *(
+        word for _ in range(3) for word in ("-o", str(got), url(vip, "/big")))).stdout
+    assert codes == "200 200 200 " and hashlib.sha256(got.read_bytes()).hexdigest() == site.digest
+    wait_until(lambda: since() == (1, 0), 5, "one handshake")
+
+
+@both
+def test_a_port_that_comes_back_at_once(site: Site, vip: str) -> None:
+    """The server ends first, so its TIME_WAIT is there when the port comes back to it two servers later."""
+    client, since = site.lab.client(), site.shaken()
+    for _ in range(9):
+        began = time.monotonic()
+        with client.entered():
+            made = socket.socket(socket.AF_INET6 if ":" in vip else socket.AF_INET)
+        with made:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(("::" if ":" in vip else "0.0.0.0", 33333))
+            made.settimeout(5)
+            made.connect((vip, 80))
+            made.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            said = b""
+            while part := made.recv(4096):
+                said += part
+        assert said.startswith(b"HTTP/1.1 200") and time.monotonic() - began < 1.5
+    wait_until(lambda: since() == (9, 0), 5, "9 handshakes with the client")
+
+
+@both
+@pytest.mark.parametrize("more", [10, 4000], ids=["one segment", "several"])
+def test_requests_over_a_bad_wire(site: Site, vip: str, more: int, tmp_path: Path) -> None:
+    """Of several segments the agent may have had to acknowledge some: then it shakes hands with the member."""
+    client, since = site.lab.client(), site.shaken()
+    with bad_wire(client, tmp_path, loss=0.05, twice=0.05, order=0.05):
+        for _ in range(12):
+            assert client.run("curl", "-gsS", "-m", "20", "-o", "/dev/null", "-w", "%{http_code}", "-H",
+                              f"X-More: {'x' * more}", url(vip)).stdout == "200"
+    greeted, spliced = since()
+    assert greeted >= 12 and (spliced == 0 or more > 1400)
+
+
+def test_without_agents_members_are_spliced(site: Site) -> None:
+    site.lab.client().who(url(VIP), 9)
+    site.stop_agents()
+    wait_until(lambda: site.announced() == 0, 5, "the agents have withdrawn")
+    since = site.shaken()
+    assert set(site.lab.client().who(url(VIP), 9)) == {"s1", "s2", "s3"}
+    wait_until(lambda: since()[0] == 9 and since()[1] >= 9, 5, "9 handshakes with members")
+    adopted = 0
+    for host in site.lab.servers:
+        said = site.log(host).read_text()
+        assert "stopped: adopted" in said and "WARNING" not in said and "Traceback" not in said
+        counted = dict(part.split() for part in said.splitlines()[-1].partition("stopped: ")[2].split(", "))
+        assert counted["refused"] == counted["time_wait"] == "0"
+        adopted += int(counted["adopted"])
+    assert adopted >= 9
+    site.start_agents()
+    since = site.shaken()
+    site.lab.client().who(url(VIP), 9)
+    wait_until(lambda: since() == (9, 0), 5, "9 connections handed over again")
