@@ -159,6 +159,8 @@ class AgentLoop:
 class LocalLink:
     """See :class:`lbapp.fastpaths.Link`: the agent is in this process."""
 
+    proxies = True
+
     def __init__(self, agent: Agent, fastpaths: FastPaths) -> None:
         self.agent = agent
         self._fastpaths = fastpaths

@@ -60,7 +60,13 @@ class Reading(NamedTuple):
 
 
 class Link(Protocol):
-    """An agent, wherever it runs. No method waits for an answer of the network."""
+    """An agent, wherever it runs. No method waits for an answer of the network.
+
+    Attributes:
+        proxies: whether it shakes hands with clients and asks with what they say (APP_QUERY).
+    """
+
+    proxies: bool
 
     def configure(self, changed: Mapping[int, Distribution | None], *, whole: bool = False) -> None:
         """Take over these virtual servers (by number); None: it is gone, and so are its flows.
@@ -180,6 +186,10 @@ class FastPaths:
             pool = self._configuration.pool_of(server)
             made = distribution(server, pool, self._control.eligible(switch, server, pool), self._routes, hosts,
                                 queries=self.queries, pools=tuple(self._configuration.pools_of(server).values()))
+            if made is not None and made.mode is Mode.PROXY and not side.link.proxies:
+                LOG.warning("switch %016x: virtual server %s is refused there, its agent is on another host and does not "
+                            "ask with what clients say", switch, server.name)
+                made = None
             if made != side.told.get(number):
                 changed[number] = made
         if numbers is None:

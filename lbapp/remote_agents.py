@@ -25,7 +25,6 @@ from lbapp.control.messages import AppReply, Delete, Query, Reap, Refused, Reply
 from lbapp.control_segments import announce
 from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution
-from lbapp.dataflow.fastpath.layout import Mode
 from lbapp.fastpaths import FastPaths, MemberTraffic, Reading
 
 LOG = logging.getLogger("lbapp.agents")
@@ -106,6 +105,8 @@ class Totals:
 class RemoteLink:
     """See :class:`lbapp.fastpaths.Link`: the agent is at the other end of a :class:`CsClient`."""
 
+    proxies = False
+
     def __init__(self, client: CsClient) -> None:
         self.client = client
         self.totals = Totals()
@@ -114,12 +115,6 @@ class RemoteLink:
 
     def configure(self, changed: Mapping[int, Distribution | None], *, whole: bool = False) -> None:
         """See :class:`lbapp.fastpaths.Link`. Said at once, and again after each reconnection."""
-        for made in changed.values():
-            if made is not None and made.mode is Mode.PROXY:
-                LOG.warning("virtual server %d: what clients say is not read by agents elsewhere; it is refused there",
-                            made.number)
-        changed = {number: None if made is None or made.mode is Mode.PROXY else made
-                   for number, made in changed.items()}
         said = {number: announce(made) for number, made in changed.items() if made is not None}
         if whole:
             self.client.replace([server for server, _ in said.values()],

@@ -26,7 +26,7 @@ from lbapp.api.views import (
     SwitchView,
     VirtualServerStatistics,
 )
-from lbapp.config.model import Configuration, Member, Pool, State, VirtualServer
+from lbapp.config.model import Application, Configuration, Member, Pool, State, VirtualServer
 from lbapp.config.routing import Routes
 from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.matches import address_text
@@ -82,9 +82,22 @@ class ControllerRuntime:
         provisioning = next((s for s in ("ERROR", "PENDING_UPDATE") if s in states), "ACTIVE")
         if not vs.admin_state_up:
             return provisioning, "DISABLED"
-        if vs.maintenance or pool is None:
+        hops = {vs.next_hop} if vs.next_hop is not None else set()
+        if vs.maintenance:
             return provisioning, "OFFLINE"
-        return provisioning, self._pool_status(pool, {vs.next_hop} if vs.next_hop is not None else set())
+        if vs.application is not Application.L4:
+            return provisioning, self._application_status(vs, hops)
+        return provisioning, "OFFLINE" if pool is None else self._pool_status(pool, hops)
+
+    def _application_status(self, vs: VirtualServer, hops: set[str]) -> str:
+        """Where what clients say decides: by all pools it may decide for; without a fast path nobody hears them."""
+        fastpaths = self._application.fastpaths
+        if not any(fastpaths.serves(switch.id, vs.number) for switch in self._application.switches.values()):
+            return "OFFLINE"
+        states = {self._pool_status(pool, hops) for pool in self._configuration.pools_of(vs).values()}
+        if states == {"ONLINE"}:
+            return "ONLINE"
+        return "DEGRADED" if states & {"ONLINE", "DEGRADED"} else "OFFLINE"
 
     def pool_status(self, pool: Pool) -> tuple[str, str]:
         """DEGRADED: some of the members that should take connections cannot be reached."""

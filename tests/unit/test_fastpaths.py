@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lbapp import fastpaths as fastpaths_module
-from lbapp.config.model import Algorithm, Configuration, Member, Pool, Protocol, VirtualServer
+from lbapp.config.model import Algorithm, Application, Configuration, Member, Pool, Protocol, VirtualServer
 from lbapp.control.engine import ControlSegment
 from lbapp.control.messages import (
     AppReply,
@@ -38,6 +38,8 @@ SWITCH = 1
 
 class FakeLink:
     """Remembers what it was told."""
+
+    proxies = True
 
     def __init__(self) -> None:
         self.told: list[tuple[dict[int, Distribution | None], bool]] = []
@@ -297,3 +299,23 @@ def test_the_end(world: World) -> None:
     world.fastpaths.remove(SWITCH)
     world.fastpaths.asked(SWITCH, [query()])
     assert SWITCH not in world.fastpaths
+
+
+def test_what_clients_say_is_asked_by_agents_of_this_process_only(caplog: pytest.LogCaptureFixture) -> None:
+    world = World()
+    server = VirtualServer(name="v", id="1", number=1, vip_address="10.0.0.100", protocol=Protocol.TCP,
+                           protocol_port=81, default_pool_id="p", application=Application.HTTP)
+    world.configure(Configuration(pools={"p": Pool(name="p", id="p", members=(member(1), member(2)))},
+                                  virtual_servers={"1": server}))
+    here, elsewhere = FakeLink(), FakeLink()
+    elsewhere.proxies = False
+    world.fastpaths.add(1, here)
+    made = here.told[-1][0][1]
+    assert made is not None
+    assert (made.mode, {target.member for target in made.targets}) == (Mode.PROXY, {1, 2})
+    assert made.greeting is not None and made.greeting.seconds == 10
+    assert len(here.greeted) == 1 and here.greeted[0][0][0] is not None
+    assert world.fastpaths.serves(1, 1)
+    world.fastpaths.add(1, elsewhere)
+    assert elsewhere.told[-1][0].get(1) is None and not world.fastpaths.serves(1, 1)
+    assert "virtual server v is refused there" in caplog.text

@@ -13,7 +13,7 @@ import tests.fake_frames  # noqa: F401  (prepares eventlet for Ryu)
 
 # isort: split
 from lbapp.api.views import ConnectionView, StatisticsView, SwitchView
-from lbapp.config.model import Configuration, Decision, Protocol, State
+from lbapp.config.model import Application, Configuration, Decision, Protocol, State
 from lbapp.dataflow.conntrack import Entry
 from lbapp.dataflow.ovs import OvsError
 from lbapp.readings import Readings as RealReadings
@@ -80,6 +80,14 @@ def test_a_virtual_server_is_pending_until_every_switch_has_it():
 def test_operating_status_of_a_virtual_server(more, expected):
     site = sites.configuration([sites.server(**more)], SITE.pools.values())
     assert made(site)[1].virtual_server_status(site.virtual_servers["v"])[1] == expected
+
+
+def test_a_virtual_server_that_reads_is_offline_where_nobody_hears_its_clients(monkeypatch):
+    site = sites.configuration([sites.server(application=Application.HTTP)], [sites.pool(of=sites.members(2))])
+    bench, runtime = made(site)
+    assert runtime.virtual_server_status(site.virtual_servers["v"])[1] == "OFFLINE"
+    monkeypatch.setattr(bench.app.fastpaths, "serves", lambda switch, number: True)
+    assert runtime.virtual_server_status(site.virtual_servers["v"])[1] == "ONLINE"
 
 
 def test_status_of_members_and_pools():
