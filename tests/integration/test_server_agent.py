@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The program of a member's host on a real kernel, with servers that know nothing of it.
 
-``lbapp/server_agent/adopt.bpf.c``, ``lbapp.server_agent.adopt`` on real interfaces, ``lbapp.server_agent.namespaces``.
+``lbapp/server_agent/adopt.bpf.c``, ``lbapp.server_agent.adopt`` and ``lbapp.server_agent.namespaces`` as they are used.
 No sockets exist in test runs of programs, hence two namespaces and a client that plays the fast path.
 """
 
