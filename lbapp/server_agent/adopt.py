@@ -83,12 +83,14 @@ class Adopter:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        try:
-            if path is None:
+        if path is None:
+            try:
                 build.build(build.ADOPT_OBJECT, source=build.ADOPT_SOURCE)
+            except build.BuildError as error:
+                if not build.ADOPT_OBJECT.exists():  # a host without compiler has what was compiled elsewhere
+                    raise AdoptError(f"the adopting program cannot be compiled: {error}") from None
+        try:
             self._object = kernel.Object(path or build.ADOPT_OBJECT)
-        except build.BuildError as error:
-            raise AdoptError(f"the adopting program cannot be compiled: {error}") from None
         except kernel.KernelError as error:
             raise AdoptError(str(error)) from None
         self.program = self._object.programs["adopt_cookies"]
