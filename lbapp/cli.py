@@ -245,6 +245,26 @@ def show(access: Access, kind: str | None, name: str | None, output: str, limit:
         showing.show(client, kind, name, output, limit, wanted)
 
 
+@cli.command()
+@click.argument("virtual_server")
+@click.argument("request", nargs=-1, metavar="[METHOD] [URL]")
+@click.option("--header", "headers", multiple=True, metavar="'NAME: VALUE'", help="Of an HTTP request; may be repeated.")
+@click.option("--sni", metavar="NAME", help="The server name of a TLS client.")
+@click.option("--alpn", multiple=True, metavar="PROTOCOL", help="A protocol it offers; may be repeated.")
+@click.option("--data", metavar="TEXT|hex:DIGITS", help="A client's first bytes.")
+@click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True)
+@click.pass_obj
+def explain(access: Access, virtual_server: str, request: tuple[str, ...], **options: Any) -> None:
+    """Tell what a virtual server's policies make of a request: which policy, which pool, and why.
+
+    Nothing is sent to anybody.
+    """
+    from lbapp import explaining
+
+    with access.client() as client:
+        explaining.explain(client.get("virtual-servers", virtual_server), request, **options)
+
+
 class Kinds(click.Group):
     """A group whose commands are kinds of resources, in singular, plural or short."""
 

@@ -187,8 +187,8 @@ class FastPaths:
             made = distribution(server, pool, self._control.eligible(switch, server, pool), self._routes, hosts,
                                 queries=self.queries, pools=tuple(self._configuration.pools_of(server).values()))
             if made is not None and made.mode is Mode.PROXY and not side.link.proxies:
-                LOG.warning("switch %016x: virtual server %s is refused there, its agent is on another host and does not "
-                            "ask with what clients say", switch, server.name)
+                LOG.warning("switch %016x: virtual server %s is refused there, its agent is on another host and does "
+                            "not ask with what clients say", switch, server.name)
                 made = None
             if made != side.told.get(number):
                 changed[number] = made

@@ -1,0 +1,107 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""``lbapp explain``: what a virtual server's policies make of a request that nobody has sent.
+
+The rules are evaluated here, by the code that the controller runs, on the policies that it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from lbapp import display
+from lbapp.command_line import Failure
+from lbapp.config.model import Application, VirtualServer
+from lbapp.control.l7 import Answer, ClientHello, Reader, Request, ToPool
+from lbapp.site import FIELDS
+
+Subject = Request | ClientHello | bytes
+
+
+def subject(application: Application, words: Sequence[str], headers: Sequence[str], sni: str | None,
+            alpn: Sequence[str], data: str | None) -> Subject:
+    """What a client would say, from what was typed.
+
+    Raises:
+        Failure: it does not fit what the virtual server reads.
+    """
+    if application is Application.HTTP:
+        if not 1 <= len(words) <= 2 or sni or alpn or data is not None:
+            raise Failure("this virtual server reads HTTP: expected [METHOD] URL, and --header 'NAME: VALUE'")
+        pairs = []
+        for header in headers:
+            name, colon, value = header.partition(":")
+            if not colon or not name.strip():
+                raise Failure(f"--header: expected 'NAME: VALUE', got {header!r}")
+            pairs.append((name, value))
+        return Request.of(words[0].upper() if len(words) == 2 else "GET", words[-1], pairs)
+    if words or headers:
+        raise Failure(f"this virtual server reads {application.value}: expected no URL and no --header")
+    if application is Application.TLS:
+        if data is not None:
+            raise Failure("this virtual server reads tls: expected --sni NAME, --alpn PROTOCOL")
+        return ClientHello(sni.lower().removesuffix(".") if sni else None, tuple(one.encode() for one in alpn))
+    if data is None or sni or alpn:
+        raise Failure("this virtual server reads raw data: expected --data TEXT or --data hex:DIGITS")
+    try:
+        return bytes.fromhex(data[4:]) if data.startswith("hex:") else data.encode()
+    except ValueError:
+        raise Failure(f"--data: expected hexadecimal digits behind hex:, got {data!r}") from None
+
+
+def explain(shown: dict[str, Any], words: Sequence[str], headers: Sequence[str], sni: str | None,
+            alpn: Sequence[str], data: str | None, output: str) -> None:
+    """Print what becomes of it.
+
+    Args:
+        shown: the virtual server as the controller shows it.
+        words, headers, sni, alpn, data: see :func:`subject`.
+        output: table, json or yaml.
+
+    Raises:
+        Failure: the virtual server does not read, or reads something else.
+    """
+    server = msgspec.convert({field: shown[field] for field in FIELDS[VirtualServer] if field in shown}, VirtualServer)
+    reader = Reader.of(server)
+    if reader is None:
+        raise Failure(f"virtual server {server.name} does not read what clients say (application: l4)")
+    said = subject(server.application, words, headers, sni, alpn, data)
+    outcome = reader.decide(said)
+    policies: list[dict[str, Any]] = [{
+        "policy": trace.policy.name, "action": trace.policy.action.value, "enabled": trace.asked,
+        "matched": trace.matched, "decided": trace.decided, "rules": [{
+            "type": rule.rule.type.value, "key": rule.rule.key, "compare_type": rule.rule.compare_type.value,
+            "value": rule.rule.value, "invert": rule.rule.invert, "compared": list(rule.compared), "held": rule.held,
+        } for rule in trace.rules]} for trace in reader.explain(said)]
+    if output != "table":
+        display.dump({"outcome": _outcome(outcome), "policies": policies}, output)
+        return
+    rows: list[tuple[str, ...]] = []
+    for one in policies:
+        mark = "decides" if one["decided"] else "matches" if one["matched"] else "" if one["enabled"] else "disabled"
+        rows.append((one["policy"], one["action"], mark, "", "", ""))
+        for rule in one["rules"]:
+            test = f"{'not ' if rule['invert'] else ''}{rule['type']} {rule['key']}".rstrip()
+            rows.append(("", "", "holds" if rule["held"] else "no", test, f"{rule['compare_type']} {rule['value']}",
+                         ", ".join(rule["compared"]) or "-"))
+    display.table("", ("policy", "action", "result", "rule", "expected", "seen"), rows)
+    display.console().print(_text(outcome), highlight=False, markup=False)
+
+
+def _outcome(outcome: Any) -> dict[str, Any]:
+    if isinstance(outcome, ToPool):
+        return {"pool": outcome.pool or "the default pool", "policy": outcome.policy or None, "key": outcome.key}
+    if isinstance(outcome, Answer):
+        return {"answer": outcome.status, "policy": outcome.policy or None, "why": outcome.why}
+    return {"reject": True, "policy": outcome.policy or None, "why": outcome.why}
+
+
+def _text(outcome: Any) -> str:
+    found = _outcome(outcome)
+    by = f"policy {found['policy']}" if found["policy"] else "no policy"
+    if "pool" in found:
+        return f"{found['key']}: to {'' if found['pool'].startswith('the ') else 'pool '}{found['pool']} ({by})"
+    return f"answered with {found['answer']} ({by}: {found['why']})" if "answer" in found else f"reset ({by})"

@@ -1,0 +1,81 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""``lbapp explain`` (lbapp/explaining.py), on the site of topologies/l7.yaml."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from lbapp.cli import cli
+from lbapp.client import Client
+from tests.fake_api import TOKEN, FakeApi
+
+SITE = Path(__file__).parents[2] / "topologies" / "l7.yaml"
+
+
+@pytest.fixture
+def lbapp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    api = FakeApi()
+    monkeypatch.setenv("LBAPP_STATE_DIR", str(tmp_path))
+
+    def connect(url: str, token: str | None, ca: Any) -> Client:
+        return Client(url, token, ca, transport=api.transport)
+
+    def run(*words: str, code: int = 0) -> str:
+        result = CliRunner().invoke(cli, ["--token", TOKEN, *words], obj=connect, prog_name="lbapp")
+        assert result.exit_code == code, result.output
+        assert "Traceback" not in result.output
+        return result.stdout if code == 0 else result.stderr
+
+    run("apply", "-f", str(SITE), "--yes")
+    return run
+
+
+@pytest.mark.parametrize(("words", "outcome"), [
+    (("site", "http://a.example/img/x.png"), {"pool": "images", "policy": "images", "key": "GET a.example/img/x.png"}),
+    (("site", "POST", "/other"), {"pool": "the default pool", "policy": None, "key": "POST /other"}),
+    (("site", "http://a.example/", "--header", "User-Agent: BadBot"), {
+        "reject": True, "policy": "no-robots", "why": "the policy says so"}),
+    (("site", "http://a.example/robots.txt", "--header", "User-Agent: BadBot"), {
+        "pool": "the default pool", "policy": None, "key": "GET a.example/robots.txt"}),
+    (("secure", "--sni", "Shop.Example"), {"pool": "shop-tls", "policy": "shop", "key": "sni shop.example"}),
+    (("secure",), {"pool": "the default pool", "policy": None, "key": "no sni"})])
+def test_what_becomes_of_a_request(lbapp: Any, words: tuple[str, ...], outcome: dict[str, Any]) -> None:
+    told = json.loads(lbapp("explain", *words, "-o", "json"))["outcome"]
+    told.pop("why", None)
+    assert told == {key: value for key, value in outcome.items() if key != "why"}
+
+
+def test_every_rule_says_what_it_saw(lbapp: Any) -> None:
+    policies = json.loads(lbapp("explain", "site", "http://old.example/img/a", "-o", "json"))["policies"]
+    assert [(one["policy"], one["matched"], one["decided"]) for one in policies] == [
+        ("images", True, True), ("old-shop", True, False), ("no-robots", False, False)]
+    robots = policies[2]["rules"]
+    assert [(one["type"], one["held"], one["compared"]) for one in robots] == [
+        ("HEADER", False, []), ("PATH", True, ["/img/a"])]
+    table = lbapp("explain", "site", "http://old.example/x")
+    assert "decides" in table and "answered with 301 (policy old-shop" in table
+    assert "to pool images (policy images)" in lbapp("explain", "site", "/img")
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (("site",), "expected [METHOD] URL"), (("site", "--sni", "x"), "expected [METHOD] URL"),
+    (("site", "/", "--header", "no"), "--header: expected 'NAME: VALUE'"),
+    (("secure", "/"), "expected no URL"), (("secure", "--data", "x"), "expected --sni NAME"),
+    (("nobody", "/"), "nobody")])
+def test_what_does_not_fit_is_said(lbapp: Any, words: tuple[str, ...], says: str) -> None:
+    assert says in lbapp("explain", *words, code=1)
+
+
+def test_raw_data_and_servers_that_do_not_read(lbapp: Any) -> None:
+    lbapp("add", "virtual-server", "plain", "--address", "10.0.0.101", "--port", "80", "--pool", "web")
+    assert "does not read what clients say" in lbapp("explain", "plain", "/", code=1)
+    lbapp("set", "virtual-server", "plain", "application=raw")
+    assert "to the default pool (no policy)" in lbapp("explain", "plain", "--data", "hex:0001")
+    assert "expected hexadecimal digits" in lbapp("explain", "plain", "--data", "hex:0", code=1)
+    assert "expected --data" in lbapp("explain", "plain", code=1)
