@@ -248,7 +248,8 @@ def show(access: Access, kind: str | None, name: str | None, output: str, limit:
 @cli.command()
 @click.argument("virtual_server")
 @click.argument("request", nargs=-1, metavar="[METHOD] [URL]")
-@click.option("--header", "headers", multiple=True, metavar="'NAME: VALUE'", help="Of an HTTP request; may be repeated.")
+@click.option("--header", "headers", multiple=True, metavar="'NAME: VALUE'",
+              help="Of an HTTP request; may be repeated.")
 @click.option("--sni", metavar="NAME", help="The server name of a TLS client.")
 @click.option("--alpn", multiple=True, metavar="PROTOCOL", help="A protocol it offers; may be repeated.")
 @click.option("--data", metavar="TEXT|hex:DIGITS", help="A client's first bytes.")
