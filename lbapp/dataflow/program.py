@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from lbapp.config.model import Configuration, Member, Pool, VirtualServer
 from lbapp.config.routing import Routes
+from lbapp.config.rows import with_members
 from lbapp.control.messages import Host
 from lbapp.dataflow.facts import Fact, Forward, Gateway, facts_of, network_facts
 from lbapp.dataflow.flows import base_flows, flows_of, host_route
@@ -40,6 +41,14 @@ class Change:
 
     def __len__(self) -> int:
         return len(self.add) + len(self.delete) + len(self.groups) + len(self.delete_groups)
+
+
+def _reached(configuration: Configuration, server: VirtualServer) -> Pool | None:
+    """The pool of a virtual server; with L7 policies, the members of all pools that it may send connections to."""
+    if not server.l7_policies:
+        return configuration.pool_of(server)
+    pools = list(configuration.pools_of(server).values())
+    return with_members(pools[0], tuple(member for pool in pools for member in pool.members)) if pools else None
 
 
 @dataclass(slots=True, frozen=True)
@@ -128,7 +137,7 @@ class SwitchProgram:
         for network in configuration.networks.values():
             self._count_facts(network_facts(network, self._routes))
         for identifier, server in configuration.virtual_servers.items():
-            pool = configuration.pool_of(server)
+            pool = _reached(configuration, server)
             installed = _Installed(server, pool, self._eligible(server, pool, self._routes))
             self._installed[identifier] = installed
             self._index(identifier, installed, self._routes, present=True)
@@ -185,7 +194,10 @@ class SwitchProgram:
         server = self._configuration.virtual_servers.get(identifier)
         if installed is None or server is None:
             return installed is not server
-        return installed.virtual_server is not server or installed.pool is not self._configuration.pool_of(server)
+        if installed.virtual_server is not server:
+            return True
+        pool = _reached(self._configuration, server)
+        return installed.pool is not pool and (not server.l7_policies or installed.pool != pool)
 
     def _host_of(self, fact: Fact) -> Host | None:
         if isinstance(fact, Forward):
@@ -208,7 +220,7 @@ class SwitchProgram:
         server = self._configuration.virtual_servers.get(identifier)
         new = None
         if server is not None:
-            pool = self._configuration.pool_of(server)
+            pool = _reached(self._configuration, server)
             new = _Installed(server, pool, self._eligible(server, pool, current[0]))
             self._installed[identifier] = new
         self._replace_facts(

@@ -222,6 +222,16 @@ def test_no_member_no_waiting(site: Lab, vip: str) -> None:
         assert time.monotonic() - began < 1
 
 
+def test_a_member_that_only_a_policy_leads_to(site: Lab) -> None:
+    """Nobody else has it as a member: it is found, and served, all the same."""
+    configure(site, [pool("one", "ROUND_ROBIN", members(site, names=["s1"])),
+                     pool("two", "ROUND_ROBIN", members(site, names=["s2"]))],
+              [server("web", 80, "one", application="http", l7_policies=[
+                  to_pool("two", rule("HOST_NAME", "EQUAL_TO", "two.example"))])])
+    assert site.client().who(url(VIP), 3) == Counter({"s1": 3})
+    assert site.client().curl(url(VIP), "-H", "Host: two.example").strip() == "s2"
+
+
 # ------------------------------------------------------------------ reading
 
 

@@ -9,8 +9,18 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from lbapp.config.model import Algorithm, Configuration, Decision, Member, Protocol
+from lbapp.config.model import (
+    Algorithm,
+    Application,
+    Configuration,
+    Decision,
+    L7Policy,
+    Member,
+    PolicyAction,
+    Protocol,
+)
 from lbapp.control.messages import Host
+from lbapp.dataflow.facts import Neighbour
 from lbapp.dataflow.openflow import GROUP_DELETE, Load, add_flow, delete_flow, encode_match, group_mod
 from lbapp.dataflow.pipeline import Priority, Register, Table
 from lbapp.dataflow.program import Change, SwitchProgram
@@ -141,6 +151,22 @@ def test_a_member_that_is_shared_by_both_sides_has_rules_for_both():
     assert {flow.priority for flow in rules} == {Priority.ROUTED, Priority.NORMAL, Priority.FALLBACK}
     run(site, sites.configuration([inside], [sites.pool(of=sites.members(1))], (*sites.LAN, *sites.OUTSIDE)))
     run(site, sites.configuration([outside], [sites.pool(of=sites.members(1))], (*sites.LAN, *sites.OUTSIDE)))
+
+
+def test_members_that_only_a_policy_leads_to_are_watched_and_reached():
+    policy = L7Policy(name="other", action=PolicyAction.REDIRECT_TO_POOL, redirect_pool="q")
+    reads = sites.server(application=Application.HTTP, l7_policies=(policy,))
+    one, two = sites.pool(of=sites.members(1)), sites.pool("q", of=sites.members(1, first=2))
+    site = sites.configuration([reads], [one, two], sites.LAN)
+    program = run(site)
+    forwarded = {value for flow in program.flows() if flow.table == Table.FORWARD for name, value in flow.match
+                 if name == "ct_mark"}
+    assert forwarded == {1, 2}
+    assert {fact.address for fact in program._facts if isinstance(fact, Neighbour)} == {"10.0.0.11", "10.0.0.12"}
+    # A pool that a policy names gets another member; nobody's default.
+    changed = sites.configuration([reads], [one, sites.pool("q", of=sites.members(1, first=3))], sites.LAN)
+    run(site, changed)
+    run(changed, site)
 
 
 def test_of_two_gateways_one_is_used():
