@@ -159,8 +159,8 @@ def test_members_that_only_a_policy_leads_to_are_watched_and_reached():
     one, two = sites.pool(of=sites.members(1)), sites.pool("q", of=sites.members(1, first=2))
     site = sites.configuration([reads], [one, two], sites.LAN)
     program = run(site)
-    forwarded = {value for flow in program.flows() if flow.table == Table.FORWARD for name, value in flow.match
-                 if name == "ct_mark"}
+    forwarded = {one[1] for flow in program.flows() if flow.table == Table.FORWARD for one in flow.match
+                 if one[0] == "ct_mark"}
     assert forwarded == {1, 2}
     assert {fact.address for fact in program._facts if isinstance(fact, Neighbour)} == {"10.0.0.11", "10.0.0.12"}
     # A pool that a policy names gets another member; nobody's default.
