@@ -92,7 +92,9 @@ class ControlSegments:
             number = self._before.pop(key, 0) or next(self._numbers)
             self._local[key], self._keys[number] = number, key
         by = self._announced.setdefault(key, {})
-        by[identity] = _Announced(server, by[identity].targets if identity in by else ())
+        known = by.get(identity)
+        by[identity] = _Announced(server, known.targets if known is not None and known.server.number == server.number
+                                  else ())
         self._by_number[identity, server.number] = key
         return [*changed, self._local[key]]
 
@@ -113,6 +115,8 @@ class ControlSegments:
         if key is None:
             return []
         by = self._announced[key]
+        if by[identity].server.number != number:
+            return []  # another one has taken its address
         del by[identity]
         local = self._local[key]
         if not by:

@@ -4,10 +4,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator
 from typing import Any
 
+import mininet.log  # noqa: F401
 import pytest
+
+# Mininet makes all later loggers of a class of its own, which tells its parents nothing: what is logged would be
+# lost to tests by the order in which modules are imported.
+logging.setLoggerClass(logging.Logger)
 
 pytest_plugins = ["tests.namespaces"]
 

@@ -101,6 +101,7 @@ class Agent:
         self._serials = serials
         self._waiting: OrderedDict[FlowSignature, Waiting] = OrderedDict()
         self._told: dict[int, Distribution] = {}
+        self._serving: dict[layout.ServiceKey, int] = {}
         self._targets: dict[tuple[int, int], int] = {}
         self._free: deque[int] = deque()
         self.proxy = Proxy(fastpath, switch, serials, self._proxied_flows, self._greeting, self.counters)
@@ -122,11 +123,16 @@ class Agent:
         gone: list[int] = []
         targets: dict[int, layout.Target] = {}
         services: dict[layout.ServiceKey, layout.Service | None] = {}
+        # What goes first: what takes its place may have its address, and may have been told of before.
+        for number, made in changed.items():
+            old = self._told.get(number)
+            if old is not None and (made is None or _key(made) != _key(old)):
+                if self._serving.get(_key(old)) == number:
+                    del self._serving[_key(old)]
+                    services[_key(old)] = None
+                gone.append(number)
         for number, made in changed.items():
             old = self._told.pop(number, None)
-            if old is not None and (made is None or _key(made) != _key(old)):
-                services[_key(old)] = None
-                gone.append(number)
             if made is not None:
                 self._told[number] = made
                 for target in made.targets:
@@ -135,6 +141,7 @@ class Agent:
                         targets[self._target_id(number, target.member)] = layout.Target(
                             target.address, target.port, target.host.mac, wire.ifindex, target.member, target.routed)
                 services[_key(made)] = self._service(made, targets)
+                self._serving[_key(made)] = number
             if old is not None:
                 kept = {target.member for target in made.targets} if made is not None else set()
                 stale += [(number, target.member) for target in old.targets if target.member not in kept]

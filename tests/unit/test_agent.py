@@ -349,6 +349,25 @@ def test_a_virtual_server_that_moves_takes_its_old_address_away(agent: Agent, fa
     assert fast.did("delete") == [{"virtual_server": 7}]
 
 
+@pytest.mark.parametrize("steps", [
+    [{8: distribution(number=8), 7: None}], [{7: None, 8: distribution(number=8)}],
+    [{8: distribution(number=8)}, {7: None}], [{7: None}, {8: distribution(number=8)}]],
+    ids=["together", "together, gone first", "new before", "gone before"])
+def test_a_virtual_server_that_takes_another_ones_place(agent: Agent, fast: FakeFastPath,
+                                                        steps: list[dict[int, Distribution | None]]) -> None:
+    for step in steps:
+        agent.configure(step)
+    service = fast.kept_services[layout.ServiceKey(VIP, 80, 6)]
+    assert service is not None and service.number == 8
+    assert fast.did("delete") == [{"virtual_server": 7}], "connections of the former one"
+
+
+def test_virtual_servers_that_change_places(agent: Agent, fast: FakeFastPath) -> None:
+    agent.configure({8: distribution(number=8, port=81)})
+    agent.configure({7: distribution(port=81), 8: distribution(number=8)})
+    assert {key.port: made.number for key, made in fast.kept_services.items()} == {80: 8, 81: 7}
+
+
 def test_numbers_of_targets_are_used_again_and_never_twice_at_once(agent: Agent, fast: FakeFastPath) -> None:
     for turn in range(20):
         agent.configure({7: distribution(target(turn + 3), target(turn + 4), mode=Mode.DECIDE)})

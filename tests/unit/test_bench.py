@@ -151,7 +151,7 @@ def figures(ours: float, theirs: float) -> dict[str, dict[str, float]]:
     return {"haproxy-tcp": dict.fromkeys(metrics, theirs), "lbapp-switch": dict.fromkeys(metrics, ours),
             "lbapp-punted": dict.fromkeys(metrics, ours), "lbapp-ovs": {"controller_us_per_conn": 25.1},
             "nft": dict.fromkeys(metrics, theirs), "haproxy-http": dict.fromkeys(metrics, theirs),
-            "lbapp-splice": dict.fromkeys(metrics, 1.8 * ours),
+            "lbapp-splice": dict.fromkeys(metrics, 1.8 * ours), "lbapp-handoff": dict.fromkeys(metrics, 1.8 * ours),
             "lbapp-fastpath": {**dict.fromkeys(metrics, 2 * ours), "messages_per_closed": 1 / 60},
             "lbapp-agent": dict.fromkeys(metrics, 1.2 * ours)}
 
@@ -163,6 +163,8 @@ def test_goals_are_computed_from_the_figures() -> None:
     assert found["lbapp-agent new_conn_per_s at least 1.20 times haproxy-tcp"] is False
     assert found["lbapp-splice big_mb_per_s at least 1.80 times haproxy-http"] is False
     assert found["lbapp-splice new_conn_per_s at least 1.00 times haproxy-http"] is True
+    assert found["lbapp-handoff keepalive_req_per_s at least 1.30 times haproxy-http"] is True
+    assert found["lbapp-handoff big_mb_per_s at least 1.80 times haproxy-http"] is False
     assert found["lbapp-fastpath: at most 1/64 message to the control segment a closed connection"] is False
     assert found["lbapp-switch new_conn_per_s at least 0.95 times haproxy-tcp"] is False
     assert found["lbapp-switch keepalive_req_per_s at least 1.00 times haproxy-tcp"] is False

@@ -147,6 +147,21 @@ def test_removing_and_moving() -> None:
     assert [segments.distribution(number) is None for number in dict.fromkeys(moved)] == [True, False]
 
 
+def test_a_virtual_server_takes_anothers_address_before_that_one_is_removed() -> None:
+    segments = ControlSegments()
+    segments.connected(ONE)
+    tell(segments, ONE, distribution(7))
+    server, targets = announce(distribution(8, member=50))
+    assert segments.added(ONE, server) == [1]
+    taken = segments.distribution(1)
+    assert taken is not None and not taken.targets, "nothing of the other one's"
+    segments.distributed(ONE, 8, targets)
+    assert segments.removed(ONE, 7) == []
+    assert list(segments.queries([query(1)])) == [(ONE, [query(8)])]
+    assert segments.removed(ONE, 8) == [1]
+    assert segments.distribution(1) is None
+
+
 def test_what_this_fast_path_cannot_serve_is_passed_on() -> None:
     for more in ({"flags": csmb.Flag.HTTP_PROXY}, {"flags": csmb.Flag.WILDCARD_PORT},
                  {"assist": csmb.Assist.CS_ASSIST}):
