@@ -220,7 +220,7 @@ class Agent:
             if result not in _THERE:
                 # Without its flow it would only ask again. Old connections live on (003, FIGURE 18).
                 refused.append(self._refused(query))
-                if waiting is not None:
+                if waiting is not None and not (result == layout.Result.TAKEN and self._give(waiting)):
                     self._refuse(waiting)
             elif waiting is not None:
                 for frame in waiting.frames:
@@ -287,6 +287,12 @@ class Agent:
             (outbound, layout.Flow(signature.destination, signature.source, signature.destination_port,
                                    signature.source_port, query.client_mac, VIRTUAL_MAC, client.ifindex,
                                    state | layout.OUTBOUND, *identity)))
+
+    def _give(self, waiting: Waiting) -> bool:
+        """Leave a flow whose way back is another connection's to Open vSwitch, which can change the client's port."""
+        given = all([self.fastpath.give(waiting.ifindex, frame) for frame in waiting.frames])
+        self.counters["miss_answered"] += given
+        return given
 
     def _refuse(self, waiting: Waiting) -> None:
         self.counters["refused"] += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ from tests.integration.support import (
     statistics,
     wait_for_statistics,
 )
+from topologies.hosts import LabHost
 from topologies.lab import Lab, unavailable
 from topologies.namespace import end, wait_until
 from topologies.two_switches import TwoSwitchesTopo
@@ -104,6 +106,31 @@ def test_datagrams(site: Lab) -> None:
         for port in (53, 54):
             answers = site.client("c1").udp(vip, port, 9)
             assert sorted(map(str, answers)) == ["s1"] * 3 + ["s2"] * 3 + ["s3"] * 3
+
+
+def test_flows_that_would_meet_on_their_way_back(site: Lab) -> None:
+    """From one port of the client, to one port of one member, by two virtual servers: the second one's port is
+    changed by Open vSwitch."""
+    client = site.client("c1")
+    for port in range(7001, 7013):
+        answers = [datagram(client, port, (vip, 53 + turn)) for vip in (VIP, VIP6) for turn in (0, 1, 0, 1)]
+        assert all(answers), (port, answers)
+    wait_until(lambda: (fastpath(site) or {})["misses"].get("answered"), 10, "Open vSwitch was given some")
+
+
+def datagram(client: LabHost, port: int, to: tuple[str, int]) -> str | None:
+    """Who answers a datagram from this port; None: nobody did. Raises ConnectionRefusedError."""
+    with client.entered():
+        endpoint = socket.socket(socket.AF_INET6 if ":" in to[0] else socket.AF_INET, socket.SOCK_DGRAM)
+    with endpoint:
+        endpoint.settimeout(1.0)
+        endpoint.bind(("", port))
+        endpoint.connect(to)
+        endpoint.send(b"who")
+        try:
+            return endpoint.recv(100).decode().partition(" ")[0]
+        except TimeoutError:
+            return None
 
 
 @pytest.mark.parametrize("port", [80, 8080])

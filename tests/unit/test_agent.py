@@ -59,6 +59,7 @@ class FakeFastPath:
         self.port_change = False
         self.held: list[Any] = []
         self.room = layout.Result.OPENED
+        self.pairs = True
 
     def targets(self) -> Any:
         return dict.fromkeys(self.kept_targets).keys()
@@ -102,6 +103,10 @@ class FakeFastPath:
 
     def send(self, ifindex: int, data: bytes) -> None:
         self.told.append(("send", (ifindex, data)))
+
+    def give(self, ifindex: int, data: bytes) -> bool:
+        self.told.append(("give", (ifindex, data)))
+        return self.pairs
 
     def delete(self, **what: Any) -> None:
         self.told.append(("delete", what))
@@ -286,10 +291,18 @@ def test_a_reply_about_what_is_not_here_installs_nothing(agent: Agent, fast: Fak
 @pytest.mark.parametrize("room", [layout.Result.FULL, layout.Result.TAKEN])
 def test_without_room_for_its_flow_a_client_is_refused(agent: Agent, fast: FakeFastPath, room: layout.Result) -> None:
     (query,) = ask(agent, fast, syn())
-    fast.room = room
+    fast.room, fast.pairs = room, False
     assert agent.reply([reply(query)]) == [Refused(SWITCH, query.serial, 7)], "nobody has to wait for its end"
     assert fast.did("inject") == [], "it would only ask again"
     assert len(fast.did("send")) == 1
+
+
+def test_a_flow_whose_way_back_is_anothers_is_left_to_the_switch(agent: Agent, fast: FakeFastPath) -> None:
+    (query,) = ask(agent, fast, syn())
+    fast.room = layout.Result.TAKEN
+    assert agent.reply([reply(query)]) == [Refused(SWITCH, query.serial, 7)]
+    assert fast.did("give") == [(CLIENT_WIRE, syn())]
+    assert (fast.did("send"), fast.did("inject"), agent.counters["miss_answered"]) == ([], [], 1)
 
 
 def test_a_flow_that_is_there_already_is_used(agent: Agent, fast: FakeFastPath) -> None:

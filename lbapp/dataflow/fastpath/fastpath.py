@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lbapp.dataflow.fastpath import build, kernel
 from lbapp.dataflow.fastpath.netlink import Netlink, NetlinkError
-from lbapp.dataflow.fastpath.ports import Changes, Programs, Wire, Wires
+from lbapp.dataflow.fastpath.ports import Changes, Programs, Wire, Wires, inner_name
 from lbapp.dataflow.fastpath.records import read
 from lbapp.dataflow.fastpath.removal import HANDLE, PRIORITY, PortsError
 from lbapp.dataflow.fastpath.removal import remove as remove_ports
@@ -128,6 +128,12 @@ class FastPath(Tables):
         """Send a frame out on a wire. False if the kernel had no room for it, or there is no such wire."""
         wire = self._by_index.get(ifindex)
         return wire is not None and self._injector.send(wire.name, frame)
+
+    def give(self, ifindex: int, frame: bytes) -> bool:
+        """Let Open vSwitch have a frame that came in on a wire. False if it could not have it: see :meth:`send`, or
+        it has the wire itself, with no pair in front."""
+        wire = self._by_index.get(ifindex)
+        return wire is not None and wire.inner > 0 and self._injector.send(inner_name(wire.ifindex), frame)
 
     def close(self, keep: bool = False) -> None:
         """End. ``keep``: wires, tables and connections stay and go on; otherwise nothing of it is left behind.

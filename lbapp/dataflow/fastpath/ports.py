@@ -82,6 +82,11 @@ class Changes(NamedTuple):
     removed: dict[int, Wire]
 
 
+def inner_name(ifindex: int) -> str:
+    """The name of a pair's end in front, by the index of its W."""
+    return f"lbi{ifindex}"
+
+
 def _nothing(_: Wire) -> None:
     pass
 
@@ -213,7 +218,7 @@ class Wires:
             raise
 
     def _make_pair(self, link: Link, links: Mapping[str, Link]) -> int:
-        inner, outer = f"lbi{link.ifindex}", f"lbo{link.ifindex}"
+        inner, outer = inner_name(link.ifindex), f"lbo{link.ifindex}"
         for name in (inner, outer):
             if name in links:  # somebody ended just after making it
                 self._netlink.delete(links[name].ifindex)
