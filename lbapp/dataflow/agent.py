@@ -290,7 +290,7 @@ class Agent:
 
     def _give(self, waiting: Waiting) -> bool:
         """Leave a flow whose way back is another connection's to Open vSwitch, which can change the client's port."""
-        given = all([self.fastpath.give(waiting.ifindex, frame) for frame in waiting.frames])
+        given = all(self.fastpath.give(waiting.ifindex, frame) for frame in waiting.frames)
         self.counters["miss_answered"] += given
         return given
 
