@@ -27,7 +27,7 @@ from lbapp.dataflow.frames import Packet
 
 LOG = logging.getLogger("lbapp.fastpath")
 
-ASKED_AGAIN_SECONDS = 3.0
+ASKED_AGAIN_SECONDS = 4.0
 """How long an agent may ask again about a flow whose REPLY was lost, and is told the same."""
 RECENT = 4096
 """Answers that are remembered for it, at most, of each switch."""

@@ -52,7 +52,11 @@ MAX_WAITING = 16_384
 MAX_FRAMES = 8
 """Packets of one flow that wait (003: "the DFS buffers all incoming packets in the flow")."""
 ASK_AGAIN_SECONDS = 0.5
-"""A packet that comes again after so long asks again: the QUERY or its REPLY was lost."""
+"""What is not answered after so long is asked again: the QUERY or its REPLY was lost."""
+MOST_AGAIN = 256
+"""Questions asked again at once: a control segment that is slow has others waiting."""
+MOST_TWICE = 4096
+"""Flows that were asked about again, and were answered: so many are remembered."""
 GIVE_UP_SECONDS = 3.0
 NEARLY_FULL = 0.95
 ROOM = 0.85
@@ -100,6 +104,7 @@ class Agent:
         self.held = 0
         self._serials = serials
         self._waiting: OrderedDict[FlowSignature, Waiting] = OrderedDict()
+        self._twice: OrderedDict[int, None] = OrderedDict()
         self._told: dict[int, Distribution] = {}
         self._serving: dict[layout.ServiceKey, int] = {}
         self._targets: dict[tuple[int, int], int] = {}
@@ -205,6 +210,13 @@ class Agent:
         installing: list[tuple[Query, Waiting | None]] = []
         for reply in (_as_reply(one) for one in replies if not isinstance(one, AppReply)):
             waiting = self._waiting.pop(reply.query.signature, None)
+            if waiting is None:
+                if reply.query.serial in self._twice:
+                    continue  # the second answer; its flow may have come and gone
+            elif waiting.asked != waiting.first:
+                self._twice[waiting.query.serial] = None
+                if len(self._twice) > MOST_TWICE:
+                    self._twice.popitem(last=False)
             if reply.error is not Error.OK or reply.translation is None:
                 if waiting is not None:
                     self._refuse(waiting)
@@ -349,9 +361,6 @@ class Agent:
                     known.frames.append(frame)
                 else:
                     self.counters["waiting_dropped"] += 1
-                if now - known.asked >= ASK_AGAIN_SECONDS:
-                    self._waiting[packet.signature] = known._replace(asked=now)
-                    asked.append(known.query)
                 continue
             port = self.fastpath.port_of(ifindex)
             if port is None:
@@ -400,15 +409,19 @@ class Agent:
                        flow.packets + (back.packets if back is not None else 0),
                        flow.bytes + (back.bytes if back is not None else 0))
 
-    def tick(self, now: float) -> list[AppQuery]:
-        """Give up on what nobody answered; returns what has to be asked because time has passed."""
+    def tick(self, now: float) -> list[Query | AppQuery]:
+        """Give up on what nobody answered; returns what has to be asked, or asked again."""
         while self._waiting:
             signature, waiting = next(iter(self._waiting.items()))
             if now - waiting.first < GIVE_UP_SECONDS:
                 break
             del self._waiting[signature]
             self.counters["unanswered"] += 1
-        return self.proxy.tick(now)
+        late = [(signature, waiting) for signature, waiting in self._waiting.items()
+                if now - waiting.asked >= ASK_AGAIN_SECONDS]
+        for signature, waiting in late[:MOST_AGAIN]:
+            self._waiting[signature] = waiting._replace(asked=now)
+        return [*(waiting.query for _, waiting in late[:MOST_AGAIN]), *self.proxy.tick(now)]
 
     def sweep(self) -> layout.Swept:
         """Delete what has ended or is idle; where the table is nearly full, the oldest too (003, FIGURE 18)."""

@@ -182,12 +182,28 @@ def test_a_first_packet_becomes_a_query(agent: Agent, fast: FakeFastPath) -> Non
     assert query == Query(101, SWITCH, 1, frames.parse(syn()).source_mac, frames.parse(syn()).signature, 7, 2)
 
 
-def test_a_packet_that_comes_again_asks_again_but_not_at_once(agent: Agent, fast: FakeFastPath) -> None:
-    (query,) = ask(agent, fast, syn())
-    assert ask(agent, fast, syn(), now=1.1) == []
-    assert ask(agent, fast, syn(), now=1.0 + module.ASK_AGAIN_SECONDS) == [query], "with the same serial"
+def test_what_is_not_answered_is_asked_again(agent: Agent, fast: FakeFastPath) -> None:
+    (query,) = ask(agent, fast, syn(), now=1.0)
+    assert ask(agent, fast, syn(), now=1.4) == [], "the client's own repetition asks nothing"
+    assert agent.tick(1.0 + module.ASK_AGAIN_SECONDS - 0.01) == []
+    assert agent.tick(1.0 + module.ASK_AGAIN_SECONDS) == [query], "with the same serial"
+    assert agent.tick(1.1 + module.ASK_AGAIN_SECONDS) == []
     agent.reply([reply(query)])
     assert len(fast.did("inject")) == 1, "of a SYN, one copy goes on"
+    assert agent.tick(9.0) == []
+
+
+def test_the_second_answer_to_what_was_asked_twice_opens_nothing(agent: Agent, fast: FakeFastPath) -> None:
+    (query,) = ask(agent, fast, syn(), now=1.0)
+    agent.tick(2.0)
+    for _ in range(2):
+        agent.reply([reply(query)])
+    assert len(fast.did("install")) == 1, "its flow may have come and gone"
+
+
+def test_not_all_is_asked_again_at_once(agent: Agent, fast: FakeFastPath) -> None:
+    ask(agent, fast, *(syn(port) for port in range(4000, 4000 + module.MOST_AGAIN + 10)), now=1.0)
+    assert [len(agent.tick(now)) for now in (2.0, 2.25, 2.3)] == [module.MOST_AGAIN, 10, 0]
 
 
 def test_datagrams_wait_together_and_in_order(agent: Agent, fast: FakeFastPath) -> None:
