@@ -252,6 +252,7 @@ def show(access: Access, kind: str | None, name: str | None, output: str, limit:
               help="Of an HTTP request; may be repeated.")
 @click.option("--sni", metavar="NAME", help="The server name of a TLS client.")
 @click.option("--alpn", multiple=True, metavar="PROTOCOL", help="A protocol it offers; may be repeated.")
+@click.option("--session-id", metavar="DIGITS", help="The session id of its ClientHello, in hexadecimal digits.")
 @click.option("--data", metavar="TEXT|hex:DIGITS", help="A client's first bytes.")
 @click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True)
 @click.pass_obj

@@ -7,6 +7,7 @@ The rules are evaluated here, by the code that the controller runs, on the polic
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,17 +20,26 @@ from lbapp.control.l7 import Answer, ClientHello, Reader, Request, ToPool
 from lbapp.site import FIELDS
 
 Subject = Request | ClientHello | bytes
+SESSION_ID_MOST = 32
+"""Bytes: RFC 5246, 7.4.1.2."""
 
 
 def subject(application: Application, words: Sequence[str], headers: Sequence[str], sni: str | None,
-            alpn: Sequence[str], data: str | None) -> Subject:
+            alpn: Sequence[str], session_id: str | None, data: str | None) -> Subject:
     """What a client would say, from what was typed.
+
+    Args:
+        application: what the virtual server reads.
+        words, headers: of an HTTP request; [METHOD] URL, and lines.
+        sni, alpn, session_id: of a ClientHello; the last one as hexadecimal digits.
+        data: first bytes, as text or ``hex:DIGITS``.
 
     Raises:
         Failure: it does not fit what the virtual server reads.
     """
+    of_tls = bool(sni or alpn or session_id is not None)
     if application is Application.HTTP:
-        if not 1 <= len(words) <= 2 or sni or alpn or data is not None:
+        if not 1 <= len(words) <= 2 or of_tls or data is not None:
             raise Failure("this virtual server reads HTTP: expected [METHOD] URL, and --header 'NAME: VALUE'")
         pairs = []
         for header in headers:
@@ -42,9 +52,10 @@ def subject(application: Application, words: Sequence[str], headers: Sequence[st
         raise Failure(f"this virtual server reads {application.value}: expected no URL and no --header")
     if application is Application.TLS:
         if data is not None:
-            raise Failure("this virtual server reads tls: expected --sni NAME, --alpn PROTOCOL")
-        return ClientHello(sni.lower().removesuffix(".") if sni else None, tuple(one.encode() for one in alpn))
-    if data is None or sni or alpn:
+            raise Failure("this virtual server reads tls: expected --sni NAME, --alpn PROTOCOL, --session-id DIGITS")
+        return ClientHello(sni.lower().removesuffix(".") if sni else None, tuple(one.encode() for one in alpn),
+                           _session_id(session_id))
+    if data is None or of_tls:
         raise Failure("this virtual server reads raw data: expected --data TEXT or --data hex:DIGITS")
     try:
         return bytes.fromhex(data[4:]) if data.startswith("hex:") else data.encode()
@@ -52,13 +63,22 @@ def subject(application: Application, words: Sequence[str], headers: Sequence[st
         raise Failure(f"--data: expected hexadecimal digits behind hex:, got {data!r}") from None
 
 
+def _session_id(digits: str | None) -> bytes:
+    with contextlib.suppress(ValueError):
+        found = bytes.fromhex(digits or "")
+        if len(found) <= SESSION_ID_MOST:
+            return found
+    raise Failure(f"--session-id: expected an even number of hexadecimal digits, at most {2 * SESSION_ID_MOST}, "
+                  f"got {digits!r}")
+
+
 def explain(shown: dict[str, Any], words: Sequence[str], headers: Sequence[str], sni: str | None,
-            alpn: Sequence[str], data: str | None, output: str) -> None:
+            alpn: Sequence[str], session_id: str | None, data: str | None, output: str) -> None:
     """Print what becomes of it.
 
     Args:
         shown: the virtual server as the controller shows it.
-        words, headers, sni, alpn, data: see :func:`subject`.
+        words, headers, sni, alpn, session_id, data: see :func:`subject`.
         output: table, json or yaml.
 
     Raises:
@@ -68,7 +88,7 @@ def explain(shown: dict[str, Any], words: Sequence[str], headers: Sequence[str],
     reader = Reader.of(server)
     if reader is None:
         raise Failure(f"virtual server {server.name} does not read what clients say (application: l4)")
-    said = subject(server.application, words, headers, sni, alpn, data)
+    said = subject(server.application, words, headers, sni, alpn, session_id, data)
     outcome = reader.decide(said)
     policies: list[dict[str, Any]] = [{
         "policy": trace.policy.name, "action": trace.policy.action.value, "enabled": trace.asked,

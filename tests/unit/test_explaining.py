@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from lbapp.cli import cli
@@ -66,10 +67,26 @@ def test_every_rule_says_what_it_saw(lbapp: Any) -> None:
 @pytest.mark.parametrize(("words", "says"), [
     (("site",), "expected [METHOD] URL"), (("site", "--sni", "x"), "expected [METHOD] URL"),
     (("site", "/", "--header", "no"), "--header: expected 'NAME: VALUE'"),
+    (("secure", "--session-id", "abc"), "hexadecimal digits"), (("secure", "--session-id", "ab" * 33), "at most 64"),
+    (("site", "/", "--session-id", "ab"), "expected [METHOD] URL"),
     (("secure", "/"), "expected no URL"), (("secure", "--data", "x"), "expected --sni NAME"),
     (("nobody", "/"), "nobody")])
 def test_what_does_not_fit_is_said(lbapp: Any, words: tuple[str, ...], says: str) -> None:
     assert says in lbapp("explain", *words, code=1)
+
+
+def test_a_session_id(lbapp: Any, tmp_path: Path) -> None:
+    """003's "TLS session id", as a rule compares it: lower case, whatever was typed."""
+    site = yaml.safe_load(SITE.read_text())
+    secure = next(one for one in site["virtual_servers"] if one["name"] == "secure")
+    secure["l7_policies"].append({"name": "known", "action": "REDIRECT_TO_POOL", "redirect_pool": "shop-tls", "rules": [
+        {"type": "SESSION_ID", "compare_type": "STARTS_WITH", "value": "0a1b"}]})
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
+    lbapp("apply", "-f", str(tmp_path / "site.yaml"), "--yes")
+    for digits, policy in (("0A1B22", "known"), ("0b1b22", None), ("", None)):
+        told = json.loads(lbapp("explain", "secure", "--session-id", digits, "-o", "json"))
+        assert told["outcome"]["policy"] == policy
+    assert told["policies"][-1]["rules"][0]["compared"] == []
 
 
 def test_raw_data_and_servers_that_do_not_read(lbapp: Any) -> None:
