@@ -18,7 +18,7 @@ from typing import Any
 import eventlet
 from eventlet.hubs import trampoline
 
-from lbapp.control.messages import AppQuery, AppReply, Closed, Query, Reap, Reply, Stats
+from lbapp.control.messages import AppQuery, AppReply, Closed, NewFlow, Query, Reap, Reply, Stats
 from lbapp.dataflow.agent import Agent
 from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution
@@ -57,7 +57,7 @@ class AgentLoop:
         batch: the most closed connections in one.
     """
 
-    def __init__(self, agent: Agent, asked: Callable[[Sequence[Query | AppQuery]], None],
+    def __init__(self, agent: Agent[FastPath], asked: Callable[[Sequence[Query | AppQuery]], None],
                  closed: Callable[[list[Closed]], None], alive: Callable[[list[Stats]], None],
                  batch: int = BATCH) -> None:
         self.agent = agent
@@ -161,7 +161,7 @@ class LocalLink:
 
     proxies = True
 
-    def __init__(self, agent: Agent, fastpaths: FastPaths) -> None:
+    def __init__(self, agent: Agent[FastPath], fastpaths: FastPaths) -> None:
         self.agent = agent
         self._fastpaths = fastpaths
         switch = agent.switch
@@ -184,6 +184,10 @@ class LocalLink:
     def deliver(self, answered: Sequence[Answered]) -> Sequence[Answered]:
         """See :class:`lbapp.fastpaths.Link`."""
         return self.agent.deliver(answered)
+
+    def take_over(self, flow: NewFlow) -> bool:
+        """See :class:`lbapp.fastpaths.Link`."""
+        return not self.agent.reply([flow], time.monotonic())
 
     def reap(self, reaps: Sequence[Reap]) -> None:
         """See :class:`lbapp.fastpaths.Link`."""

@@ -24,7 +24,7 @@ from ryu.controller.handler import DEAD_DISPATCHER, MAIN_DISPATCHER, set_ev_cls
 from ryu.lib import hub
 from ryu.ofproto import ofproto_v1_3
 
-from lbapp.config.model import Configuration
+from lbapp.config.model import Application, Binding, Configuration, VirtualServer
 from lbapp.config.routing import Routes
 from lbapp.control.engine import ControlSegment
 from lbapp.control.messages import (
@@ -36,6 +36,7 @@ from lbapp.control.messages import (
     HostChanged,
     Live,
     NeighbourSeen,
+    NewFlow,
     PortDown,
     Probe,
     Reap,
@@ -54,6 +55,7 @@ from lbapp.dataflow.pipeline import ANY_CONNECTION, COOKIE_MAGIC, Kind, connecti
 from lbapp.dataflow.session import SwitchSession
 from lbapp.fastpaths import FastPaths
 from lbapp.handoffs import Handoffs
+from lbapp.relays import RelayLink
 
 LOG = logging.getLogger("lbapp")
 
@@ -91,11 +93,13 @@ class Hosts(Mapping[str, Host]):
 class Switch:
     """A connected switch: its connection, its session, and what waits for either."""
 
-    def __init__(self, datapath: Any, control: ControlSegment, configuration: Configuration) -> None:
+    def __init__(self, datapath: Any, control: ControlSegment, configuration: Configuration,
+                 relayed: Callable[[int, VirtualServer], bool] = lambda *_: False) -> None:
         self.datapath = datapath
         self.id: int = datapath.id
         self.connected = time.monotonic()
-        self.session = SwitchSession(self.id, Hosts(control, self.id), datapath.send)
+        self.session = SwitchSession(self.id, Hosts(control, self.id), datapath.send,
+                                     lambda server: relayed(self.id, server))
         self.encoder = carrier.ReplyEncoder(self.id, configuration, Routes(configuration.networks.values()))
         self.work: hub.Queue = hub.Queue(WORK_QUEUE)
         self.worker: Any = None
@@ -119,7 +123,11 @@ class LoadBalancer(app_manager.RyuApp):
         self.wsgi = kwargs["wsgi"]
         self.control = ControlSegment()
         self.configuration = Configuration()
-        self.fastpaths = FastPaths(self.control, self.perform)
+        self._by_number: dict[int, VirtualServer] = {}
+        self.fastpaths = FastPaths(self.control, self.perform, self.relayed)
+        self.fastpaths.changed = self._fastpath_changed
+        self.relays = FastPaths(self.control, self.perform, self.relayed, relaying=True,
+                                cookies=self.fastpaths.cookies)
         self.handoffs = Handoffs()
         self._configured = hub.Event()
         self.switches: dict[int, Switch] = {}
@@ -133,6 +141,7 @@ class LoadBalancer(app_manager.RyuApp):
         self._punts: dict[int, Callable[[Switch, carrier.PacketIn], bytes]] = {
             Kind.QUERY: self._query, Kind.DENIED: self._query, Kind.FULL: self._no_room, Kind.GONE: self._no_room,
             Kind.CLOSE: self._close, Kind.NEIGHBOUR: self._neighbour, Kind.LOOKUP: self._lookup,
+            Kind.RELAY: self._relay,
         }
         ryu_shim.install(self)
 
@@ -153,9 +162,11 @@ class LoadBalancer(app_manager.RyuApp):
     def configure(self, configuration: Configuration) -> None:
         """Take over a new configuration; called whenever the store changed, in order."""
         self.configuration = configuration
+        self._by_number = {server.number: server for server in configuration.virtual_servers.values()}
         self._configured.set()
         commands = self.control.configure(configuration, time.monotonic())
         self.fastpaths.configure(configuration)
+        self.relays.configure(configuration)
         routes = Routes(configuration.networks.values())
         for switch in self.switches.values():
             switch.encoder = carrier.ReplyEncoder(switch.id, configuration, routes)
@@ -235,6 +246,17 @@ class LoadBalancer(app_manager.RyuApp):
         switch.counters["packet_outs"] += bool(answer)
         return answer if full else carrier.forget(punted, packet, switch.id) + answer
 
+    def _relay(self, switch: Switch, punted: carrier.PacketIn) -> bytes:
+        link = self.relays.link(switch.id)
+        if not isinstance(link, RelayLink) or not switch.session.ready:
+            switch.counters["queries_before_ready"] += 1
+            return b""
+        number, out = link.packet_in(punted)
+        if number:
+            switch.punts[number] += 1
+        switch.counters["packet_outs"] += bool(out)
+        return out
+
     def _close(self, switch: Switch, punted: carrier.PacketIn) -> bytes:
         mark = carrier.connection_mark(punted)
         switch.punts[mark.virtual_server] += 1
@@ -303,7 +325,7 @@ class LoadBalancer(app_manager.RyuApp):
             if old is not None:
                 self._forget(old)
             self.reconnects[datapath.id] += datapath.id in self.reconnects
-            switch = self.switches[datapath.id] = Switch(datapath, self.control, self.configuration)
+            switch = self.switches[datapath.id] = Switch(datapath, self.control, self.configuration, self.relayed)
             LOG.info("switch %016x connected from %s", switch.id, datapath.address[0])
             switch.worker = hub.spawn(self._work, switch)
             switch.session.read()
@@ -402,20 +424,60 @@ class LoadBalancer(app_manager.RyuApp):
                 hub.sleep(0)
             if session.synchronised is not None:
                 self.repairs.pop(switch.id, None)
-            self.fastpaths.refresh(switch.id)
+            self._refresh(switch.id)
         elif job == "host" and session.ready:
             session.host_changed(argument)
-            self.fastpaths.refresh(switch.id, self.control.users(argument))
+            self._refresh(switch.id, self.control.users(argument))
         elif job == "repair":
             self.repairs[switch.id] += 1
             hub.sleep(min(LAST_REPAIR_SECONDS, 2.0 ** (self.repairs[switch.id] - 1)))
             switch.datapath.close()
+
+    def _refresh(self, switch: int, numbers: Iterable[int] | None = None) -> None:
+        if switch not in self.relays:
+            self.relays.add(switch, RelayLink(switch, self.relays, lambda out: self._send(switch, out),
+                                              lambda flow: self._take_over(switch, flow), self._hybrid))
+        numbers = None if numbers is None else tuple(numbers)
+        self.fastpaths.refresh(switch, numbers)
+        self.relays.refresh(switch, numbers)
+
+    def _send(self, number: int, out: bytes) -> None:
+        switch = self.switches.get(number)
+        if switch is not None:
+            switch.counters["packet_outs"] += 1
+            switch.datapath.send(out)
 
     def _ready(self, switch: int) -> None:
         try:
             self.on_ready(switch)
         except Exception:
             LOG.exception("switch %016x: no fast path", switch)
+
+    # -------------------------------------------------------------- relaying
+
+    def relayed(self, switch: int, server: VirtualServer) -> bool:
+        """Whether a virtual server's connections go through the controller on a switch: they are to, or nobody else
+        there can shake hands with clients."""
+        return server.application is not Application.L4 and (
+            server.binding in (Binding.HYBRID, Binding.RELAY) or not self.fastpaths.proxies(switch))
+
+    def _fastpath_changed(self, number: int) -> None:
+        """A fast path came or went: who shakes hands may be somebody else now."""
+        switch, relay = self.switches.get(number), self.relays.link(number)
+        if switch is None:
+            return
+        if isinstance(relay, RelayLink) and self.fastpaths.proxies(number):
+            relay.offer_all()
+        if switch.session.ready:
+            self._queue(switch, ("configure", self.configuration))
+
+    def _take_over(self, switch: int, flow: NewFlow) -> bool:
+        link = self.fastpaths.link(switch)
+        return link is not None and link.take_over(flow)
+
+    def _hybrid(self, number: int) -> bool:
+        server = self._by_number.get(number)
+        return server is not None and server.binding is Binding.HYBRID
 
     # -------------------------------------------------------------- commands and time
 
@@ -440,9 +502,11 @@ class LoadBalancer(app_manager.RyuApp):
                 if command.final:
                     switch.datapath.send(delete_by_cookie(connection_cookie(Kind.CONNECTION_IN, command.serial),
                                                           ANY_CONNECTION))
-                    self.fastpaths.reap(command)
+                    (self.relays if self._relays_it(command) else self.fastpaths).reap(command)
                 elif switch.encoder.is_rules(command.virtual_server):
                     switch.session.ask_connection(command.serial)
+                elif self._relays_it(command):
+                    self.relays.reap(command)
                 else:
                     self.fastpaths.reap(command)
             else:
@@ -461,6 +525,19 @@ class LoadBalancer(app_manager.RyuApp):
                     self._flush(switch)
                 self.perform(self.control.tick(time.monotonic()))
                 self.fastpaths.tick()
+                self._tick_relays()
                 self.control.adopting = self.handoffs.adopting(time.monotonic())
             except Exception:
                 LOG.exception("tick failed")
+
+    def _relays_it(self, command: Reap) -> bool:
+        link = self.relays.link(command.switch)
+        return isinstance(link, RelayLink) and link.holds(command.serial)
+
+    def _tick_relays(self) -> None:
+        self.relays.greet()
+        self.relays.tick()
+        for number in list(self.switches):
+            link = self.relays.link(number)
+            if isinstance(link, RelayLink):
+                link.tick(time.monotonic())

@@ -15,11 +15,11 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from lbapp.config.model import Configuration
+from lbapp.config.model import Configuration, VirtualServer
 from lbapp.config.routing import Routes
 from lbapp.control.cookies import CookieKeys
 from lbapp.control.engine import ControlSegment
-from lbapp.control.messages import AppQuery, AppReply, Closed, Delete, Error, FromSwitch, Query, Reap, Reply
+from lbapp.control.messages import AppQuery, AppReply, Closed, Delete, Error, FromSwitch, NewFlow, Query, Reap, Reply
 from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution, distribution
 from lbapp.dataflow.fastpath.layout import Mode
@@ -84,6 +84,9 @@ class Link(Protocol):
         """Install the flows of queries that came as packet-ins, and let their packets go; returns those that the
         switch has to serve itself."""
 
+    def take_over(self, flow: NewFlow) -> bool:
+        """Have a connection that was relayed (NEWFLOW with offsets); false: it cannot."""
+
     def reap(self, reaps: Sequence[Reap]) -> None:
         """Delete flows unless they are alive: of a serial, or with serial 0 all of a member. Answers come by
         :meth:`FastPaths.heard`."""
@@ -124,17 +127,27 @@ class FastPaths:
     Args:
         control: the control segment.
         perform: does what the control segment says.
+        relayed: whether a virtual server's connections on a switch are relayed; by the number of the switch.
+        relaying: these links are to what relays them, and are told of nothing else; fast paths leave them alone.
+        cookies: the keys of cookies, where somebody else changes them.
 
     Attributes:
+        changed: called with a switch whose link came or went.
         queries: whether agents ask the control segment themselves (QUERY over the message bus); otherwise
             queries are packet-ins, and the fast path gets flows by REPLY alone.
     """
 
-    def __init__(self, control: ControlSegment, perform: Callable[[Iterable[Any]], None]) -> None:
+    def __init__(self, control: ControlSegment, perform: Callable[[Iterable[Any]], None],
+                 relayed: Callable[[int, VirtualServer], bool] = lambda *_: False, *, relaying: bool = False,
+                 cookies: CookieKeys | None = None) -> None:
         self._control = control
         self._perform = perform
+        self._relayed = relayed
+        self._relaying = relaying
+        self.changed: Callable[[int], None] = lambda _: None
         self.queries = True
-        self._cookies = CookieKeys(lambda: secrets.token_bytes(16), time.monotonic())
+        self._own_cookies = cookies is None
+        self._cookies = cookies or CookieKeys(lambda: secrets.token_bytes(16), time.monotonic())
         self._sides: dict[int, _Side] = {}
         self._configuration = Configuration()
         self._routes = Routes()
@@ -154,10 +167,17 @@ class FastPaths:
         self._sides[switch] = _Side(link)
         link.greet(self._cookies.keys, self._cookies.current)
         self.refresh(switch, whole=True)
+        self.changed(switch)
 
     def remove(self, switch: int) -> None:
         """A link is gone. Its fast path goes on with what it was told."""
-        self._sides.pop(switch, None)
+        if self._sides.pop(switch, None) is not None:
+            self.changed(switch)
+
+    def proxies(self, switch: int) -> bool:
+        """Whether a switch has a fast path whose agent shakes hands with clients."""
+        side = self._sides.get(switch)
+        return side is not None and side.link.proxies
 
     def close(self) -> None:
         """The controller ends."""
@@ -186,10 +206,11 @@ class FastPaths:
             pool = self._configuration.pool_of(server)
             made = distribution(server, pool, self._control.eligible(switch, server, pool), self._routes, hosts,
                                 queries=self.queries, pools=tuple(self._configuration.pools_of(server).values()))
-            if made is not None and made.mode is Mode.PROXY and not side.link.proxies:
-                LOG.warning("switch %016x: virtual server %s is refused there, its agent is on another host and does "
-                            "not ask with what clients say", switch, server.name)
+            relayed = made is not None and made.mode is Mode.PROXY and self._relayed(switch, server)
+            if self._relaying and not relayed:
                 made = None
+            elif made is not None and relayed and not self._relaying:
+                made = made._replace(mode=Mode.PASS)
             if made != side.told.get(number):
                 changed[number] = made
         if numbers is None:
@@ -234,13 +255,18 @@ class FastPaths:
 
     def tick(self) -> None:
         """Ask agents what the control segment wants to know, all in one; change the keys of cookies."""
-        changed = self._cookies.tick(time.monotonic())
+        changed = self._own_cookies and self._cookies.tick(time.monotonic())
+        if changed:
+            self.greet()
         for side in list(self._sides.values()):
-            if changed:
-                side.link.greet(self._cookies.keys, self._cookies.current)
             if side.reaps:
                 reaps, side.reaps = side.reaps, []
                 side.link.reap(reaps)
+
+    def greet(self) -> None:
+        """The keys of cookies have changed."""
+        for side in list(self._sides.values()):
+            side.link.greet(self._cookies.keys, self._cookies.current)
 
     # -------------------------------------------------------------- what they ask and tell
 

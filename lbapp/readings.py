@@ -53,8 +53,9 @@ class Readings:
                 try:
                     if self._application.control.counting and self.is_local(switch):
                         # Of what the fast path has, conntrack knows nothing, and an agent elsewhere is asked itself.
-                        fast = self._application.fastpaths.live(switch)
-                        self._application.live(switch, (*(fast or ()), *(
+                        application = self._application
+                        fast, relayed = application.fastpaths.live(switch), application.relays.live(switch)
+                        self._application.live(switch, (*(fast or ()), *(relayed or ()), *(
                             (entry.serial, entry.virtual_server, entry.member)
                             for entry in self.conntrack(switch) if entry.tracked and entry.state not in CLOSING)),
                             fast is not None)

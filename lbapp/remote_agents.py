@@ -21,7 +21,7 @@ from lbapp.bus import csmb, keyfile
 from lbapp.bus.events import Counted, Down, Up
 from lbapp.bus.ssmb import Lost
 from lbapp.bus.transport import CsClient
-from lbapp.control.messages import AppReply, Delete, Query, Reap, Refused, Reply, Reset, Stats
+from lbapp.control.messages import AppReply, Delete, NewFlow, Query, Reap, Refused, Reply, Reset, Stats
 from lbapp.control_segments import announce
 from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution
@@ -138,6 +138,13 @@ class RemoteLink:
         """See :class:`lbapp.fastpaths.Link`. Nobody here knows when these flows would be there, and a short connection
         is over by then: the switch has them in conntrack, and the fast path never hears of them."""
         return answered
+
+    def take_over(self, flow: NewFlow) -> bool:
+        """See :class:`lbapp.fastpaths.Link`. Nothing repeats a NEWFLOW that the agent refuses: REFUSED tells."""
+        if flow.window_shift:
+            return False
+        self.client.send_newflows([flow])
+        return True
 
     def reap(self, reaps: Sequence[Reap]) -> None:
         """See :class:`lbapp.fastpaths.Link`."""

@@ -26,12 +26,13 @@ from lbapp.api.views import (
     SwitchView,
     VirtualServerStatistics,
 )
-from lbapp.config.model import Application, Configuration, Member, Pool, State, VirtualServer
+from lbapp.config.model import Application, Binding, Configuration, Member, Pool, State, VirtualServer
 from lbapp.config.routing import Routes
+from lbapp.control.engine import Chosen
 from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.matches import address_text
 from lbapp.dataflow.ovs import OvsError
-from lbapp.fastpaths import Reading
+from lbapp.fastpaths import Link, Reading
 from lbapp.handoffs import LEASE_SECONDS
 from lbapp.readings import Readings
 
@@ -90,14 +91,18 @@ class ControllerRuntime:
         return provisioning, "OFFLINE" if pool is None else self._pool_status(pool, hops)
 
     def _application_status(self, vs: VirtualServer, hops: set[str]) -> str:
-        """Where what clients say decides: by all pools it may decide for; without a fast path nobody hears them."""
-        fastpaths = self._application.fastpaths
-        if not any(fastpaths.serves(switch.id, vs.number) for switch in self._application.switches.values()):
+        """Where what clients say decides: by all pools it may decide for."""
+        if not any(self._serves(switch.id, vs) for switch in self._application.switches.values()):
             return "OFFLINE"
         states = {self._pool_status(pool, hops) for pool in self._configuration.pools_of(vs).values()}
         if states == {"ONLINE"}:
             return "ONLINE"
         return "DEGRADED" if states & {"ONLINE", "DEGRADED"} else "OFFLINE"
+
+    def _serves(self, switch: int, server: VirtualServer) -> bool:
+        """Whether a fast path or what relays has the connections of a virtual server on a switch."""
+        application = self._application
+        return any(paths.serves(switch, server.number) for paths in (application.fastpaths, application.relays))
 
     def pool_status(self, pool: Pool) -> tuple[str, str]:
         """DEGRADED: some of the members that should take connections cannot be reached."""
@@ -172,7 +177,9 @@ class ControllerRuntime:
         servers = {server.number: server for server in configuration.virtual_servers.values()}
         members = {member.number: member for pool in configuration.pools.values() for member in pool.members}
         for switch in list(self._application.switches):
-            yield from self._fast(switch, servers, members)
+            application = self._application
+            for paths, state in ((application.fastpaths, "FAST"), (application.relays, "RELAYED")):
+                yield from self._fast(paths.link(switch), switch, state, servers, members)
             try:
                 if self._readings.is_local(switch):
                     yield from self._conntrack(switch, servers, members)
@@ -180,9 +187,8 @@ class ControllerRuntime:
                 LOG.warning("switch %016x: its connections cannot be listed: %s", switch, error)
         yield from self._followed(servers, members)
 
-    def _fast(self, switch: int, servers: dict[int, VirtualServer],
+    def _fast(self, link: Link | None, switch: int, state: str, servers: dict[int, VirtualServer],
               members: dict[int, Member]) -> Iterator[ConnectionView]:
-        link = self._application.fastpaths.link(switch)
         for held in link.connections(MOST_FAST) if link is not None else ():
             server, member = servers.get(held.virtual_server), members.get(held.member)
             if server is None or member is None:
@@ -196,10 +202,16 @@ class ControllerRuntime:
                 switch=f"{switch:016x}", virtual_server=server.name,
                 member=endpoint(member.address, member.protocol_port), protocol=PROTOCOLS[signature.protocol],
                 client=client, destination=endpoint(address_text(signature.destination), signature.destination_port),
-                state="FAST", idle_seconds=round(held.idle, 3), age_seconds=round(held.age, 3), packets=held.packets,
+                state=state, idle_seconds=round(held.idle, 3), age_seconds=round(held.age, 3), packets=held.packets,
                 bytes=held.bytes, decided_by="switch" if held.decided else "controller",
                 policy=chosen.policy if chosen is not None else None, key=chosen.key if chosen is not None else None,
-                binding=chosen.binding.value if chosen is not None else None)
+                binding=self._binding(server, state, chosen))
+
+    @staticmethod
+    def _binding(server: VirtualServer, state: str, chosen: Chosen | None) -> str | None:
+        if state == "RELAYED" or (chosen is not None and server.binding is Binding.HYBRID):
+            return "relay" if state == "RELAYED" else "hybrid"
+        return chosen.binding.value if chosen is not None else None
 
     def _conntrack(self, switch: int, servers: dict[int, VirtualServer],
                    members: dict[int, Member]) -> Iterator[ConnectionView]:
@@ -260,6 +272,9 @@ class ControllerRuntime:
                     opened = traffic.opened - reading.before.get(key, 0)
                     bound[key] += opened
                     openings[switch.id] += opened
+            relay = self._application.relays.read(switch.id)
+            for key, traffic in relay.members.items() if relay is not None else ():
+                alive[key[0]] += traffic.opened - traffic.closed
             for number, (packets, size) in switch.session.counters.forwarded.items():
                 totals = forwarded.setdefault(number, [0, 0])
                 totals[0] += packets
@@ -297,8 +312,8 @@ class ControllerRuntime:
         """Connections now: known where they are followed, or where fast paths hold all of them."""
         if self._application.control.follows(server.number):
             return followed
-        switches, fastpaths = self._application.switches, self._application.fastpaths
-        held = switches and all(fastpaths.serves(switch, server.number) for switch in switches)
+        switches = self._application.switches
+        held = switches and all(self._serves(switch, server) for switch in switches)
         return max(0, alive) if held else None
 
     def _of_member(self, pool: Pool, member: Member, bound: Counter[int],

@@ -98,12 +98,16 @@ class Binding(enum.Enum):
     """How a member gets a connection whose handshake it has not seen.
 
     ``splice``: by a second handshake and offsets of sequence numbers. ``handoff``: its own kernel adopts the connection
-    from the first data segment (``lbapp server-agent``). ``auto``: what member and switch can do.
+    from the first data segment (``lbapp server-agent``). ``hybrid``: the controller shakes hands with both sides, then
+    the fast path has it with the offsets. ``relay``: every packet goes through the controller. ``auto``: what member
+    and switch can do.
     """
 
     AUTO = "auto"
     SPLICE = "splice"
     HANDOFF = "handoff"
+    HYBRID = "hybrid"
+    RELAY = "relay"
 
 
 class RuleType(enum.Enum):

@@ -226,7 +226,8 @@ class NewFlow(NamedTuple):
     """A flow that the control segment originates (NEWFLOW), self-contained.
 
     ``seq_offset`` and ``ack_offset`` (ADD_TCP_OFFSETS of 003 FIGURE 7) are added modulo 2**32 to what the client
-    sends; None: nothing is added.
+    sends; None: nothing is added. ``window_shift`` is the member's window scale less the one that the client was told;
+    the message buses do not carry it.
     """
 
     query: Query
@@ -235,6 +236,7 @@ class NewFlow(NamedTuple):
     tracked: bool = False
     seq_offset: int | None = None
     ack_offset: int | None = None
+    window_shift: int = 0
 
 
 class Timeout(NamedTuple):

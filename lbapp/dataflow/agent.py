@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from lbapp.control.messages import (
     AppQuery,
@@ -44,6 +44,7 @@ from lbapp.dataflow.fastpath.layout import Mode
 from lbapp.dataflow.matches import TCP
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 from lbapp.dataflow.proxy import Proxy
+from lbapp.dataflow.relay import Relay
 
 LOG = logging.getLogger("lbapp.agent")
 
@@ -84,11 +85,14 @@ class Waiting(NamedTuple):
 _THERE = frozenset({layout.Result.OPENED, layout.Result.EXISTS})
 
 
-class Agent:
+Path = TypeVar("Path", bound=FastPath | Relay)
+
+
+class Agent(Generic[Path]):
     """The agent of one switch.
 
     Args:
-        fastpath: its fast path.
+        fastpath: its fast path, or what stands in for one.
         switch: its datapath id.
         serials: serials for the flows that this agent originates; the controller's own are even, these odd.
 
@@ -97,7 +101,7 @@ class Agent:
         held: connections in the table at the last sweep.
     """
 
-    def __init__(self, fastpath: FastPath, switch: int, serials: Iterator[int]) -> None:
+    def __init__(self, fastpath: Path, switch: int, serials: Iterator[int]) -> None:
         self.fastpath = fastpath
         self.switch = switch
         self.counters: Counter[str] = Counter()
@@ -208,7 +212,13 @@ class Agent:
         refused: list[Refused] = self.proxy.reply(said, now) if said else []
         flows: list[tuple[layout.FlowKey, layout.Flow]] = []
         installing: list[tuple[Query, Waiting | None]] = []
-        for reply in (_as_reply(one) for one in replies if not isinstance(one, AppReply)):
+        offsets: dict[int, layout.Splice] = {}
+        for one in replies:
+            if isinstance(one, AppReply):
+                continue
+            reply, more = _as_reply(one), 0
+            if isinstance(one, NewFlow) and one.ack_offset is not None:
+                more, offsets[one.query.serial] = layout.SPLICE, layout.Splice(one.ack_offset, one.window_shift)
             waiting = self._waiting.pop(reply.query.signature, None)
             if waiting is None:
                 if reply.query.serial in self._twice:
@@ -221,7 +231,7 @@ class Agent:
                 if waiting is not None:
                     self._refuse(waiting)
                 continue
-            pair = self._flows(reply, reply.translation)
+            pair = self._flows(reply, reply.translation, more)
             if pair is None:
                 self.counters["reply_unknown_port"] += 1
                 refused.append(self._refused(reply.query))
@@ -237,6 +247,8 @@ class Agent:
             elif waiting is not None:
                 for frame in waiting.frames:
                     self.fastpath.inject(waiting.ifindex, frame)
+        if offsets:
+            self.fastpath.set_splices(offsets)
         return refused
 
     def _refused(self, query: Query) -> Refused:
@@ -452,11 +464,11 @@ class Agent:
 
 
 def _as_reply(message: Reply | NewFlow) -> Reply:
-    """A NEWFLOW is a REPLY to what nobody asked. Offsets (ADD_TCP_OFFSETS) are for proxied handshakes, which this
-    fast path has not: such a flow is not installed, rather than wrongly."""
+    """A NEWFLOW is a REPLY to what nobody asked. The client's own numbers are the member's here: offsets
+    (ADD_TCP_OFFSETS) that would change them cannot be."""
     if isinstance(message, Reply):
         return message
-    if message.seq_offset or message.ack_offset:
+    if message.seq_offset:
         return Reply(message.query, Error.UNKNOWN)
     return Reply(message.query, Error.OK, message.member, message.translation, tracked=message.tracked)
 

@@ -27,12 +27,14 @@ class Answer(Struct, frozen=True):
 
 
 class Source(Struct, frozen=True):
-    """Fact: packets from here may be replies of a connection. ``port`` 0: from any port."""
+    """Fact: packets from here may be replies of a connection. ``port`` 0: from any port; ``relayed``: the controller
+    has it."""
 
     address: str
     protocol: int
     port: int
     rules: bool
+    relayed: bool = False
 
 
 class FragmentSource(Struct, frozen=True):
@@ -87,7 +89,7 @@ class Local(Struct, frozen=True):
 Fact = Address | Answer | Source | FragmentSource | Forward | SourceNat | Neighbour | Own | Gateway | Local
 
 
-def member_source(virtual_server: VirtualServer, member: Member) -> Source | None:
+def member_source(virtual_server: VirtualServer, member: Member, relayed: bool = False) -> Source | None:
     """Where replies of a member come from; None where they need no undoing (transparent wildcard)."""
     if virtual_server.translate_address:
         address = member.address
@@ -98,11 +100,13 @@ def member_source(virtual_server: VirtualServer, member: Member) -> Source | Non
     port = virtual_server.protocol_port
     if virtual_server.translate_port and member.protocol_port:
         port = member.protocol_port
-    return Source(address, virtual_server.protocol.number, port, virtual_server.state is State.RULES)
+    return Source(address, virtual_server.protocol.number, port, virtual_server.state is State.RULES, relayed)
 
 
-def facts_of(virtual_server: VirtualServer, pool: Pool | None, routes: Routes, wildcards: frozenset[int]) -> list[Fact]:
-    """The facts a virtual server needs. ``wildcards``: IP versions that have a wildcard virtual server."""
+def facts_of(virtual_server: VirtualServer, pool: Pool | None, routes: Routes, wildcards: frozenset[int],
+             relayed: bool = False) -> list[Fact]:
+    """The facts a virtual server needs. ``wildcards``: IP versions that have a wildcard virtual server; ``relayed``:
+    the controller has its connections."""
     if not virtual_server.admin_state_up:
         return []
     facts: list[Fact] = []
@@ -113,7 +117,7 @@ def facts_of(virtual_server: VirtualServer, pool: Pool | None, routes: Routes, w
     if virtual_server.next_hop is not None:
         facts.append(Neighbour(virtual_server.next_hop))
     for member in pool.members if pool is not None else ():
-        source = member_source(virtual_server, member)
+        source = member_source(virtual_server, member, relayed)
         if source is not None:
             facts += [source, FragmentSource(source.address)]
         next_hop = routes.next_hop(virtual_server, member)

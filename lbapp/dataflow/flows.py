@@ -41,6 +41,7 @@ from lbapp.dataflow.matches import (
     of_virtual_server,
     packed,
     to_controller,
+    to_relay,
     transport_match,
 )
 from lbapp.dataflow.openflow import (
@@ -259,6 +260,8 @@ def _address(address: str, zone: Zones) -> Iterator[Flow]:
 
 def _source(fact: Source, zone: Zones) -> Flow:
     match = transport_match(ip_match(fact.address, "src"), fact.protocol, "src", fact.port)
+    if fact.relayed:
+        return rule(Table.CLASSIFY, Priority.SOURCE_RELAYED, match, (to_relay(),), kind=Kind.RELAY)
     if fact.rules:
         # What an action reads, Open vSwitch's cache tells apart: a packet for which there is no pair of rules must
         # not leave an entry there that the first packets of a new connection would follow, untranslated.

@@ -8,12 +8,13 @@ Lengths are checked before anything is read. Pure: bytes in, bytes or values out
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from lbapp.control.messages import FlowSignature, Host
 
 FIN, SYN, RST, ACK = 1, 2, 4, 16
-_TCP, _UDP, _ICMP, _ICMP6 = 6, 17, 1, 58
+TCP, _UDP, _ICMP, _ICMP6 = 6, 17, 1, 58
 _ALL_ONES = b"\xff" * 6
 
 
@@ -62,7 +63,7 @@ def parse(frame: bytes) -> Packet:
         source, destination = frame[22:38], frame[38:54]
     else:
         raise MalformedError("not IP")
-    if protocol == _TCP:
+    if protocol == TCP:
         if end - offset < 20 or not 20 <= (frame[offset + 12] >> 4) * 4 <= end - offset:
             raise MalformedError("TCP header length")
         flags = frame[offset + 13]
@@ -101,7 +102,7 @@ def with_checksum(frame: bytes, packet: Packet) -> bytes:
         MalformedError: the checksum is wrong.
     """
     signature, offset, end = packet.signature, packet.offset, packet.end
-    at = offset + (16 if signature.protocol == _TCP else 6)
+    at = offset + (16 if signature.protocol == TCP else 6)
     field = frame[at] << 8 | frame[at + 1]
     if signature.protocol == _UDP and not field and len(signature.source) == 4:
         return frame  # a UDP sender over IPv4 may leave it out
@@ -114,6 +115,29 @@ def with_checksum(frame: bytes, packet: Packet) -> bytes:
         raise MalformedError("transport checksum")
     checksum = (0xFFFF - (whole - field) % 0xFFFF) & 0xFFFF or 0xFFFF
     return frame[:at] + checksum.to_bytes(2, "big") + frame[at + 2:]
+
+
+def whole(frame: bytes) -> tuple[bytes, Packet]:
+    """A TCP or UDP frame, parsed, with the whole transport checksum; one that was cut on its way here as the shorter
+    TCP segment that is left of it.
+
+    Raises:
+        MalformedError: see :func:`parse` and :func:`with_checksum`.
+    """
+    at, head = (16, 14) if frame[12:14] == b"\x08\x00" else (18, 54)
+    length = int.from_bytes(frame[at:at + 2], "big")
+    if len(frame) < 74 or head + length <= len(frame):
+        packet = parse(frame)
+        return with_checksum(frame, packet), packet
+    packet = parse(frame[:at] + (len(frame) - head).to_bytes(2, "big") + frame[at + 2:])
+    if packet.signature.protocol != TCP:
+        raise MalformedError("a datagram that was cut")
+    offset, it = packet.offset, packet.signature
+    flags = packet.tcp_flags & ~FIN  # what it ends with has not come
+    content = bytearray(frame[offset:])
+    content[13], content[16:18] = flags, b"\0\0"
+    packet = packet._replace(tcp_flags=flags)
+    return with_tcp(frame[:offset], it.source, it.destination, bytes(content)), packet
 
 
 def with_destination(frame: bytes, packet: Packet, address: bytes, port: int) -> tuple[bytes, Packet]:
@@ -156,7 +180,7 @@ def refusal(frame: bytes, packet: Packet, mac: bytes) -> bytes | None:
     signature, offset = packet.signature, packet.offset
     ethernet = frame[6:12] + mac + frame[12:14]
     source, destination = signature.destination, signature.source
-    if signature.protocol == _TCP:
+    if signature.protocol == TCP:
         flags = packet.tcp_flags
         if flags & RST:
             return None
@@ -168,7 +192,7 @@ def refusal(frame: bytes, packet: Packet, mac: bytes) -> bytes | None:
             numbers = (0, (sequence + length + bool(flags & SYN) + bool(flags & FIN)) & 0xFFFFFFFF, RST | ACK)
         segment = struct.pack("!HHIIBBHHH", signature.destination_port, signature.source_port, numbers[0], numbers[1],
                               5 << 4, numbers[2], 0, 0, 0)
-        protocol, segment = _TCP, _transport(source, destination, _TCP, segment, 16)
+        protocol, segment = TCP, _transport(source, destination, TCP, segment, 16)
     elif len(source) == 4:
         body = struct.pack("!BBHI", 3, 3, 0, 0) + frame[14:min(packet.end, offset + 8)]
         protocol, segment = _ICMP, body[:2] + (0xFFFF - ones_sum(body)).to_bytes(2, "big") + body[4:]
@@ -197,6 +221,41 @@ def segment(frame: bytes, packet: Packet) -> Segment:
     return Segment(seq, ack, flags, window, frame[offset + 20:payload], frame[payload:packet.end])
 
 
+def tcp_options(packed: bytes) -> Iterator[tuple[int, int, int]]:
+    """Where each of some TCP options begins, its kind and its length; up to the first that is malformed."""
+    at = 0
+    while at < len(packed):
+        kind = packed[at]
+        if kind == 0:
+            return
+        if kind == 1:
+            at += 1
+            continue
+        length = packed[at + 1] if at + 1 < len(packed) else 0
+        if length < 2 or at + length > len(packed):
+            return
+        yield at, kind, length
+        at += length
+
+
+def with_tcp(head: bytes, source: bytes, destination: bytes, content: bytes) -> bytes:
+    """A frame with this Ethernet and IP header, but for its length and checksum, and this TCP segment.
+
+    Args:
+        head: as the frame begins; it has these addresses.
+        source, destination: packed addresses.
+        content: the whole segment; its checksum is filled in.
+    """
+    made = bytearray(head)
+    if len(source) == 16:
+        made[18:20] = (len(made) - 54 + len(content)).to_bytes(2, "big")
+    else:
+        made[16:18] = (len(made) - 14 + len(content)).to_bytes(2, "big")
+        made[24:26] = b"\0\0"
+        made[24:26] = (0xFFFF - ones_sum(bytes(made[14:]))).to_bytes(2, "big")
+    return bytes(made) + _transport(source, destination, TCP, content, 16)
+
+
 def tcp(destination_mac: bytes, source_mac: bytes, source: tuple[bytes, int], destination: tuple[bytes, int],
         content: Segment) -> bytes:
     """A whole frame with one TCP segment.
@@ -208,9 +267,9 @@ def tcp(destination_mac: bytes, source_mac: bytes, source: tuple[bytes, int], de
     """
     header = struct.pack("!HHIIBBHHH", source[1], destination[1], content.seq & 0xFFFFFFFF, content.ack & 0xFFFFFFFF,
                          20 + len(content.options) << 2, content.flags, content.window, 0, 0)
-    packed = _transport(source[0], destination[0], _TCP, header + content.options + content.payload, 16)
+    packed = _transport(source[0], destination[0], TCP, header + content.options + content.payload, 16)
     ether = b"\x08\x00" if len(source[0]) == 4 else b"\x86\xdd"
-    return destination_mac + source_mac + ether + _ip_header(source[0], destination[0], _TCP, len(packed)) + packed
+    return destination_mac + source_mac + ether + _ip_header(source[0], destination[0], TCP, len(packed)) + packed
 
 
 def probe(address: bytes, mac: bytes, sender: bytes | None = None) -> bytes:

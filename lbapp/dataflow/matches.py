@@ -12,6 +12,7 @@ from lbapp.dataflow.pipeline import Label
 TCP, UDP, ICMP, ICMP6 = 6, 17, 1, 58
 ETH_IPV4, ETH_IPV6, ETH_ARP = 0x0800, 0x86DD, 0x0806
 MAX_PACKET_IN = 65535
+MAX_RELAYED = 0xF000
 CT_INVALID = ("ct_state", 0x30, 0x30)
 CT_REPLY = ("ct_state", 0x28, 0x38)
 """+trk+inv, and +trk+rpl-inv."""
@@ -44,6 +45,11 @@ def transport_match(match: Match, protocol: int, side: str = "", port: int = 0) 
 def to_controller() -> Output:
     """Punt the whole frame."""
     return Output(CONTROLLER, MAX_PACKET_IN)
+
+
+def to_relay() -> Output:
+    """Punt the frame to be relayed; what is longer than a message can be (offload) is cut."""
+    return Output(CONTROLLER, MAX_RELAYED)
 
 
 def label_bit(bit: Label, value: int = 1) -> tuple[str, int, int]:

@@ -115,9 +115,11 @@ class Kind(enum.IntEnum):
     CLOSE = 20
     NEIGHBOUR = 21
     LOOKUP = 22
+    RELAY = 23
 
 
-PUNTS = frozenset({Kind.QUERY, Kind.DENIED, Kind.FULL, Kind.GONE, Kind.CLOSE, Kind.NEIGHBOUR, Kind.LOOKUP})
+PUNTS = frozenset({Kind.QUERY, Kind.DENIED, Kind.FULL, Kind.GONE, Kind.CLOSE, Kind.NEIGHBOUR, Kind.LOOKUP,
+                   Kind.RELAY})
 """Kinds whose rules send packets to the controller."""
 
 COOKIE_MAGIC = 0x1B
@@ -187,6 +189,7 @@ class Priority(enum.IntEnum):
     PROBE_REPLY = 810
     NEIGHBOUR = 800
     OWN_SOURCE = 700
+    SOURCE_RELAYED = 620
     SOURCE_RULES = 610
     SOURCE = 600
     SOURCE_FRAGMENT = 590

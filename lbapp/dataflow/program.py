@@ -10,8 +10,8 @@ caller sends the changes, as one bundle each.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from lbapp.config.model import Configuration, Member, Pool, VirtualServer
 from lbapp.config.routing import Routes
@@ -58,6 +58,7 @@ class _Installed:
     virtual_server: VirtualServer
     pool: Pool | None
     eligible: tuple[Member, ...]
+    relayed: bool
 
 
 class SwitchProgram:
@@ -66,10 +67,13 @@ class SwitchProgram:
     Args:
         switch: its datapath id.
         hosts: a live view of the neighbours known on this switch (address -> Host).
+        relays: whether the controller has the connections of a virtual server on this switch, at each change.
     """
 
-    def __init__(self, switch: int, hosts: Mapping[str, Host]) -> None:
+    def __init__(self, switch: int, hosts: Mapping[str, Host],
+                 relays: Callable[[VirtualServer], bool] = lambda _: False) -> None:
         self.switch = switch
+        self._relays = relays
         self.zones = zones(switch)
         self._hosts = hosts
         self._configuration = Configuration()
@@ -138,10 +142,10 @@ class SwitchProgram:
             self._count_facts(network_facts(network, self._routes))
         for identifier, server in configuration.virtual_servers.items():
             pool = _reached(configuration, server)
-            installed = _Installed(server, pool, self._eligible(server, pool, self._routes))
+            installed = _Installed(server, pool, self._eligible(server, pool, self._routes), self._relays(server))
             self._installed[identifier] = installed
             self._index(identifier, installed, self._routes, present=True)
-            self._count_facts(facts_of(server, pool, self._routes, self._wildcards))
+            self._count_facts(facts_of(server, pool, self._routes, self._wildcards, installed.relayed))
         for address in self._hosts:
             self._route_to(address)
 
@@ -194,7 +198,7 @@ class SwitchProgram:
         server = self._configuration.virtual_servers.get(identifier)
         if installed is None or server is None:
             return installed is not server
-        if installed.virtual_server is not server:
+        if installed.virtual_server is not server or installed.relayed != self._relays(server):
             return True
         pool = _reached(self._configuration, server)
         return installed.pool is not pool and (not server.l7_policies or installed.pool != pool)
@@ -212,7 +216,7 @@ class SwitchProgram:
 
     def _own(self, installed: _Installed, routes: Routes | None = None) -> tuple[list[Flow], SelectGroup | None]:
         return virtual_server_flows(installed.virtual_server, installed.pool, installed.eligible,
-                                    routes or self._routes, self.zones)
+                                    routes or self._routes, self.zones, installed.relayed)
 
     def _change_virtual_server(self, identifier: str, previous: tuple[Routes, frozenset[int]],
                                current: tuple[Routes, frozenset[int]], change: Change) -> None:
@@ -221,11 +225,11 @@ class SwitchProgram:
         new = None
         if server is not None:
             pool = _reached(self._configuration, server)
-            new = _Installed(server, pool, self._eligible(server, pool, current[0]))
+            new = _Installed(server, pool, self._eligible(server, pool, current[0]), self._relays(server))
             self._installed[identifier] = new
         self._replace_facts(
-            facts_of(old.virtual_server, old.pool, *previous) if old is not None else [],
-            facts_of(new.virtual_server, new.pool, *current) if new is not None else [], change)
+            facts_of(old.virtual_server, old.pool, *previous, old.relayed) if old is not None else [],
+            facts_of(new.virtual_server, new.pool, *current, new.relayed) if new is not None else [], change)
         if old is not None:
             self._index(identifier, old, previous[0], present=False)
         if new is not None:
@@ -235,7 +239,7 @@ class SwitchProgram:
 
     def _change_own(self, identifier: str, change: Change) -> None:
         old = self._installed[identifier]
-        new = _Installed(old.virtual_server, old.pool, self._eligible(old.virtual_server, old.pool, self._routes))
+        new = replace(old, eligible=self._eligible(old.virtual_server, old.pool, self._routes))
         if new.eligible != old.eligible:
             self._installed[identifier] = new
             _difference(self._own(old), self._own(new), change)

@@ -281,7 +281,7 @@ class Proxy:
             self._acknowledged(one, part, record.ifindex, frame, now)
 
     def _opened(self, one: Handshake, part: Segment, now: float) -> None:
-        offered = _options(part.options)
+        offered = Options.offered(part.options)
         one.member_isn = part.seq
         one.mss = min(one.mss, offered.mss)
         if one.options.window_scale is not None:
@@ -538,26 +538,3 @@ class Proxy:
 def _key(signature: FlowSignature) -> layout.FlowKey:
     return layout.FlowKey(signature.source, signature.destination, signature.source_port,
                           signature.destination_port, signature.protocol)
-
-
-def _options(packed: bytes) -> Options:
-    """What a SYN-ACK offers; what is malformed is as if it were not there."""
-    mss, scale, sack, at = 536, None, False, 0
-    while at < len(packed):
-        kind = packed[at]
-        if kind == 0:
-            break
-        if kind == 1:
-            at += 1
-            continue
-        length = packed[at + 1] if at + 1 < len(packed) else 0
-        if length < 2 or at + length > len(packed):
-            break
-        if kind == 2 and length == 4:
-            mss = int.from_bytes(packed[at + 2:at + 4], "big")
-        elif kind == 3 and length == 3:
-            scale = min(packed[at + 2], 14)
-        elif kind == 4:
-            sack = True
-        at += length
-    return Options(max(mss, 64), scale, sack)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from lbapp.config.model import Algorithm, Member, Pool, Protocol, State, VirtualServer
 from lbapp.config.routing import Routes
 from lbapp.control.selection import maglev_table, slot_blocks
-from lbapp.dataflow.matches import ETH_IPV4, ETH_IPV6, ip_match, packed, to_controller, transport_match
+from lbapp.dataflow.matches import ETH_IPV4, ETH_IPV6, ip_match, packed, to_controller, to_relay, transport_match
 from lbapp.dataflow.openflow import (
     NAT_DESTINATION,
     Action,
@@ -58,7 +58,7 @@ def commit(virtual_server: VirtualServer, member: Member, zone: Zones, *, routed
 
 
 def virtual_server_flows(virtual_server: VirtualServer, pool: Pool | None, eligible: Sequence[Member], routes: Routes,
-                         zone: Zones) -> tuple[list[Flow], SelectGroup | None]:
+                         zone: Zones, relayed: bool = False) -> tuple[list[Flow], SelectGroup | None]:
     """The rules of one virtual server, and the group where a group decides.
 
     Args:
@@ -67,12 +67,16 @@ def virtual_server_flows(virtual_server: VirtualServer, pool: Pool | None, eligi
         eligible: members that can have new connections on this switch.
         routes: the balancer's networks.
         zone: the switch's conntrack zones.
+        relayed: the controller has its connections (:mod:`lbapp.dataflow.relay`).
     """
     if not virtual_server.admin_state_up:
         return [], None
     number = virtual_server.number
     kind = Kind.VIRTUAL_SERVER
     entry = _entry(virtual_server)
+    if relayed:
+        priority, match = entry
+        return [rule(Table.VIRTUAL_SERVER, priority, match, (to_relay(),), kind=Kind.RELAY, owner=number)], None
     load = Load(Register.VIRTUAL_SERVER, number)
     query = (to_controller(),)
     of_this = (Register.VIRTUAL_SERVER, number)

@@ -14,7 +14,7 @@ import itertools
 import struct
 from collections.abc import Callable, Iterator, Mapping
 
-from lbapp.config.model import Configuration
+from lbapp.config.model import Configuration, VirtualServer
 from lbapp.config.routing import Routes
 from lbapp.control.messages import Host
 from lbapp.dataflow.carrier import oxm_field
@@ -93,11 +93,13 @@ class SwitchSession:
         switch: its datapath id.
         hosts: a live view of the neighbours that the control segment knows on this switch.
         send: takes bytes for the switch; may block.
+        relays: see :class:`SwitchProgram`.
     """
 
-    def __init__(self, switch: int, hosts: Mapping[str, Host], send: Callable[[bytes], object]) -> None:
+    def __init__(self, switch: int, hosts: Mapping[str, Host], send: Callable[[bytes], object],
+                 relays: Callable[[VirtualServer], bool] = lambda _: False) -> None:
         self.switch = switch
-        self.program = SwitchProgram(switch, hosts)
+        self.program = SwitchProgram(switch, hosts, relays)
         self.ready = False
         self.flow_mods = 0
         self.failed_bundles = 0

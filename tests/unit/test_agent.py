@@ -142,7 +142,7 @@ def fast() -> FakeFastPath:
 
 @pytest.fixture
 def agent(fast: FakeFastPath) -> Agent:
-    made = Agent(fast, SWITCH, itertools.count(101, 2))  # type: ignore[arg-type]
+    made = Agent(fast, SWITCH, itertools.count(101, 2))  # type: ignore[type-var]
     made.configure({7: distribution()})
     fast.told.clear()
     return made
@@ -411,11 +411,11 @@ def test_a_member_that_moved_takes_its_connections_along(agent: Agent, fast: Fak
 
 
 def test_an_agent_that_starts_again_removes_what_nobody_wants_any_more(fast: FakeFastPath) -> None:
-    before = Agent(fast, SWITCH, itertools.count(1, 2))  # type: ignore[arg-type]
+    before = Agent(fast, SWITCH, itertools.count(1, 2))  # type: ignore[type-var]
     before.configure({7: distribution(target(3), mode=Mode.DECIDE),
                       8: distribution(target(4), mode=Mode.DECIDE, number=8, port=81)}, whole=True)
     fast.told.clear()
-    after = Agent(fast, SWITCH, itertools.count(1, 2))  # type: ignore[arg-type]
+    after = Agent(fast, SWITCH, itertools.count(1, 2))  # type: ignore[type-var]
     assert len(fast.kept_services) == 2, "it goes on until the new one knows better"
     old = set(fast.kept_targets)
     after.configure({7: distribution(target(3), mode=Mode.DECIDE)}, whole=True)

@@ -19,6 +19,7 @@ from lbapp.control.messages import (
     FlowSignature,
     Host,
     NeighbourSeen,
+    NewFlow,
     Query,
     Reap,
     Reason,
@@ -50,6 +51,7 @@ class FakeLink:
         self.reaps: list[list[Reap]] = []
         self.left: list[Answered] = []
         self.traffic = {(1, 1): MemberTraffic(10, 8, 100, 1000)}
+        self.taken: list[NewFlow] = []
         self.closed = False
 
     def configure(self, changed: Mapping[int, Distribution | None], *, whole: bool = False) -> None:
@@ -65,6 +67,10 @@ class FakeLink:
     def deliver(self, answered: Sequence[Answered]) -> Sequence[Answered]:
         self.delivered += answered
         return self.left
+
+    def take_over(self, flow: NewFlow) -> bool:
+        self.taken.append(flow)
+        return True
 
     def reap(self, reaps: Sequence[Reap]) -> None:
         self.reaps.append(list(reaps))
@@ -301,21 +307,40 @@ def test_the_end(world: World) -> None:
     assert SWITCH not in world.fastpaths
 
 
-def test_what_clients_say_is_asked_by_agents_of_this_process_only(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_clients_say_is_asked_by_agents(caplog: pytest.LogCaptureFixture) -> None:
     world = World()
     server = VirtualServer(name="v", id="1", number=1, vip_address="10.0.0.100", protocol=Protocol.TCP,
                            protocol_port=81, default_pool_id="p", application=Application.HTTP)
     world.configure(Configuration(pools={"p": Pool(name="p", id="p", members=(member(1), member(2)))},
                                   virtual_servers={"1": server}))
-    here, elsewhere = FakeLink(), FakeLink()
-    elsewhere.proxies = False
-    world.fastpaths.add(1, here)
-    made = here.told[-1][0][1]
+    link = FakeLink()
+    world.fastpaths.add(1, link)
+    made = link.told[-1][0][1]
     assert made is not None
     assert (made.mode, {target.member for target in made.targets}) == (Mode.PROXY, {1, 2})
     assert made.greeting is not None and made.greeting.seconds == 10
-    assert len(here.greeted) == 1 and here.greeted[0][0][0] is not None
+    assert len(link.greeted) == 1 and link.greeted[0][0][0] is not None
     assert world.fastpaths.serves(1, 1)
-    world.fastpaths.add(1, elsewhere)
-    assert elsewhere.told[-1][0].get(1) is None and not world.fastpaths.serves(1, 1)
-    assert "virtual server v is refused there" in caplog.text
+
+
+def test_what_is_relayed_is_left_alone_by_fast_paths_and_told_to_the_relay_alone(world: World) -> None:
+    """And what is not, the other way round."""
+    relayed = configuration(member(1), member(2), servers=(1, 2), application=Application.HTTP)
+    changed: list[int] = []
+    paths = FastPaths(world.control, world.done.extend, lambda _, server: server.number == 2)
+    relays = FastPaths(world.control, world.done.extend, lambda _, server: server.number == 2, relaying=True,
+                       cookies=paths.cookies)
+    paths.changed = changed.append
+    world.control.configure(relayed, 0.0)
+    told = []
+    for one in (paths, relays):
+        one.configure(relayed)
+        link = FakeLink()
+        one.add(SWITCH, link)
+        told.append({number: made.mode for number, made in link.told[-1][0].items() if made is not None})
+        assert link.greeted[-1][0] == paths.cookies.keys, "the same keys"
+    assert told == [{1: Mode.PROXY, 2: Mode.PASS}, {2: Mode.PROXY}]
+    assert changed == [SWITCH]
+    assert paths.proxies(SWITCH) and not paths.proxies(9)
+    paths.remove(SWITCH)
+    assert changed == [SWITCH, SWITCH]

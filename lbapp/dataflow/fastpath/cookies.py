@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lbapp.dataflow.fastpath.layout import NO_SCALE, mapped
+from lbapp.dataflow.frames import tcp_options
 
 MSS = (536, 1220, 1280, 1360, 1400, 1440, 1460, 8960)
 """A client's is taken for the largest of these that is not larger."""
@@ -42,6 +43,20 @@ class Options(NamedTuple):
         """From the bits 31 to 23 of a cookie, as :func:`check` returns them."""
         scale = top >> 1 & 15
         return cls(MSS[top >> 5 & 7], None if scale == NO_SCALE else scale, bool(top & 1))
+
+    @classmethod
+    def offered(cls, packed: bytes) -> Options:
+        """From the TCP options of a SYN or SYN-ACK, with the MSS as it is; what is malformed is as if it were not
+        there."""
+        mss, scale, sack = 536, None, False
+        for at, kind, length in tcp_options(packed):
+            if kind == 2 and length == 4:
+                mss = int.from_bytes(packed[at + 2:at + 4], "big")
+            elif kind == 3 and length == 3:
+                scale = min(packed[at + 2], MAX_SCALE)
+            elif kind == 4:
+                sack = True
+        return cls(max(mss, 64), scale, sack)
 
     def pack(self) -> int:
         """The bits 30 to 23 of a cookie. Any MSS and window scale will do; they are rounded down."""
