@@ -298,7 +298,9 @@ def _pack_reply(reply: Reply, size: int) -> bytes:
 
 
 def _pack_newflow(flow: NewFlow, size: int) -> bytes:
-    query, member, translation, tracked, seq, ack = flow
+    query, member, translation, tracked, seq, ack, shift = flow
+    if shift:
+        raise EncodeError(Fault.VALUE, "a window shift is not carried")
     if (seq is None) != (ack is None):
         raise EncodeError(Fault.VALUE, "both TCP offsets, or none")
     flags, address, port, mac, out_port = _answer(
