@@ -141,15 +141,15 @@ class Relay:
         it = packet.signature
         key = FlowKey(it.source, it.destination, it.source_port, it.destination_port, it.protocol)
         known = self._flows.get(key)
-        if known is not None and not (known[0].closed and packet.tcp_flags & (SYN | ACK | RST) == SYN):
-            self._follow(known[0], known[1], port, frame, packet)
-            return known[0].sides[0].virtual_server
+        if known is not None:
+            if not known[0].closed or packet.tcp_flags & (SYN | ACK | RST | FIN) != SYN:
+                self._follow(known[0], known[1], port, frame, packet)
+                return known[0].sides[0].virtual_server
+            self._remove(known[0], Reason.SHUTDOWN)
         service = self._services.get(ServiceKey(it.destination, it.destination_port, it.protocol))
         if service is None:
             return None
         part = frames.segment(frame, packet)
-        if known is not None:
-            self._remove(known[0], Reason.SHUTDOWN)
         if part.flags & (SYN | ACK | RST | FIN) == SYN:
             self._greet(port, key, packet, part, service)
         else:

@@ -55,7 +55,8 @@ class Commands:
 
 
 def made(commands: Commands, **application) -> Readings:
-    readings = Readings(types.SimpleNamespace(switches={}, **application))
+    nobody = types.SimpleNamespace(live=lambda switch: ())
+    readings = Readings(types.SimpleNamespace(**{"switches": {}, "relays": nobody, **application}))
     readings._ovs = cast(Ovs, commands)
     return readings
 

@@ -1,0 +1,422 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""Relayed connections (lbapp.dataflow.relay, lbapp.dataflow.splicing): the same packets go through the fast path's
+programs and through what stands in for them, and the same comes of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from lbapp.dataflow import frames, relay, splicing
+from lbapp.dataflow.fastpath import cookies, kernel, layout
+from lbapp.dataflow.fastpath.cookies import Options
+from lbapp.dataflow.fastpath.layout import Ask, Flow, FlowKey, Hash, Mode, Reason, Result, Service, ServiceKey, Splice
+from lbapp.dataflow.frames import ACK, FIN, RST, SYN
+from lbapp.dataflow.pipeline import VIRTUAL_MAC
+from lbapp.dataflow.relay import Relay
+from tests.fastpath_packets import CLIENT_MAC, MEMBER_MAC, REDIRECT, SHOT, TCP, WIRE, Bench, frame, packed, read
+
+pytest_plugins = ["tests.fastpath_packets"]
+
+FAMILIES = {4: ("10.0.0.1", "10.0.0.100", "10.0.1.7"), 6: ("fd00::1", "fd00::100", "fd00:1::7")}
+BOTH = pytest.mark.parametrize("family", [4, 6])
+KEYS = (bytes(range(16)), bytes(range(100, 116)))
+SERIAL, SERVICE, MEMBER = 9, 12, 3
+PSH = 8
+ISN = 0xFFFFFFF0
+LINUX = b"\x02\x04\x05\xb4\x04\x02\x08\x0a\0\0\0\x01\0\0\0\0\x01\x03\x03\x07"
+WORD = 0xFFFFFFFF
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def here(clock: Clock) -> Relay:
+    made = Relay(clock)
+    offer(made)
+    return made
+
+
+def offer(paths: Any) -> None:
+    paths.set_cookies(KEYS, 0)
+    paths.set_services({ServiceKey(packed(virtual), 80, TCP): Service(SERVICE, Mode.PROXY, Hash.TURN, 100, (), 1400, 9,
+                                                                      True) for _, virtual, _ in FAMILIES.values()})
+
+
+def pair(family: int = 4, state: int = layout.SPLICE, serial: int = SERIAL, port: int = 40000,
+         routed: bool = False) -> list[tuple[FlowKey, Flow]]:
+    """Both directions of a connection, as an agent installs them."""
+    client, virtual, member = map(packed, FAMILIES[family])
+    state |= layout.ROUTED if routed else 0
+    return [(FlowKey(client, virtual, port, 80, TCP),
+             Flow(client, member, port, 8080, MEMBER_MAC, VIRTUAL_MAC if routed else layout.KEEP_MAC, WIRE, state,
+                  serial, SERVICE, MEMBER, 100)),
+            (FlowKey(member, client, 8080, port, TCP),
+             Flow(virtual, client, 80, port, CLIENT_MAC, VIRTUAL_MAC, WIRE, state | layout.OUTBOUND, serial, SERVICE,
+                  MEMBER, 100))]
+
+
+def request(family: int = 4, flags: int = ACK, **more: Any) -> bytes:
+    client, virtual, _ = FAMILIES[family]
+    return frame(client, virtual, flags=flags, **more)
+
+
+def answer(family: int = 4, flags: int = ACK, **more: Any) -> bytes:
+    client, _, member = FAMILIES[family]
+    return frame(member, client, TCP, 8080, 40000, flags=flags, eth_dst=VIRTUAL_MAC, eth_src=MEMBER_MAC, **more)
+
+
+def walked(here: Relay, data: bytes) -> list[bytes]:
+    here.packet(WIRE, data)
+    out, here.out = here.out, []
+    assert all(port == WIRE for port, _ in out)
+    return [made for _, made in out]
+
+
+class Twins:
+    """The programs, and what stands in for them."""
+
+    def __init__(self, tables: Bench, here: Relay) -> None:
+        self.tables, self.here = tables, here
+        offer(tables)
+
+    def install(self, flows: Sequence[tuple[FlowKey, Flow]]) -> Result:
+        (one,), (other,) = self.tables.install(flows), self.here.install(flows)
+        assert one is other
+        return one
+
+    def splice(self, splices: dict[int, Splice]) -> None:
+        assert self.tables.set_splices(splices) == self.here.set_splices(splices)
+
+    def forwarded(self, data: bytes) -> bytes:
+        """The same bytes leave both."""
+        verdict, out, _ = kernel.run(self.tables.programs["wire"], data, room=len(data) + 256)
+        assert verdict == REDIRECT
+        number = self.here.packet(WIRE, data)
+        made, self.here.out = self.here.out, []
+        if out == data:
+            assert (number, made) == (None, []), "it is left to the switch"
+        else:
+            assert (number, made) == (SERVICE, [(WIRE, out)])
+        return bytes(out)
+
+    def answered(self, data: bytes) -> tuple[Any, ...]:
+        """Both answer the same, but for what an IP header may say of a packet of its own."""
+        verdict, out, _ = kernel.run(self.tables.programs["wire"], data, room=len(data) + 256)
+        assert verdict == REDIRECT
+        (made,) = walked(self.here, data)
+        one, other = read(bytes(out)), read(made)
+        told = (one.source, one.destination, one.sport, one.dport, one.seq, one.ack, one.flags, one.window,
+                one.tcp_options, one.payload)
+        assert told == (other.source, other.destination, other.sport, other.dport, other.seq, other.ack, other.flags,
+                        other.window, other.tcp_options, other.payload)
+        assert made[:12] == out[:12]
+        return told
+
+    def kept(self, data: bytes) -> list[tuple[int, int]]:
+        """Nothing leaves; what comes up for the agent is the same: its kind, and the cookie's options."""
+        verdict, _, _ = kernel.run(self.tables.programs["wire"], data, room=len(data) + 256)
+        assert verdict == SHOT
+        assert walked(self.here, data) == []
+        one, other = self.tables.queries(), self.here.queries()
+        assert [record._replace(ifindex=0) for record in one] == [record._replace(ifindex=0) for record in other]
+        return [(record.kind, record.options) for record in other]
+
+    def ended(self) -> list[tuple[int, ...]]:
+        """What is told of connections that ended, but for what state that was, and how long they took."""
+        told = [[(*one[:9], *one[11:]) for one in paths.closed()] for paths in (self.tables, self.here)]
+        assert told[0] == told[1]
+        return [one[8:] for one in told[1]]
+
+
+@pytest.fixture
+def twins(tables: Bench, here: Relay) -> Twins:
+    return Twins(tables, here)
+
+
+def cookie(family: int) -> int:
+    return cookies.make(KEYS, 0, packed(FAMILIES[family][0]), 40000, ISN, Options(1460, 7, True))
+
+
+# ------------------------------------------------------------------ as the programs do
+
+
+@BOTH
+@pytest.mark.parametrize("routed", [False, True], ids=["bridged", "routed"])
+def test_packets_are_translated_alike(twins: Twins, family: int, routed: bool) -> None:
+    """Random ones, of every kind that a connection has."""
+    random.seed(family + routed)
+    for turn in range(150):
+        twins.tables.reset()
+        offer(twins.tables)
+        twins.here.delete(everything=True)
+        twins.here.closed()
+        spliced = bool(turn % 4)
+        assert twins.install(pair(family, layout.SPLICE if spliced else 0, routed=routed)) is Result.OPENED
+        if spliced:
+            twins.splice({SERIAL: Splice(random.getrandbits(32), random.randint(-14, 14), random.randint(-14, 14))})
+        for data in (random_packet(family, request), random_packet(family, answer)):
+            twins.forwarded(data)
+
+
+def random_packet(family: int, made: Any) -> bytes:
+    blocks = random.randint(0, 3)
+    options = b"\x01" * random.randint(0, 3)
+    if blocks:
+        options += bytes((5, 2 + 8 * blocks)) + random.randbytes(8 * blocks)
+    options += b"\x08\x0a" + random.randbytes(8) if random.random() < 0.3 and len(options) <= 30 else b""
+    flags = random.choice([ACK, ACK | PSH, ACK | FIN, RST, ACK | RST, SYN, SYN | ACK, FIN, 0])
+    return bytes(made(family, flags=flags, seq=random.getrandbits(32), ack=random.getrandbits(32),
+                      window=random.getrandbits(16), tcp_options=options,
+                      payload=random.randbytes(random.randint(0, 60)), ttl=random.randint(2, 255)))
+
+
+@BOTH
+def test_handshakes_are_answered_alike(twins: Twins, family: int) -> None:
+    for options in (b"", LINUX, b"\x02\x04\x05\xb4", b"\x02\x04\x05\xb4\x01\x03\x03\x0e", b"\x04\x02\x01\x01",
+                    b"\x02\x04", b"\x03\x03\xff\x01", b"\x05\x01\x02\x04", b"\x02\x04\x00\x00"):
+        told = twins.answered(request(family, SYN, seq=ISN, tcp_options=options))
+        assert told[5:8] == (ISN + 1 & WORD, SYN | ACK, layout.WINDOW)
+        top = cookies.check(KEYS, packed(FAMILIES[family][0]), 40000, ISN, told[4])
+        assert top is not None
+        offered = Options.offered(options)
+        assert Options.of(top)[1:] == offered[1:]
+
+
+@BOTH
+def test_what_clients_say_next_is_taken_alike(twins: Twins, family: int) -> None:
+    by = cookie(family)
+    top = by >> 23
+    seen = {"seq": ISN + 1 & WORD, "ack": by + 1 & WORD}
+    assert twins.kept(request(family, ACK, **seen)) == [], "the ACK of the handshake"
+    assert twins.kept(request(family, RST, **seen)) == []
+    assert twins.kept(request(family, ACK, **{**seen, "ack": 77}, payload=b"forged")) == []
+    assert twins.kept(request(family, FIN, **seen)) == []
+    assert twins.answered(request(family, ACK, **{**seen, "seq": ISN}))[5] == ISN + 1 & WORD, "a keep-alive probe"
+    assert twins.answered(request(family, ACK | FIN, **seen))[6] == RST, "it leaves without a word"
+    assert twins.kept(request(family, ACK | PSH, **seen, payload=b"GET / HT")) == [(Ask.DATA, top)]
+    assert twins.kept(request(family, ACK | PSH, **seen, payload=b"GET / HT")) == [(Ask.DATA, top)]
+    later = {**seen, "seq": ISN + 9 & WORD}
+    assert twins.kept(request(family, ACK, **later, payload=b"TP/1.1\r\n")) == [(Ask.LATER, top)]
+    assert twins.kept(request(family, ACK, **later)) == []
+    assert twins.kept(request(family, ACK | FIN, **later)) == [(Ask.LATER, top)]
+    told = twins.answered(request(family, SYN, seq=ISN, tcp_options=LINUX))
+    assert told[4] == by, "the SYN again: the same cookie"
+    assert twins.kept(request(family, RST, **later)) == [(Ask.LATER, top)]
+    assert twins.kept(request(family, ACK, **later, payload=b"TP/1.1\r\n")) == [], "it was forgotten"
+
+
+@BOTH
+def test_until_the_member_is_there_all_goes_to_the_agent_alike(twins: Twins, family: int) -> None:
+    twins.install(pair(family))
+    top = cookie(family) >> 23
+    ack = cookie(family) + 1
+    assert twins.kept(request(family, ACK, ack=ack)) == []
+    assert twins.kept(request(family, ACK, ack=ack, payload=b"x")) == [(Ask.LATER, top)]
+    assert twins.kept(request(family, RST | ACK, ack=ack)) == [(Ask.LATER, top)]
+    assert twins.kept(answer(family, SYN | ACK)) == [(Ask.MEMBER, 0)]
+    assert twins.kept(answer(family, ACK)) == [(Ask.MEMBER, 0)]
+    twins.splice({SERIAL: Splice(5), 77: Splice(6)})
+    twins.forwarded(request(family, ACK, ack=ack, payload=b"x"))
+    twins.forwarded(answer(family, ACK))
+
+
+@BOTH
+@pytest.mark.parametrize("ends", [["request", "answer"], ["answer", "request"], ["reset"], ["answer", "reset"]])
+def test_ends_are_told_of_alike(twins: Twins, family: int, ends: list[str]) -> None:
+    twins.install(pair(family))
+    twins.splice({SERIAL: Splice(5)})
+    twins.forwarded(request(family, ACK, payload=b"question"))
+    twins.forwarded(answer(family, ACK, payload=b"answer"))
+    assert twins.ended() == []
+    for end in ends:
+        twins.forwarded({"request": request(family, ACK | FIN), "answer": answer(family, ACK | FIN),
+                         "reset": request(family, RST)}[end])
+    ((reason, *_),) = twins.ended()
+    assert reason == Reason.SHUTDOWN
+    twins.forwarded(answer(family, ACK))
+    assert twins.ended() == [], "told once"
+    assert twins.install(pair(family, serial=10)) is Result.OPENED, "its place is another one's now"
+
+
+def test_places_are_had_once(twins: Twins) -> None:
+    assert twins.install(pair()) is Result.OPENED
+    assert twins.install(pair(serial=10)) is Result.EXISTS
+    other = pair(serial=11)
+    other[0] = (other[0][0]._replace(destination_port=81), other[0][1])
+    assert twins.install(other) is Result.TAKEN
+
+
+# ------------------------------------------------------------------ what programs have not
+
+
+def test_what_is_longer_than_a_frame_is_divided(here: Relay) -> None:
+    """As offload makes them: their last part alone ends the stream."""
+    here.install(pair())
+    here.set_splices({SERIAL: Splice(100)})
+    payload = random.randbytes(5000)
+    out = walked(here, answer(flags=ACK | PSH | FIN, seq=50, payload=payload))
+    seen = [read(one) for one in out]
+    assert all(len(one) <= splicing.FRAME for one in out) and len(out) == 4
+    assert b"".join(one.payload for one in seen) == payload
+    assert [one.seq - (50 - 100) & WORD for one in seen] == [sum(len(part.payload) for part in seen[:at])
+                                                             for at in range(len(seen))]
+    assert [one.flags for one in seen] == [ACK] * 3 + [ACK | PSH | FIN]
+    unchanged = answer(flags=ACK, payload=b"short")
+    assert splicing.divided(unchanged, frames.parse(unchanged)) == [unchanged]
+    whole = answer(flags=ACK, seq=7, payload=payload)
+    assert b"".join(read(one).payload for one in splicing.divided(whole, frames.parse(whole))) == payload
+
+
+@BOTH
+def test_what_was_cut_on_its_way_is_the_shorter_segment_that_is_left(here: Relay, family: int) -> None:
+    here.install(pair(family))
+    here.set_splices({SERIAL: Splice(0)})
+    (out,) = walked(here, request(family, ACK | FIN, seq=3, payload=bytes(range(200)))[:150])
+    seen = read(out)
+    assert seen.payload == bytes(range(200))[:len(seen.payload)] and len(seen.payload) > 50
+    assert (seen.seq, seen.flags) == (3, ACK), "its end has not come"
+
+
+def test_damaged_packets_are_nobodys(here: Relay) -> None:
+    here.install(pair())
+    here.set_splices({SERIAL: Splice(0)})
+    data = bytearray(request(payload=b"abc"))
+    data[-1] ^= 1
+    assert here.packet(WIRE, bytes(data)) == 0
+    for short in range(0, 60, 7):
+        here.packet(WIRE, request(payload=b"abc")[:short])
+    assert here.out == [] and here.counters()["shot"] >= 5
+
+
+def test_a_members_other_packets_are_not_ours(here: Relay) -> None:
+    assert here.packet(WIRE, answer()) is None
+    assert here.packet(WIRE, frame("10.0.1.7", "10.0.0.1", 17, 8080, 40000)) is None
+    assert here.packet(WIRE, request(flags=SYN, seq=1)) == SERVICE
+
+
+def test_hops_end(here: Relay) -> None:
+    here.install(pair(routed=True))
+    here.set_splices({SERIAL: Splice(0)})
+    assert walked(here, request(ttl=1)) == []
+    assert len(walked(here, request(ttl=2))) == 1
+
+
+def test_who_goes_on_without_a_cookie_is_reset(here: Relay, clock: Clock) -> None:
+    stray = request(4, ACK | PSH, seq=5, ack=6, payload=b"x")
+    assert walked(here, stray) == []
+    clock.now += relay.DOUBT_SECONDS - 0.1
+    assert walked(here, stray) == []
+    clock.now += 0.2
+    (out,) = walked(here, stray)
+    assert (read(out).flags, read(out).seq) == (RST, 6)
+    clock.now += relay.DOUBT_OVER_SECONDS
+    assert walked(here, stray) == [], "that was long ago"
+
+
+def test_tables_are_bounded(here: Relay) -> None:
+    small = Relay(Clock(), most=2)
+    assert [small.install(pair(serial=1 + at, port=40000 + at))[0] for at in range(3)] == [
+        Result.OPENED, Result.OPENED, Result.FULL]
+    for port in range(relay.MAX_DOUBTS + 10):
+        here.packet(WIRE, frame("10.0.0.1", "10.0.0.100", TCP, 1000 + port, 80, flags=ACK, payload=b"x"))
+    assert len(here._doubts) == relay.MAX_DOUBTS
+    here.install(pair())
+    for _ in range(relay.MAX_ASKED + 5):
+        here.packet(WIRE, request(payload=b"x"))
+    assert len(here.queries()) == relay.MAX_ASKED and here.counters()["ask_lost"] == 5
+
+
+def test_sweeping(here: Relay, clock: Clock) -> None:
+    for at in range(4):
+        here.install(pair(state=0, serial=1 + at, port=40000 + at))
+    here.packet(WIRE, request(flags=RST))
+    half = frame("10.0.0.1", "10.0.0.100", TCP, 40001, 80, flags=FIN | ACK)
+    here.packet(WIRE, half)
+    swept = here.sweep(5000)
+    assert (swept.live, swept.lingering) == (3, 1)
+    clock.now += 6
+    assert here.sweep(5000).shutdown == 1 and len(here) == 3
+    clock.now += 95
+    assert here.sweep(5000).idle == 2, "after their own time"
+    clock.now += relay.HALF_CLOSED_SECONDS
+    assert here.sweep(5000).idle == 1 and len(here) == 0
+    assert [one.reason for one in here.closed()] == [Reason.SHUTDOWN, *[Reason.IDLE] * 3]
+    here.install(pair())
+    clock.now += 1
+    assert here.sweep(5000, 1).overflow == 1
+
+
+def test_deleting_moving_and_asking(here: Relay) -> None:
+    here.install(pair(state=layout.TRACKED))
+    assert here.tracked() == [(SERIAL, SERVICE, MEMBER)]
+    assert here.relocate(MEMBER, bytes(6), 44).relocated == 1 and here.relocate(99, bytes(6), 44).relocated == 0
+    here.packet(WIRE, request())
+    assert here.out[-1][0] == 44
+    assert here.reap({SERIAL: layout.Wanted(), 77: layout.Wanted()})[1] == {77}
+    assert [(one.serial, one.reason) for one in here.closed()] == [(SERIAL, Reason.ALIVE)]
+    key, flow = here.flows(10)[0]
+    assert here.lookup(key) == flow and flow.packets == 1
+    assert here.reap({SERIAL: layout.Wanted(idle_seconds=5)})[1] == set()
+    assert here.reap({SERIAL: layout.Wanted(final=True)})[1] == {SERIAL}
+    assert [one.reason for one in here.closed()] == [Reason.DELETED]
+    here.install(pair())
+    assert here.delete(virtual_server=99).deleted == 0
+    assert here.delete(virtual_server=SERVICE, member=MEMBER).deleted == 1
+    assert not here.close_flow(key)
+    here.install(pair())
+    assert here.close_flow(key) and len(here) == 0
+    assert here.service_stats()[SERVICE, MEMBER][:2] == (3, 3)
+
+
+def test_a_fast_path_takes_over(here: Relay, clock: Clock) -> None:
+    assert here.hand_over(SERIAL) is None
+    here.install(pair())
+    assert here.hand_over(SERIAL) is None, "its member is not there"
+    here.set_splices({SERIAL: Splice(7, 2)})
+    assert here.spliced() == [SERIAL] and here.spliced() == []
+    taken = here.hand_over(SERIAL)
+    assert taken is not None and taken.splice == Splice(7, 2) and taken.key == pair()[0][0]
+    assert not here.holds(SERIAL) and here.serials() == [SERIAL]
+    assert here.hand_over(SERIAL) is None, "once"
+    assert len(walked(here, request(payload=b"late"))) == 1, "what was on its way is still translated"
+    here.packet(WIRE, request(flags=RST))
+    assert here.closed() == [], "somebody else tells of it"
+    assert here.service_stats()[SERVICE, MEMBER][:2] == (0, 0)
+    clock.now += 6
+    here.sweep(5000)
+    assert len(here) == 0
+    here.install(pair())
+    here.set_splices({SERIAL: Splice(7)})
+    here.hand_over(SERIAL)
+    here.take_back(SERIAL)
+    assert here.holds(SERIAL) and here.service_stats()[SERVICE, MEMBER][:2] == (1, 0)
+    here.packet(WIRE, request(flags=RST))
+    assert len(here.closed()) == 1
+
+
+def test_without_a_key_nobody_is_greeted(here: Relay) -> None:
+    here.set_cookies((None, None), 0)
+    assert walked(here, request(flags=SYN, seq=1)) == []
+    assert not here.give(WIRE, request()) and not here.sync_ports()
+    assert (here.port_of(5), here.ports.get(5), here.ports[6]) == (5, relay.Port(5), relay.Port(6))
+    assert here.targets() == set()
+    here.set_targets({1: layout.Target(None, 0, bytes(6), 1, 1)})
+    assert here.targets() == {1}
+    here.set_targets({1: None})
+    assert here.targets() == set()
+    assert SERVICE in here.services().values()
