@@ -7,69 +7,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.integration.bad_wire import bad_wire
+from tests.integration.handed_over import Site
 from tests.integration.support import VIP, VIP6, configure, members, pool, server
-from topologies.hosts import LabHost
 from topologies.lab import Lab, unavailable
-from topologies.namespace import end, wait_until
+from topologies.namespace import wait_until
 from topologies.single import SingleTopo
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
-LBAPP = str(Path(sys.executable).with_name("lbapp"))
 SIZE = 20_000_000
 both = pytest.mark.parametrize("vip", [VIP, VIP6], ids=["ipv4", "ipv6"])
-
-
-class Site:
-    """A laboratory whose servers have their agents."""
-
-    def __init__(self, lab: Lab) -> None:
-        self.lab = lab
-        self.digest = lab.make_file("big", SIZE)
-        self.agents: dict[str, subprocess.Popen[Any]] = {}
-
-    def log(self, host: LabHost) -> Path:
-        return self.lab.directory / f"{host.name}-agent.log"
-
-    def start_agents(self) -> None:
-        controller = self.lab.controller
-        for host in self.lab.servers:
-            if host.name not in self.agents:
-                self.agents[host.name] = controller.namespace.popen(
-                    LBAPP, "--token-file", str(controller.state / "token"), "server-agent", "--name", host.name,
-                    "--netns", f"/proc/{host.pid}/ns/net", "--listen-port", "80", "--log-file", str(self.log(host)))
-        wait_until(lambda: self.announced() == len(self.lab.servers), 15, "every agent announces its servers")
-        time.sleep(0.5)  # the controller looks at them every tenth of a second
-
-    def stop_agents(self) -> None:
-        while self.agents:
-            end(self.agents.popitem()[1])
-
-    def announced(self) -> int:
-        return sum(bool(one["listeners"]) for one in self.lab.rest.get("/v1/server-agents")["server_agents"])
-
-    def counters(self) -> dict[str, int]:
-        return dict(self.lab.rest.get("/v1/stats")["switches"][0]["fastpath"]["handshakes"])
-
-    def shaken(self) -> Callable[[], tuple[int, int]]:
-        """How many clients shook hands since, and with how many members the switch did."""
-        before = self.counters()
-
-        def since() -> tuple[int, int]:
-            now = self.counters()
-            return now["greeted"] - before["greeted"], now["splice_wait"] - before["splice_wait"]
-
-        return since
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +61,11 @@ def test_connections_are_handed_over(site: Site, vip: str) -> None:
 
 @both
 def test_a_large_file_and_many_requests_of_one_connection(site: Site, vip: str, tmp_path: Path) -> None:
+    digest = site.lab.make_file("big", SIZE)
     since, got = site.shaken(), tmp_path / "got"
     codes = site.lab.client().run("curl", "-gsS", "-m", "20", "-w", "%{http_code} ", *(
         word for _ in range(3) for word in ("-o", str(got), url(vip, "/big")))).stdout
-    assert codes == "200 200 200 " and hashlib.sha256(got.read_bytes()).hexdigest() == site.digest
+    assert codes == "200 200 200 " and hashlib.sha256(got.read_bytes()).hexdigest() == digest
     wait_until(lambda: since() == (1, 0), 5, "one handshake")
 
 

@@ -1,6 +1,8 @@
 # SPDX-FileCopyrightText: The lbapp authors
 # SPDX-License-Identifier: Apache-2.0
-"""A web server whose answers say what it got: ``GET`` its name, ``PUT`` the SHA-256 of the body.
+"""A web server whose answers say what it got: ``GET`` its name, ``PUT`` and ``POST`` the SHA-256 of the body.
+
+``GET /bytes/N`` has so many bytes, a multiple of 256.
 
     python web_server.py NAME PORT [CERTIFICATE]
 
@@ -22,8 +24,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     name = ""
 
-    def _answer(self, text: str) -> None:
-        body = (text + "\n").encode()
+    def _answer(self, body: bytes) -> None:
         self.send_response(200)
         self.send_header("X-Server", self.name)
         self.send_header("Content-Length", str(len(body)))
@@ -31,8 +32,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self) -> None:
-        """The server's name."""
-        self._answer(self.name)
+        """The server's name, or so many bytes."""
+        if self.path.startswith("/bytes/"):
+            self._answer(bytes(range(256)) * (int(self.path[7:]) // 256))
+        else:
+            self._answer(f"{self.name}\n".encode())
 
     def do_PUT(self) -> None:
         """The digest of the body."""
@@ -43,7 +47,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
             digest.update(part)
             left -= len(part)
-        self._answer(digest.hexdigest())
+        self._answer(f"{digest.hexdigest()}\n".encode())
+
+    do_POST = do_PUT
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
