@@ -11,6 +11,7 @@ import _socket
 import contextlib
 import logging
 import socket
+import struct
 import sys
 import zlib
 from pathlib import Path
@@ -27,7 +28,15 @@ from lbapp.dataflow.pipeline import VIRTUAL_MAC
 
 LOG = logging.getLogger("lbapp.fastpath")
 
-_SO_MARK = 36
+_SO_MARK, _SOL_PACKET = 36, 263
+_PACKET_VNET_HDR = 15
+_GSO = struct.Struct("=BBHHHH")
+"""struct virtio_net_hdr (linux/virtio_net.h): flags, gso_type, hdr_len, gso_size, csum_start, csum_offset."""
+_GSO_TCPV4, _GSO_TCPV6 = 1, 4
+_LONGEST_FRAME = 1514
+"""What is longer came as several segments in one (offload), and has to be cut up again on the way."""
+_PIECE = 1220
+"""The pieces' data: every path carries them (RFC 8200, 5)."""
 _LARGEST_MTU = 65_535
 
 
@@ -162,6 +171,14 @@ class FastPath(Tables):
             self.maps["outer"].delete(_index(wire.inner))
 
 
+def _large(frame: bytes) -> bytes:
+    """A TCP frame that whoever needs it smaller may cut up; with a whole checksum, which needs no flag."""
+    six = frame[12:14] == b"\x86\xdd"
+    tcp = 54 if six else 14 + 4 * (frame[14] & 15)
+    size = tcp + 4 * (frame[tcp + 12] >> 4)
+    return _GSO.pack(0, _GSO_TCPV6 if six else _GSO_TCPV4, size, _PIECE, 0, 0) + frame
+
+
 class Injector:
     """Sends frames: into the program ``again``, or out on a wire.
 
@@ -175,7 +192,7 @@ class Injector:
 
     def __init__(self, bridge: str, program: int) -> None:
         self._here, there = pair(bridge)
-        self._sockets: dict[tuple[str, int], _socket.socket] = {}
+        self._sockets: dict[tuple[str, int, bool], _socket.socket] = {}
         with Netlink() as netlink:
             links = netlink.links()
             if self._here in links:  # of a process that was killed
@@ -201,26 +218,29 @@ class Injector:
         return self._send(name, 0, frame)
 
     def _send(self, name: str, mark: int, frame: bytes) -> bool:
-        one = self._sockets.get((name, mark))
+        large = len(frame) > _LONGEST_FRAME and frame[20 if frame[12:14] == b"\x86\xdd" else 23] == socket.IPPROTO_TCP
+        one = self._sockets.get((name, mark, large))
         try:
             if one is None:
-                one = self._sockets[name, mark] = self._made(name, mark)
-            one.send(frame)
+                one = self._sockets[name, mark, large] = self._made(name, mark, large)
+            one.send(_large(frame) if large else frame)
         except OSError:
             # No room, longer than the MTU, or an interface that has gone: then the next one must not meet its socket.
             if one is not None:
                 one.close()
-            self._sockets.pop((name, mark), None)
+            self._sockets.pop((name, mark, large), None)
             return False
         return True
 
     @staticmethod
-    def _made(name: str, mark: int) -> _socket.socket:
+    def _made(name: str, mark: int, large: bool) -> _socket.socket:
         # The class beneath socket.socket: eventlet leaves it alone. This one never waits, and a green call for each
         # frame would be dear.
         made = _socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
         try:
             made.setsockopt(socket.SOL_SOCKET, _SO_MARK, mark)
+            if large:
+                made.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
             made.bind((name, 0))
         except OSError:
             made.close()
