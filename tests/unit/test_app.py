@@ -9,6 +9,7 @@ import struct
 import time
 import types
 
+import msgspec
 import pytest
 
 import tests.fake_frames  # noqa: F401  (prepares eventlet for Ryu)
@@ -19,11 +20,12 @@ from ryu.lib import hub
 
 from lbapp import app as module
 from lbapp.app import LoadBalancer, Switch
-from lbapp.config.model import Algorithm, Configuration, State
-from lbapp.control.messages import Host, HostChanged, NeighbourSeen, Reap, SwitchDown, SwitchUp
+from lbapp.config.model import Algorithm, Application, Binding, Configuration, State
+from lbapp.control.messages import Host, HostChanged, NeighbourSeen, NewFlow, Reap, SwitchDown, SwitchUp
 from lbapp.dataflow import ryu_shim
 from lbapp.dataflow.openflow import message
 from lbapp.dataflow.pipeline import ANY_CONNECTION, VIRTUAL_MAC, Kind, connection_cookie, cookie
+from lbapp.fastpaths import Reading
 from tests import sites
 from tests.fake_frames import build, frame, packet_in, parse
 from tests.fake_switch import FakeSwitch, decode_actions
@@ -365,3 +367,90 @@ def test_a_port_that_goes_down_is_asked_behind():
     bench.app._port_status(types.SimpleNamespace(msg=types.SimpleNamespace(
         reason=2, desc=description, datapath=bench.datapath)))
     assert len(bench.sent) == 1 and bench.sent[0][1] == ryu_shim.PACKET_IN + 3
+
+
+# ------------------------------------------------------------------ relaying
+
+
+class Proxying:
+    """A fast path whose agent shakes hands with clients."""
+
+    def __init__(self, proxies: bool = True) -> None:
+        self.proxies = proxies
+        self.taken: list[NewFlow] = []
+        self.reaped: list[Reap] = []
+
+    def configure(self, changed, *, whole=False) -> None:
+        pass
+
+    def greet(self, keys, current) -> None:
+        pass
+
+    def read(self) -> Reading:
+        return Reading(0, {}, {})
+
+    def take_over(self, flow) -> bool:
+        self.taken.append(flow)
+        return True
+
+    def reap(self, reaps) -> None:
+        self.reaped += reaps
+
+
+def proxied(binding: Binding = Binding.AUTO) -> Bench:
+    site = sites.configuration([sites.server(application=Application.HTTP, binding=binding)], [sites.pool()])
+    bench = Bench(site)
+    bench.app._do(bench.switch, "configure", site)
+    return bench
+
+
+def test_who_relays():
+    bench = proxied()
+    (server,) = bench.app.configuration.virtual_servers.values()
+    assert bench.app.relayed(1, server) and bench.app.relays.serves(1, server.number)
+    bench.app.fastpaths.add(1, Proxying(proxies=False))
+    assert bench.app.relayed(1, server), "nobody else can"
+    queued = bench.switch.work.qsize()
+    bench.app.fastpaths.add(1, Proxying())
+    assert not bench.app.relayed(1, server)
+    assert bench.switch.work.qsize() == queued + 1, "the switch's rules follow"
+    bench.app._do(bench.switch, "configure", bench.app.configuration)
+    assert not bench.app.relays.serves(1, server.number) and bench.app.fastpaths.serves(1, server.number)
+    for binding in (Binding.RELAY, Binding.HYBRID):
+        assert bench.app.relayed(1, msgspec.structs.replace(server, binding=binding))
+    assert not bench.app.relayed(1, msgspec.structs.replace(server, application=Application.L4))
+
+
+def test_a_relayed_client_is_answered_by_packet_out():
+    bench = proxied()
+    answer = bench.punt(kind=Kind.RELAY)
+    actions, packet = outward(answer)
+    assert actions[0][0] == "output" and len(actions) == 1
+    assert packet["tcp_flags"] == 0x12 and packet["tcp_ack"] == 1001
+    assert bench.switch.punts == {1: 1}
+    other = proxied()
+    other.switch.session.ready = False
+    assert other.punt(kind=Kind.RELAY) == b""
+
+
+def test_a_fast_path_that_comes_takes_over_what_is_relayed():
+    bench = proxied()
+    link = bench.app.relays.link(1)
+    offered = []
+    link.offer_all = lambda: offered.append(1)
+    bench.app.fastpaths.add(1, Proxying())
+    assert offered == [1]
+    assert bench.app._take_over(1, None) and not bench.app._take_over(99, None)
+    assert not bench.app._hybrid(1) and proxied(Binding.HYBRID).app._hybrid(1)
+
+
+def test_reaps_go_to_whoever_has_the_connection():
+    bench = proxied()
+    fast, link = Proxying(proxies=False), bench.app.relays.link(1)
+    bench.app.fastpaths.add(1, fast)
+    reaped: list[Reap] = []
+    link.reap, link.holds = reaped.extend, lambda serial: serial == 5
+    bench.app.perform([Reap(1, 5, 1, 1), Reap(1, 7, 1, 1), Reap(1, 5, 1, 1, final=True)])
+    bench.app.fastpaths.tick()
+    bench.app._tick_relays()
+    assert [one.serial for one in reaped] == [5, 5] and [one.serial for one in fast.reaped] == [7]

@@ -18,11 +18,13 @@ from lbapp.config.model import (
     Member,
     PolicyAction,
     Protocol,
+    VirtualServer,
 )
 from lbapp.control.messages import Host
 from lbapp.dataflow.facts import Neighbour
+from lbapp.dataflow.matches import to_relay
 from lbapp.dataflow.openflow import GROUP_DELETE, Load, add_flow, delete_flow, encode_match, group_mod
-from lbapp.dataflow.pipeline import Priority, Register, Table
+from lbapp.dataflow.pipeline import Kind, Priority, Register, Table, check, kind_of, owner_of
 from lbapp.dataflow.program import Change, SwitchProgram
 from tests import sites
 from tests.fake_switch import FakeSwitch
@@ -68,8 +70,12 @@ class ProgramMachine(RuleBasedStateMachine):
         super().__init__()
         self.hosts: dict[str, Host] = {address: sites.host(2) for address in sites.HOPS}
         self.switch = FakeSwitch()
-        self.program = SwitchProgram(SWITCH, self.hosts)
+        self.relayed: set[int] = set()
+        self.program = SwitchProgram(SWITCH, self.hosts, self.relays)
         self.configuration = Configuration()
+
+    def relays(self, server: VirtualServer) -> bool:
+        return server.number in self.relayed
 
     @initialize()
     def start(self) -> None:
@@ -82,6 +88,12 @@ class ProgramMachine(RuleBasedStateMachine):
             assert change
             apply(self.switch, change)
 
+    @rule(number=st.integers(1, 3))
+    def relay(self, number: int) -> None:
+        """Somebody else shakes hands with its clients now."""
+        self.relayed ^= {number}
+        self.configure(self.configuration)
+
     @rule(address=st.sampled_from(sites.HOPS), number=st.none() | st.integers(2, 4))
     def host(self, address: str, number: int | None) -> None:
         if number is None:
@@ -92,7 +104,7 @@ class ProgramMachine(RuleBasedStateMachine):
 
     @invariant()
     def same(self) -> None:
-        fresh = SwitchProgram(SWITCH, self.hosts)
+        fresh = SwitchProgram(SWITCH, self.hosts, self.relays)
         fresh.begin(self.configuration)
         expected = whole(fresh)
         assert differences(whole(self.program), expected) == []
@@ -215,3 +227,17 @@ def test_facts_are_forgotten_with_the_configuration():
         list(program.configure(Configuration()))
         assert not any((program._facts, program._by_hop, program._by_member, program._installed,
                         program._decided_by_hop))
+
+
+def test_what_is_relayed_comes_to_the_controller_from_both_sides():
+    site = sites.configuration([sites.server("a", 1), sites.server("b", 2, port=81)],
+                               [sites.pool(of=sites.members(2))])
+    program = SwitchProgram(SWITCH, sites.reachable(site), lambda server: server.number == 1)
+    program.begin(site)
+    punting = [flow for flow in program.flows() if kind_of(flow.cookie) is Kind.RELAY]
+    assert {Table(flow.table) for flow in punting} == {Table.VIRTUAL_SERVER, Table.CLASSIFY}
+    assert [owner_of(flow.cookie) for flow in punting if flow.table == Table.VIRTUAL_SERVER] == [1]
+    assert len([flow for flow in punting if flow.table == Table.CLASSIFY]) == 2, "a rule a member"
+    for flow in punting:
+        check(flow)
+        assert flow.actions == (to_relay(),)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import struct
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from lbapp.dataflow.fastpath.layout import NO_SCALE, mapped
@@ -48,20 +49,26 @@ class Options(NamedTuple):
     def offered(cls, packed: bytes) -> Options:
         """From the TCP options of a SYN or SYN-ACK, with the MSS as it is; what is malformed is as if it were not
         there."""
-        mss, scale, sack = 536, None, False
-        for at, kind, length in tcp_options(packed):
-            if kind == 2 and length == 4:
-                mss = int.from_bytes(packed[at + 2:at + 4], "big")
-            elif kind == 3 and length == 3:
-                scale = min(packed[at + 2], MAX_SCALE)
-            elif kind == 4:
-                sack = True
-        return cls(max(mss, 64), scale, sack)
+        return _offered(packed)
 
     def pack(self) -> int:
         """The bits 30 to 23 of a cookie. Any MSS and window scale will do; they are rounded down."""
         scale = NO_SCALE if self.window_scale is None else min(self.window_scale, MAX_SCALE)
         return max(bisect_right(MSS, self.mss) - 1, 0) << 5 | scale << 1 | self.sack
+
+
+@lru_cache(256)
+def _offered(packed: bytes) -> Options:
+    """Members offer the same again and again."""
+    mss, scale, sack = 536, None, False
+    for at, kind, length in tcp_options(packed):
+        if kind == 2 and length == 4:
+            mss = int.from_bytes(packed[at + 2:at + 4], "big")
+        elif kind == 3 and length == 3:
+            scale = min(packed[at + 2], MAX_SCALE)
+        elif kind == 4:
+            sack = True
+    return Options(max(mss, 64), scale, sack)
 
 
 def make(keys: Sequence[bytes | None], current: int, address: bytes, port: int, isn: int, options: Options) -> int:
