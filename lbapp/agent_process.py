@@ -26,12 +26,26 @@ from typing import Any
 import eventlet
 
 from lbapp.agents import AgentLoop
-from lbapp.bus import csmb
-from lbapp.bus.events import Added, Distribution, Down, Removed, Synced, Up
+from lbapp.bus.counted import Traffic
+from lbapp.bus.csmb import HelloFlag
+from lbapp.bus.events import Added, Distribution, Down, Keyed, Removed, Synced, Up
 from lbapp.bus.ssmb import Lost
 from lbapp.bus.transport import CsPeer, DfsServer
-from lbapp.control.messages import AppQuery, Closed, Error, NewFlow, Query, Reap, Reason, Reply, Reset, Stats, Timeout
-from lbapp.control_segments import ControlSegments, Key
+from lbapp.control.messages import (
+    AppQuery,
+    AppReply,
+    Closed,
+    Error,
+    NewFlow,
+    Query,
+    Reap,
+    Reason,
+    Reply,
+    Reset,
+    Stats,
+    Timeout,
+)
+from lbapp.control_segments import ControlSegments, Cookies, Key
 from lbapp.dataflow import conntrack
 from lbapp.dataflow.agent import Agent
 from lbapp.dataflow.fastpath import fastpath as fastpath_of
@@ -52,6 +66,8 @@ COUNT_SECONDS = 1.0
 COUNT_SHARE = 0.01
 """But it takes this share of one core at most."""
 SWITCH_REAPS = 65_536
+MOST_DECIDED = 16_384
+"""Decisions on what clients said that are remembered, so that a second one, after it was asked again, is not done."""
 DUMP_SECONDS = 2.0
 """Open vSwitch is asked so often for its connections, at most."""
 CLOSING = frozenset({"CLOSING", "TIME_WAIT", "CLOSED", "LAST_ACK", "FIN_WAIT_2"})
@@ -99,7 +115,10 @@ class AgentProcess:
         self._early: deque[Closed] = deque()
         self._told: dict[int, object] = {}
         self._reaps: OrderedDict[tuple[int, int], Reap] = OrderedDict()
-        self._server = DfsServer(settings.listen, settings.key, switch, self._event, self._messages)
+        self._decided: OrderedDict[int, None] = OrderedDict()
+        self._keys: Cookies | None = None
+        self._server = DfsServer(settings.listen, settings.key, switch, self._event, self._messages,
+                                 flags=HelloFlag.APP_PROXY)
         self.address = self._server.address
         self._loop = AgentLoop(self.agent, self._asked, self._closed, self._alive, BATCH)
         self._loop.start()
@@ -122,6 +141,11 @@ class AgentProcess:
             self._tell(segments.connected(identity), identity)
         elif isinstance(event, Down):
             self._tell({*self._saying.pop(identity, ()), *segments.disconnected(identity)})
+            self._use_cookies()
+        elif isinstance(event, Keyed):
+            told = segments.keyed(identity, (event.keys, event.current))
+            self._use_cookies()
+            self._tell(told, identity)
         elif isinstance(event, Added):
             self._tell(segments.added(identity, event.server), identity)
         elif isinstance(event, Distribution):
@@ -151,6 +175,12 @@ class AgentProcess:
             if changed:
                 self.agent.configure(changed)
 
+    def _use_cookies(self) -> None:
+        cookies = self.segments.cookies()
+        if cookies is not None and cookies != self._keys:
+            self._keys = cookies
+            self.agent.fastpath.set_cookies(*cookies)
+
     def _rejoined(self) -> None:
         """What an agent before this one had been told of, and nobody wants any more, goes."""
         self.segments.forget_before()
@@ -159,10 +189,11 @@ class AgentProcess:
 
     def _messages(self, peer: CsPeer, messages: list[Any]) -> None:
         identity = peer.identity
-        replies: list[Reply | NewFlow] = [message for message in messages if isinstance(message, (Reply, NewFlow))]
+        replies: list[Reply | NewFlow | AppReply] = [message for message in messages if isinstance(
+            message, (Reply, NewFlow)) or (isinstance(message, AppReply) and self._first(message))]
         if replies:
             numbers = {reply.query.serial: reply.query.virtual_server for reply in replies}
-            refused = self.agent.reply(self.segments.replies(identity, replies))
+            refused = self.agent.reply(self.segments.replies(identity, replies), time.monotonic())
             if refused:
                 peer.send_refused([one._replace(virtual_server=numbers[one.serial]) for one in refused])
         reaps = [message for message in messages if isinstance(message, (Reap, Timeout))]
@@ -175,6 +206,18 @@ class AgentProcess:
                     self.agent.fastpath.delete(virtual_server=number)
             elif isinstance(message, Lost):
                 LOG.warning("control segment %x had to drop %d messages", identity, message.records)
+
+    def _first(self, reply: AppReply) -> bool:
+        """Whether this is not a decision's repetition: the connection may have come and gone meanwhile."""
+        if reply.reply is None:
+            return True
+        serial = reply.query.serial
+        if serial in self._decided:
+            return False
+        self._decided[serial] = None
+        if len(self._decided) > MOST_DECIDED:
+            self._decided.popitem(last=False)
+        return True
 
     def _reap(self, peer: CsPeer, reaps: Sequence[Reap | Timeout]) -> None:
         """Of even serials are the connections that the controller opened by packet-in: they are in conntrack."""
@@ -216,11 +259,11 @@ class AgentProcess:
     # -------------------------------------------------------------- to the control segments
 
     def _asked(self, queries: Sequence[Query | AppQuery]) -> None:
-        # No virtual server whose handshakes are proxied is ever told to an agent beside the switch: no AppQuery comes.
-        for identity, batch in self.segments.queries([one for one in queries if isinstance(one, Query)]):
+        for identity, batch in self.segments.queries(queries):
             peer = self._server.peers.get(identity)
             if peer is not None:
-                peer.send_queries(batch)
+                peer.send_queries([one for one in batch if isinstance(one, Query)])
+                peer.send_app_queries([one for one in batch if isinstance(one, AppQuery)])
                 peer.flush(urgent=True)
 
     def _closed(self, closed: list[Closed]) -> None:
@@ -257,7 +300,7 @@ class AgentProcess:
             own = self.segments.traffic(peer.identity, traffic)
             told = (self.agent.held, counters, own)
             if told != self._told.get(peer.identity) and peer.send_counters(self.agent.held, counters, (
-                    csmb.Traffic(*key, *value) for key, value in own.items())):
+                    Traffic(*key, *value) for key, value in own.items())):
                 self._told[peer.identity] = told
 
     def _guarded(self, work: Any) -> None:

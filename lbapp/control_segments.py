@@ -6,6 +6,11 @@ Each control segment numbers its virtual servers and members itself; the fast pa
 of its own. One address, protocol and port is one virtual server here, whoever announced it: the first one to do so
 that is connected is asked about its new connections, and all who announced it are told of those that ended (003,
 "redundant CS"). A member's number means something only together with its virtual server. Pure: no sockets, no clock.
+
+Cookies are one fast path's, whoever is asked about the virtual server, because a SYN has to be answered before anybody
+is asked. Their keys are those of the control segment that has been connected longest and told any: its members' hosts,
+and other switches of its own, have them too. Connections are handed to a member's host as they are only where these are
+the keys of the control segment that wants it; otherwise the host could not check the cookie, and they are spliced.
 """
 
 from __future__ import annotations
@@ -15,15 +20,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from lbapp.bus import csmb
-from lbapp.control.messages import Closed, Host, NewFlow, Query, Reap, Reply, Timeout
-from lbapp.dataflow.distribution import Distribution, Target
+from lbapp.control.messages import AppQuery, AppReply, Binding, Closed, Host, NewFlow, Query, Reap, Reply, Timeout
+from lbapp.dataflow.distribution import Distribution, Greeting, Target
 from lbapp.dataflow.fastpath.layout import Hash, Mode
 
 T = TypeVar("T")
 
-_UNSERVED = (csmb.Flag.WILDCARD_ADDR | csmb.Flag.WILDCARD_PORT | csmb.Flag.SSL_PROXY | csmb.Flag.COOKIE_PROXY
-             | csmb.Flag.HTTP_PROXY | csmb.Flag.RAW_PROXY)
-"""What is not this fast path's: the most specific match, and application data."""
+Cookies = tuple[tuple[bytes | None, bytes | None], int]
+"""Keys of cookies, and which of them makes new ones."""
+
+_READING = csmb.Flag.SSL_PROXY | csmb.Flag.COOKIE_PROXY | csmb.Flag.HTTP_PROXY
+_UNSERVED = csmb.Flag.WILDCARD_ADDR | csmb.Flag.WILDCARD_PORT | _READING
+"""What is not this fast path's: the most specific match, and reading what clients say. It passes that up as it came
+(RAW_PROXY), whatever the application is."""
 
 _MEMBERS = 65_536
 """Members whose virtual servers are remembered, for REAP of all their flows."""
@@ -62,6 +71,8 @@ class ControlSegments:
         self._by_number: dict[tuple[int, int], Key] = {}
         self._used_by: dict[tuple[int, int], set[int]] = {}
         self._connected: dict[int, None] = {}
+        self._cookies: dict[int, Cookies] = {}
+        self._cookies_of: int | None = None
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -76,10 +87,23 @@ class ControlSegments:
     def disconnected(self, identity: int) -> Iterable[int]:
         """A control segment went. What it announced goes on being served, but it cannot be asked."""
         self._connected.pop(identity, None)
+        self._cookies.pop(identity, None)
         return self._of(identity)
 
     def _of(self, identity: int) -> list[int]:
         return [self._local[key] for key, by in self._announced.items() if identity in by]
+
+    def keyed(self, identity: int, cookies: Cookies) -> Iterable[int]:
+        """KEYS. Returns the virtual servers that are to be told anew, once :meth:`cookies` are used."""
+        new = identity not in self._cookies
+        self._cookies[identity] = cookies
+        return self._of(identity) if new else ()
+
+    def cookies(self) -> Cookies | None:
+        """The keys to be used from now on; None: those that are used already, for nobody is there who has told any."""
+        self._cookies_of = next((identity for identity in self._connected if identity in self._cookies),
+                                self._cookies_of)
+        return self._cookies.get(self._cookies_of) if self._cookies_of is not None else None
 
     # -------------------------------------------------------------- what they announce
 
@@ -137,13 +161,20 @@ class ControlSegments:
         asked = self._asked(key)
         said = self._announced[key][self._leading(key)]
         server = said.server
-        mode = Mode(server.mode)
+        mode, greeting = Mode(server.mode), None
         if server.flags & _UNSERVED or server.assist is not csmb.Assist.DFS_ASSIST:
             mode = Mode.PASS
-        elif mode is Mode.PUNT and asked is None:
+        elif mode in (Mode.PUNT, Mode.PROXY) and asked is None:
             mode = Mode.PASS  # nobody would answer: perhaps Open vSwitch has a controller
+        elif mode is Mode.PROXY:
+            assert server.greeting is not None
+            if server.flags & csmb.Flag.RAW_PROXY and asked in self._cookies:
+                mss, scale, sack, milliseconds = server.greeting
+                greeting = Greeting(mss, scale, sack, milliseconds / 1000)
+            else:
+                mode = Mode.PASS  # a SYN cannot be answered before there are keys
         return Distribution(number, server.address, server.port, server.protocol, mode, Hash(server.hash),
-                            server.idle_seconds, tuple(_target(target) for target in said.targets))
+                            server.idle_seconds, tuple(_target(target) for target in said.targets), greeting)
 
     def numbers(self) -> Iterable[int]:
         """All local numbers."""
@@ -155,15 +186,17 @@ class ControlSegments:
 
     # -------------------------------------------------------------- messages
 
-    def queries(self, queries: Sequence[Query]) -> Iterator[tuple[int, list[Query]]]:
+    def queries(self, queries: Sequence[Query | AppQuery]) -> Iterator[tuple[int, list[Query | AppQuery]]]:
         """Queries with local numbers, as (who is asked, queries with that one's numbers)."""
-        batches: dict[int, list[Query]] = {}
-        for query in queries:
+        batches: dict[int, list[Query | AppQuery]] = {}
+        for one in queries:
+            query = one if isinstance(one, Query) else one.query
             key = self._keys.get(query.virtual_server)
             asked = self._asked(key) if key is not None else None
             if key is not None and asked is not None:
                 server = self._announced[key][asked].server
-                batches.setdefault(asked, []).append(query._replace(virtual_server=server.number))
+                query = query._replace(virtual_server=server.number)
+                batches.setdefault(asked, []).append(query if isinstance(one, Query) else one._replace(query=query))
         yield from batches.items()
 
     def local(self, identity: int, virtual_server: int) -> int:
@@ -171,10 +204,19 @@ class ControlSegments:
         key = self._by_number.get((identity, virtual_server))
         return self._local[key] if key is not None else 0
 
-    def replies(self, identity: int, replies: Sequence[Reply | NewFlow]) -> list[Reply | NewFlow]:
+    def replies(self, identity: int,
+                replies: Sequence[Reply | NewFlow | AppReply]) -> list[Reply | NewFlow | AppReply]:
         """Replies of a control segment, with local numbers."""
-        return [reply._replace(query=reply.query._replace(
-            virtual_server=self.local(identity, reply.query.virtual_server))) for reply in replies]
+        found: list[Reply | NewFlow | AppReply] = []
+        for one in replies:
+            query = one.query._replace(virtual_server=self.local(identity, one.query.virtual_server))
+            if not isinstance(one, AppReply):
+                found.append(one._replace(query=query))
+                continue
+            binding = one.binding if identity == self._cookies_of else Binding.SPLICE
+            found.append(one._replace(query=query, reply=one.reply and one.reply._replace(query=query),
+                                      binding=binding))
+        return found
 
     def reaps(self, identity: int, reaps: Iterable[Reap | Timeout]) -> Iterator[Reap | Timeout]:
         """REAP and TIMEOUT of a control segment, with local numbers. All flows of a member (serial 0) are those of
@@ -241,7 +283,11 @@ def _target(target: csmb.Target) -> Target:
 
 def announce(made: Distribution) -> tuple[csmb.VirtualServer, tuple[csmb.Target, ...]]:
     """A distribution as ADD_VS and TABLE say it (the control segment's side)."""
-    flags = csmb.Flag.ROUTE_BY_DST_IP
+    flags, greeting = csmb.Flag.ROUTE_BY_DST_IP, None
+    if made.greeting is not None:
+        flags |= csmb.Flag.RAW_PROXY
+        mss, scale, sack, seconds = made.greeting
+        greeting = csmb.Greeting(mss, scale, sack, round(seconds * 1000))
     targets = []
     for target in made.targets:
         bits = csmb.TargetFlag(0)
@@ -257,5 +303,6 @@ def announce(made: Distribution) -> tuple[csmb.VirtualServer, tuple[csmb.Target,
         targets.append(csmb.Target(target.member, address, target.port, target.host.mac, target.host.port,
                                    target.weight, bits))
     server = csmb.VirtualServer(made.number, made.address, made.port, made.protocol, flags,
-                                mode=csmb.Mode(made.mode), hash=csmb.Hash(made.hash), idle_seconds=made.idle)
+                                mode=csmb.Mode(made.mode), hash=csmb.Hash(made.hash), idle_seconds=made.idle,
+                                greeting=greeting)
     return server, tuple(targets)

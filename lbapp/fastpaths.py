@@ -31,6 +31,8 @@ ASKED_AGAIN_SECONDS = 4.0
 """How long an agent may ask again about a flow whose REPLY was lost, and is told the same."""
 RECENT = 4096
 """Answers that are remembered for it, at most, of each switch."""
+RECENT_BYTES = 8 << 20
+"""The same of what clients are answered (APP_QUERY), which may be long."""
 
 
 class MemberTraffic(NamedTuple):
@@ -66,7 +68,9 @@ class Link(Protocol):
         proxies: whether it shakes hands with clients and asks with what they say (APP_QUERY).
     """
 
-    proxies: bool
+    @property
+    def proxies(self) -> bool:
+        """See above."""
 
     def configure(self, changed: Mapping[int, Distribution | None], *, whole: bool = False) -> None:
         """Take over these virtual servers (by number); None: it is gone, and so are its flows.
@@ -108,7 +112,7 @@ class Link(Protocol):
 class _Side:
     """What is known of one switch's link."""
 
-    __slots__ = ("answered", "asked", "before", "counters", "link", "reaps", "recent", "told")
+    __slots__ = ("answered", "asked", "before", "counters", "decided", "link", "reaps", "recent", "size", "told")
 
     def __init__(self, link: Link) -> None:
         self.link = link
@@ -118,6 +122,8 @@ class _Side:
         self.counters: Counter[str] = Counter()
         self.asked: Counter[int] = Counter()
         self.recent: OrderedDict[int, tuple[float, Reply]] = OrderedDict()
+        self.decided: OrderedDict[int, tuple[float, AppReply]] = OrderedDict()
+        self.size = 0
         self.before = {key: traffic.opened for key, traffic in link.read().members.items()}
 
 
@@ -281,7 +287,7 @@ class FastPaths:
         side.counters["queries"] += len(queries)
         side.counters["query_messages"] += 1
         side.link.reply([self._answer(side, one, now) if isinstance(one, Query) else
-                         self._control.app_query(one, now) for one in queries])
+                         self._decide(side, one, now) for one in queries])
 
     def _answer(self, side: _Side, query: Query, now: float) -> Reply:
         """One that is asked again has lost its REPLY: it is the same flow still, and counts once."""
@@ -293,6 +299,21 @@ class FastPaths:
         recent[query.serial] = (now, reply)
         if len(recent) > RECENT:
             recent.popitem(last=False)
+        return reply
+
+    def _decide(self, side: _Side, asked: AppQuery, now: float) -> AppReply:
+        """The same for APP_QUERY. What was decided stays so, whatever the client has said since."""
+        decided, serial = side.decided, asked.query.serial
+        known = decided.get(serial)
+        if known is not None and known[1].query == asked.query and now - known[0] < ASKED_AGAIN_SECONDS:
+            return known[1]
+        reply = self._control.app_query(asked, now)
+        if reply.reply is None:
+            return reply
+        side.size += len(reply.answer) - (len(decided.pop(serial)[1].answer) if known is not None else 0)
+        decided[serial] = (now, reply)
+        while len(decided) > RECENT or side.size > RECENT_BYTES:
+            side.size -= len(decided.popitem(last=False)[1][1].answer)
         return reply
 
     def closed(self, switch: int, closed: Sequence[Closed]) -> None:

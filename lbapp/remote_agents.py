@@ -17,11 +17,12 @@ from typing import Any
 
 import eventlet
 
-from lbapp.bus import csmb, keyfile
+from lbapp.bus import keyfile
+from lbapp.bus.counted import Traffic
 from lbapp.bus.events import Counted, Down, Up
 from lbapp.bus.ssmb import Lost
 from lbapp.bus.transport import CsClient
-from lbapp.control.messages import AppReply, Delete, NewFlow, Query, Reap, Refused, Reply, Reset, Stats
+from lbapp.control.messages import AppQuery, AppReply, Delete, NewFlow, Query, Reap, Refused, Reply, Reset, Stats
 from lbapp.control_segments import announce
 from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution
@@ -62,7 +63,7 @@ class Totals:
         self.connections: int | None = None
         self.before: dict[tuple[int, int], int] = {}
         self._counters: dict[str, tuple[int, int]] = {}
-        self._members: dict[tuple[int, int], tuple[csmb.Traffic, MemberTraffic]] = {}
+        self._members: dict[tuple[int, int], tuple[Traffic, MemberTraffic]] = {}
 
     def take(self, counted: Counted) -> None:
         """The agent has told what it counted so far."""
@@ -76,16 +77,16 @@ class Totals:
         members = {}
         for row in counted.traffic:
             key = row[:2]
-            before, total = self._members.get(key, (csmb.Traffic(*key, 0, 0, 0, 0), MemberTraffic(0, 0, 0, 0)))
+            before, total = self._members.get(key, (Traffic(*key, 0, 0, 0, 0), MemberTraffic(0, 0, 0, 0)))
             if begun_anew or row.opened < before.opened:
                 total = total._replace(closed=total.opened)
-                before = csmb.Traffic(*key, 0, 0, 0, 0)
+                before = Traffic(*key, 0, 0, 0, 0)
             members[key] = (row, MemberTraffic(*(old + now - then for old, now, then in zip(
                 total, row[2:], before[2:], strict=True))))
         if begun_anew:
             for key in self._members.keys() - members.keys():
                 total = self._members[key][1]
-                members[key] = (csmb.Traffic(*key, 0, 0, 0, 0), total._replace(closed=total.opened))
+                members[key] = (Traffic(*key, 0, 0, 0, 0), total._replace(closed=total.opened))
         self._members = members
         if first:
             self.before = {key: total.opened for key, (_, total) in members.items()}
@@ -105,13 +106,16 @@ class Totals:
 class RemoteLink:
     """See :class:`lbapp.fastpaths.Link`: the agent is at the other end of a :class:`CsClient`."""
 
-    proxies = False
-
     def __init__(self, client: CsClient) -> None:
         self.client = client
         self.totals = Totals()
         self.incarnation = 0
         self._unanswered: OrderedDict[tuple[int, int], tuple[Reap, int, float]] = OrderedDict()
+
+    @property
+    def proxies(self) -> bool:
+        """See :class:`lbapp.fastpaths.Link`. Not while it is away: nobody would hear what clients say."""
+        return self.client.proxies
 
     def configure(self, changed: Mapping[int, Distribution | None], *, whole: bool = False) -> None:
         """See :class:`lbapp.fastpaths.Link`. Said at once, and again after each reconnection."""
@@ -127,11 +131,13 @@ class RemoteLink:
             self.client.distribute(number, targets)
 
     def greet(self, keys: tuple[bytes | None, bytes | None], current: int) -> None:
-        """See :class:`lbapp.fastpaths.Link`. Not carried by the buses: agents elsewhere do not proxy handshakes."""
+        """See :class:`lbapp.fastpaths.Link`. Said at once, and again after each reconnection; concealed."""
+        self.client.greet(keys, current)
 
     def reply(self, replies: Sequence[Reply | AppReply]) -> None:
         """See :class:`lbapp.fastpaths.Link`."""
         self.client.send_replies([reply for reply in replies if isinstance(reply, Reply)])
+        self.client.send_app_replies([reply for reply in replies if isinstance(reply, AppReply)])
         self.client.flush(urgent=True)
 
     def deliver(self, answered: Sequence[Answered]) -> Sequence[Answered]:
@@ -141,7 +147,7 @@ class RemoteLink:
 
     def take_over(self, flow: NewFlow) -> bool:
         """See :class:`lbapp.fastpaths.Link`. Nothing repeats a NEWFLOW that the agent refuses: REFUSED tells."""
-        if flow.window_shift:
+        if not self.proxies:
             return False
         self.client.send_newflows([flow])
         return True
@@ -236,8 +242,20 @@ class RemoteAgents:
                 self._links[switch].totals.take(event)
         elif isinstance(event, Down):
             LOG.info("switch %016x: its agent is away (%s); the fast path goes on", switch, event.text)
+            self._proxying(client, switch)
+
+    def _proxying(self, client: CsClient, switch: int) -> None:
+        """Who shakes hands with clients there may be somebody else now."""
+        link = self._links.get(switch)
+        if link is not None and link.client is client:
+            self._fastpaths.refresh(switch)
+            self._fastpaths.changed(switch)
 
     def _up(self, client: CsClient, switch: int, incarnation: int) -> None:
+        if not client.proxies:
+            LOG.warning("switch %016x: its agent is of an older version and does not shake hands with clients; the "
+                        "connections of virtual servers that read what clients say are relayed by this controller",
+                        switch)
         for other in [number for number, link in self._links.items() if link.client is client and number != switch]:
             LOG.info("switch %016x: another switch's agent is at its address now", other)
             self._fastpaths.remove(other)
@@ -248,7 +266,7 @@ class RemoteAgents:
             link.incarnation = incarnation
             self._fastpaths.add(switch, link)
         elif isinstance(link, RemoteLink) and link.client is client:
-            self._fastpaths.refresh(switch)
+            self._proxying(client, switch)
             if link.incarnation != incarnation:
                 # Its former self may have taken something with it that nobody will tell of.
                 link.incarnation = incarnation
@@ -272,7 +290,7 @@ class RemoteAgents:
         if link is None or link.client is not client:
             return
         link.answered(messages)
-        queries = [message for message in messages if isinstance(message, Query)]
+        queries = [message for message in messages if isinstance(message, (Query, AppQuery))]
         if queries:
             self._fastpaths.asked(switch, queries)
         for message in messages:

@@ -27,7 +27,8 @@ CLOCKS_AND_SOCKETS = {
 L7_LIBRARIES = {"httptools", "hpack", "re2"}
 # service.py is the second Ryu application: it carries the store and REST beside app.py.
 HUB_ALLOWED = ("lbapp/readings.py",)
-BUS_PURE = ("auth.py", "channel.py", "csmb.py", "errors.py", "events.py", "holdings.py", "sessions.py", "ssmb.py")
+BUS_PURE = ("application.py", "auth.py", "channel.py", "counted.py", "csmb.py", "errors.py", "events.py", "holdings.py",
+            "records.py", "sessions.py", "ssmb.py")
 RYU_ALLOWED = ("lbapp/app.py", "lbapp/launcher.py", "lbapp/service.py", "lbapp/dataflow/ryu_shim.py", "lbapp/api/")
 
 

@@ -9,6 +9,11 @@ holds the key by a MAC over both nonces, everything said so far on the connectio
 cannot be forced down) and its own role (so a proof cannot be sent back to who made it). The keys of the session
 are derived from the same: four of them, one a bus and direction, and the number of the session, which an SSMB
 datagram carries. No key is used for two purposes, and none outlives its TCP connection.
+
+What watchers must not read is concealed besides: it is added (exclusive or) to what a pseudo-random function, HMAC
+under a fifth key, makes of its place among the messages of its direction. No place comes twice in a session, no key in
+two sessions: each such stream is used once. The message's tag, under another key, covers the concealed bytes and the
+place, so that nothing of it can be changed, moved or repeated.
 """
 
 from __future__ import annotations
@@ -51,6 +56,7 @@ class SessionKeys(NamedTuple):
     ssmb_dfs: bytes
     csmb_cs: bytes
     csmb_dfs: bytes
+    concealing: bytes
 
     def ssmb(self, role: Role) -> bytes:
         """The key of the datagrams that ``role`` sends."""
@@ -93,7 +99,19 @@ def derive(key: bytes, said: bytes, cs_nonce: bytes, dfs_nonce: bytes) -> Sessio
         return hmac.digest(secret, label, "sha256")
 
     session = int.from_bytes(expand(b"session number")[:8], "big") or 1
-    return SessionKeys(session, expand(b"ssmb cs"), expand(b"ssmb dfs"), expand(b"csmb cs"), expand(b"csmb dfs"))
+    return SessionKeys(session, expand(b"ssmb cs"), expand(b"ssmb dfs"), expand(b"csmb cs"), expand(b"csmb dfs"),
+                       expand(b"csmb concealed cs"))
+
+
+def conceal(key: bytes, place: int, data: bytes) -> bytes:
+    """At most 32 bytes concealed; or, of what was concealed, those bytes.
+
+    Args:
+        key: ``SessionKeys.concealing``, with which the CS alone conceals.
+        place: the message's, among those of its direction that are tagged.
+    """
+    stream = hmac.digest(key, place.to_bytes(8, "big"), "sha256")
+    return bytes(octet ^ other for octet, other in zip(data, stream[:len(data)], strict=True))
 
 
 def tag(key: bytes, data: bytes) -> bytes:

@@ -18,6 +18,9 @@ Theory of operation
     is told how much it has missed (LOST), so that it reconciles.
     *Incarnations.* Each process draws a number when it starts. A peer with a new one has forgotten everything:
     its stream starts anew, and it takes ours from the oldest batch that is still unacknowledged (``back``).
+    *Messages longer than a datagram* (what clients say) come in parts, which are such batches: what is lost of them is
+    sent again, and nothing else. They take half of the queue at most, because DELETE must not be lost for them; one
+    for which there is no room is dropped whole, and its sender asks again. They do not outlive the session.
     *RESET* forgets every flow before it and none after it: until it is acknowledged nothing else is sent, and the
     peer ignores what was sent before and comes later.
 """
@@ -29,9 +32,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lbapp.bus import ssmb
+from lbapp.bus.application import PART_HEADER, Assembly, Part
 from lbapp.bus.auth import Role, SessionKeys, Window
 from lbapp.bus.errors import BusError, DecodeError, Fault
-from lbapp.bus.ssmb import ACK, ACKNOWLEDGED, SENT_BY, URGENT, Body, Kind
+from lbapp.bus.ssmb import ACK, ACKNOWLEDGED, SENT_BY, SINCE, URGENT, Body, Kind
 
 FLIGHT = 256
 """Batches under way at once, and batches that a receiver holds back for one that is missing."""
@@ -88,6 +92,7 @@ class Channel:
         self._peer = 0
         self._expected = 0
         self._early: dict[int, tuple[list[Any], bytes, int]] = {}
+        self._assembly = Assembly()
         self._ack_at: float | None = None
         self._unanswered = 0
 
@@ -116,6 +121,11 @@ class Channel:
         if peer != self._peer:
             self._peer, self._expected = peer, 0
             self._early.clear()
+            self._assembly.clear()
+        if version < SINCE[Kind.PART]:
+            # An older peer than the one before: what it would not know takes its place in the order as lost.
+            self._flight = {batch: (ssmb.lost(1) if body.kind is Kind.PART else body, sent)
+                            for batch, (body, sent) in self._flight.items()}
         self._again = self.timing.again
         # All of it went to another session, if anywhere.
         self._flight = {batch: (body, float("-inf")) for batch, (body, _) in self._flight.items()}
@@ -131,6 +141,8 @@ class Channel:
         for kind in [kind for kind in self._pending if kind not in ACKNOWLEDGED]:
             self.counts[f"dropped_{kind.name.lower()}"] += len(self._pending.pop(kind))
             self._since.pop(kind, None)
+        if not self._barrier:  # whose place is counted in the queue
+            self._queue = deque(body for body in self._queue if body.kind is not Kind.PART)
 
     # -------------------------------------------------------------- sending
 
@@ -140,9 +152,9 @@ class Channel:
         Raises:
             EncodeError: one of them cannot be carried. Those taken before it in the same call may be lost with it.
         """
-        if kind not in SENT_BY[self.role] or kind in (Kind.RESET, Kind.ACK, Kind.LOST):
+        if kind not in SENT_BY[self.role] or kind in (Kind.RESET, Kind.ACK, Kind.LOST, Kind.PART):
             raise ValueError(f"{self.role.name} does not send {kind.name}")
-        if self._keys is None and kind not in ACKNOWLEDGED:
+        if (self._keys is None and kind not in ACKNOWLEDGED) or self._unknown(kind):
             self.counts[f"dropped_{kind.name.lower()}"] += len(messages)
             return []
         waiting = self._pending.get(kind)
@@ -178,7 +190,7 @@ class Channel:
             # One that is not full goes on waiting, unless families were mixed (then it is not the messages' tail).
             last = bodies[-1]
             tail = last.flags == bodies[0].flags and last.number < ssmb.full(kind, self.limit)
-            if tail and kind is not Kind.APP_QUERY:
+            if tail and kind not in ssmb.APPLICATION:
                 self._pending[kind] = messages[-last.number:]
                 self._since[kind] = since if len(bodies) == 1 else now
                 bodies.pop()
@@ -189,7 +201,28 @@ class Channel:
         if self._barrier or self._keys is None:
             self.counts[f"dropped_{kind.name.lower()}"] += sum(body.number for body in bodies)
             return []
+        if kind in ssmb.APPLICATION:
+            return self._divided(kind, bodies, now)
         return [self._seal(body, now) for body in bodies]
+
+    def _divided(self, kind: Kind, bodies: list[Body], now: float) -> list[bytes]:
+        out: list[bytes] = []
+        taken = False
+        for body in bodies:
+            if body.kind is not Kind.PART:
+                out.append(self._seal(body, now))
+                continue
+            _, part, parts = PART_HEADER.unpack_from(body.payload)
+            if not part:
+                taken = len(self._queue) + parts <= self.timing.queue // 2
+                self.counts[f"dropped_{kind.name.lower()}"] += not taken
+            if taken:
+                self._queue.append(body)
+        return out + self._launch(now)
+
+    def _unknown(self, kind: int) -> bool:
+        """Whether the session's version has no such message type."""
+        return self._keys is not None and self._version < SINCE.get(Kind(kind), 0)
 
     def _enqueue(self, body: Body) -> None:
         if len(self._queue) >= self.timing.queue:
@@ -305,6 +338,8 @@ class Channel:
         if code not in SENT_BY[self.role.other]:
             fault = Fault.DIRECTION if code in SENT_BY[self.role] else Fault.KIND
             raise DecodeError(fault, f"the peer does not send message type {code}")
+        if self._unknown(code):
+            raise DecodeError(Fault.KIND, f"message type {code} in version {version:#x}")
         if (code in ACKNOWLEDGED) != (batch != 0) or back >= max(batch, 1) or back >= FLIGHT:
             raise DecodeError(Fault.VALUE, f"message type {code} as batch {batch}, {back} behind it")
         if ack >= self._next:
@@ -358,7 +393,7 @@ class Channel:
         while self._expected in self._early:
             ready, raw, kind = self._early.pop(self._expected)
             self._expected += 1
-            out += ready
+            out += self._whole(ready[0]) if kind == Kind.PART and ready else ready
             if kind == Kind.RESET and raw:
                 session, floor = ssmb.reset_floor(raw)
                 if session == self.session:
@@ -367,6 +402,14 @@ class Channel:
         if self._ack_at is None:
             self._ack_at = now + self.timing.acknowledge
         return self._count(out)
+
+    def _whole(self, part: Part) -> list[Any]:
+        """The message whose last part this is."""
+        try:
+            return self._assembly.take(part, lambda kind, flags, data: ssmb.unpack(kind, flags, 1, data, self.switch))
+        except DecodeError as error:
+            self.counts[f"ignored_{error.fault.value}"] += 1
+            return []
 
     def _answer_soon(self, now: float) -> list[bytes]:
         if self._ack_at is not None and (self._unanswered >= self.timing.burst or self._ack_at <= now):

@@ -17,12 +17,13 @@ The length counts everything; the tag is there once both sides are authenticated
 from __future__ import annotations
 
 import enum
-import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from struct import Struct
 from typing import Any, NamedTuple
 
+from lbapp.bus import counted
 from lbapp.bus.auth import NONCE_BYTES, PROOF_BYTES, TAG_BYTES, Role
+from lbapp.bus.counted import Counters, check_parts
 from lbapp.bus.errors import DecodeError, EncodeError, Fault
 
 HEADER = Struct("!HHHH")
@@ -33,10 +34,7 @@ MOST_TARGETS = 4096
 TARGETS_A_PART = 512
 SERVERS_A_PART = 128
 MOST_APP_DATA = 255
-MOST_COUNTERS = 128
-MOST_NAME = 64
-MOST_TRAFFIC = 65_536
-TRAFFIC_A_PART = 1024
+COOKIE_KEY_BYTES = 16
 
 
 class Kind(enum.IntEnum):
@@ -50,6 +48,7 @@ class Kind(enum.IntEnum):
     TABLE = 16
     SYNC_DONE = 17
     COUNTERS = 18
+    KEYS = 19
 
 
 class HelloFlag(enum.IntFlag):
@@ -91,11 +90,13 @@ class Assist(enum.IntEnum):
 
 
 class Mode(enum.IntEnum):
-    """What the fast path does with a flow it does not know: leave it to the switch, decide, or ask."""
+    """What the fast path does with a flow it does not know: leave it to the switch, decide, ask, or shake hands with
+    the client and ask with what it says."""
 
     PASS = 0
     DECIDE = 1
     PUNT = 2
+    PROXY = 3
 
 
 class Hash(enum.IntEnum):
@@ -126,7 +127,9 @@ class Version(NamedTuple):
         return self.major << 4 | self.minor
 
 
-VERSIONS = (Version(1, 0),)
+VERSIONS = (Version(1, 0), Version(1, 1))
+PROXIES = Version(1, 1)
+"""From this version on: KEYS, virtual servers of mode PROXY, and what SSMB carries of them."""
 
 
 class Hello(NamedTuple):
@@ -168,6 +171,15 @@ class Response(NamedTuple):
     proof: bytes
 
 
+class Greeting(NamedTuple):
+    """How the clients of a virtual server are shaken hands with; ``milliseconds`` they may take to say enough."""
+
+    mss: int
+    window_scale: int
+    sack: bool
+    milliseconds: int
+
+
 class VirtualServer(NamedTuple):
     """What ADD_VS and VS_LIST say of a virtual server.
 
@@ -176,6 +188,7 @@ class VirtualServer(NamedTuple):
         idle_seconds, hard_seconds: of its flows; 0 is none.
         next_hop: next_hop_ipaddr, where ROUTE_BY_DST_IP is not set; else b"".
         app_data: the name of the cookie (COOKIE_PROXY); else b"".
+        greeting: with mode PROXY, and only then.
     """
 
     number: int
@@ -190,6 +203,13 @@ class VirtualServer(NamedTuple):
     hard_seconds: int = 0
     next_hop: bytes = b""
     app_data: bytes = b""
+    greeting: Greeting | None = None
+
+    def spoken(self, version: Version) -> VirtualServer:
+        """What a peer of this version is told: an older one leaves to the switch what it does not know."""
+        if version >= PROXIES or self.mode is not Mode.PROXY:
+            return self
+        return self._replace(mode=Mode.PASS, greeting=None, flags=self.flags & ~Flag.RAW_PROXY)
 
 
 class AddVs(NamedTuple):
@@ -247,48 +267,34 @@ class SyncDone(NamedTuple):
     servers: int
 
 
-class Traffic(NamedTuple):
-    """What a DFS has counted for one member of one virtual server since its fast path was set up. ``packets`` and
-    ``bytes`` are those of closed connections, both ways."""
-
-    number: int
-    member: int
-    opened: int
-    closed: int
-    packets: int
-    bytes: int
-
-
-class Counters(NamedTuple):
-    """COUNTERS: what the DFS has counted, or a part of it; ``part`` counts from 0.
+class Keys(NamedTuple):
+    """KEYS: cookies are made and checked with these from now on.
 
     Attributes:
-        connections: how many it holds.
-        counters: (name, count), all in the first part.
-        traffic: by virtual server and member.
+        current: the place, 0 or 1, of the key that makes new ones.
+        there: bit 0: there is a first key; bit 1: a second.
+        concealed: both (``auth.conceal``), of 16 bytes each; zeros where there is none.
     """
 
-    part: int
-    parts: int
-    connections: int
-    counters: tuple[tuple[str, int], ...]
-    traffic: tuple[Traffic, ...]
+    current: int
+    there: int
+    concealed: bytes
 
 
-Message = Hello | Challenge | Response | AddVs | DeleteVs | VsListRequest | VsList | Table | SyncDone | Counters
+Message = Hello | Challenge | Response | AddVs | DeleteVs | VsListRequest | VsList | Table | SyncDone | Counters | Keys
 
 # version, flags, error, role, limit, identity, incarnation, interval, ssmb, standby, gateway, ssmb port
 _HELLO = Struct("!BBHBBHQQI16s16s16sH")
 HELLO_BYTES = _HELLO.size
 # number, address, next hop, port, flags, idle, hard, protocol, class, mode, hash, length of app_data
 _SERVER = Struct("!I16s16sHHHHBBBBB")
+# MSS, window scale, flags, milliseconds
+_GREETING = Struct("!HBBI")
 _NUMBER = Struct("!I")
+_KEYS = Struct(f"!BB{2 * COOKIE_KEY_BYTES}s")
 _PARTS = Struct("!BHHH")
 _TABLE = Struct("!IIHHH")
 _TARGET = Struct("!I16sH6sIHB")
-_COUNTERS = Struct("!HHIHH")
-_COUNT = Struct("!Q")
-_TRAFFIC = Struct("!IIQQQQ")
 _CHALLENGE, _RESPONSE = 1, 2
 _REQUEST, _ANSWER = 1, 2
 _MAPPED = bytes(10) + b"\xff\xff"
@@ -334,7 +340,13 @@ def _server(server: VirtualServer) -> bytes:
         raise EncodeError(Fault.LONG, f"app_data of {len(server.app_data)} bytes, expected at most {MOST_APP_DATA}")
     return _SERVER.pack(server.number, _virtual(server.address), _wide(server.next_hop), server.port, server.flags,
                         server.idle_seconds, server.hard_seconds, server.protocol, server.assist, server.mode,
-                        server.hash, len(server.app_data)) + server.app_data
+                        server.hash, len(server.app_data)) + server.app_data + _greeted(server)
+
+
+def _greeted(server: VirtualServer) -> bytes:
+    if (server.mode is Mode.PROXY) != (server.greeting is not None):
+        raise EncodeError(Fault.VALUE, "a greeting with mode PROXY, and only then")
+    return b"" if server.greeting is None else _GREETING.pack(*server.greeting)
 
 
 def _target(target: Target) -> bytes:
@@ -364,31 +376,19 @@ def _body(message: Message) -> tuple[Kind, bytes]:
         case VsListRequest():
             return Kind.VS_LIST, bytes((_REQUEST,))
         case VsList(part, parts, servers):
-            _check_parts(part, parts, EncodeError)
+            check_parts(part, parts, EncodeError)
             return Kind.VS_LIST, _PARTS.pack(_ANSWER, part, parts, len(servers)) + b"".join(map(_server, servers))
         case Table(number, generation, part, parts, targets):
-            _check_parts(part, parts, EncodeError)
+            check_parts(part, parts, EncodeError)
             return Kind.TABLE, _TABLE.pack(number, generation, part, parts, len(targets)) + b"".join(
                 map(_target, targets))
+        case Keys(current, there, concealed) if len(concealed) == 2 * COOKIE_KEY_BYTES:
+            return Kind.KEYS, _KEYS.pack(current, there, concealed)
         case SyncDone(servers):
             return Kind.SYNC_DONE, _NUMBER.pack(servers)
-        case Counters(part, parts, connections, counters, traffic):
-            _check_parts(part, parts, EncodeError)
-            return Kind.COUNTERS, _COUNTERS.pack(part, parts, connections, len(counters), len(traffic)) + b"".join(
-                map(_named, counters)) + b"".join(_TRAFFIC.pack(*one) for one in traffic)
+        case Counters():
+            return Kind.COUNTERS, counted.pack(message)
     raise EncodeError(Fault.VALUE, f"no message of this bus: {message!r:.80}")
-
-
-def _named(counter: tuple[str, int]) -> bytes:
-    name = counter[0].encode("ascii")
-    if not 0 < len(name) <= MOST_NAME:
-        raise EncodeError(Fault.LONG, f"a counter's name of {len(name)} bytes, expected 1 to {MOST_NAME}")
-    return bytes((len(name),)) + name + _COUNT.pack(counter[1])
-
-
-def _check_parts(part: int, parts: int, error: type[DecodeError] | type[EncodeError]) -> None:
-    if not 0 <= part < parts:
-        raise error(Fault.VALUE, f"part {part} of {parts}")
 
 
 def encode(message: Message) -> tuple[Kind, bytes]:
@@ -420,15 +420,6 @@ def lists(servers: list[VirtualServer]) -> list[VsList]:
     """All virtual servers as the answer to VS_LIST."""
     chunks = [servers[index:index + SERVERS_A_PART] for index in range(0, len(servers), SERVERS_A_PART)] or [[]]
     return [VsList(part, len(chunks), tuple(chunk)) for part, chunk in enumerate(chunks)]
-
-
-def counters(connections: int, named: Mapping[str, int], traffic: Iterable[Traffic]) -> list[Counters]:
-    """All that was counted as the messages that carry it; what is beyond the limits is left out."""
-    rows = tuple(itertools.islice(traffic, MOST_TRAFFIC))
-    chunks = [rows[index:index + TRAFFIC_A_PART] for index in range(0, len(rows), TRAFFIC_A_PART)] or [()]
-    names = tuple(itertools.islice(named.items(), MOST_COUNTERS))
-    return [Counters(part, len(chunks), connections, () if part else names, chunk)
-            for part, chunk in enumerate(chunks)]
 
 
 # ------------------------------------------------------------------ bytes -> values
@@ -464,8 +455,17 @@ def _read_server(body: bytes, offset: int) -> tuple[VirtualServer, int]:
         body, offset)
     if end + length > len(body):
         raise DecodeError(Fault.SHORT, "app_data is cut short")
+    app_data, end = body[end:end + length], end + length
+    greeting = None
+    if mode == Mode.PROXY:
+        if end + _GREETING.size > len(body):
+            raise DecodeError(Fault.SHORT, "a greeting is cut short")
+        mss, scale, sack, milliseconds = _GREETING.unpack_from(body, end)
+        if sack > 1 or scale > 14:
+            raise DecodeError(Fault.VALUE, f"a greeting with window scale {scale} and flags {sack:#x}")
+        greeting, end = Greeting(mss, scale, sack == 1, milliseconds), end + _GREETING.size
     return VirtualServer(number, _unvirtual(address), port, protocol, _flags(Flag, flags), Assist(assist), Mode(mode),
-                         Hash(hashed), idle, hard, _address(hop), body[end:end + length]), end + length
+                         Hash(hashed), idle, hard, _address(hop), app_data, greeting), end
 
 
 def _auth(body: bytes) -> Message:
@@ -491,7 +491,7 @@ def _vs_list(body: bytes) -> Message:
     if len(body) < _PARTS.size or body[0] != _ANSWER:
         raise DecodeError(Fault.VALUE, "VS_LIST that neither asks nor answers")
     _, part, parts, number = _PARTS.unpack_from(body)
-    _check_parts(part, parts, DecodeError)
+    check_parts(part, parts, DecodeError)
     offset, servers = _PARTS.size, []
     for _ in range(number):
         server, offset = _read_server(body, offset)
@@ -505,7 +505,7 @@ def _table(body: bytes) -> Table:
     if len(body) < _TABLE.size:
         raise DecodeError(Fault.SHORT, f"TABLE of {len(body)} bytes")
     number, generation, part, parts, count = _TABLE.unpack_from(body)
-    _check_parts(part, parts, DecodeError)
+    check_parts(part, parts, DecodeError)
     if len(body) != _TABLE.size + count * _TARGET.size:
         raise DecodeError(Fault.LENGTH, f"TABLE of {len(body)} bytes with {count} targets")
     return Table(number, generation, part, parts, tuple(
@@ -513,25 +513,11 @@ def _table(body: bytes) -> Table:
         for member, address, port, mac, out_port, weight, flags in _TARGET.iter_unpack(body[_TABLE.size:])))
 
 
-def _counters(body: bytes) -> Counters:
-    if len(body) < _COUNTERS.size:
-        raise DecodeError(Fault.SHORT, f"COUNTERS of {len(body)} bytes")
-    part, parts, connections, names, rows = _COUNTERS.unpack_from(body)
-    _check_parts(part, parts, DecodeError)
-    if names > MOST_COUNTERS or parts > MOST_TRAFFIC // TRAFFIC_A_PART:
-        raise DecodeError(Fault.LIMIT, f"{names} counters in {parts} parts")
-    offset, named = _COUNTERS.size, []
-    for _ in range(names):
-        length = body[offset] if offset < len(body) else 0
-        end = offset + 1 + length
-        if not 0 < length <= MOST_NAME or end + _COUNT.size > len(body):
-            raise DecodeError(Fault.LENGTH, "a counter is cut short, or has no name")
-        named.append((body[offset + 1:end].decode("ascii"), *_COUNT.unpack_from(body, end)))
-        offset = end + _COUNT.size
-    if len(body) != offset + rows * _TRAFFIC.size:
-        raise DecodeError(Fault.LENGTH, f"COUNTERS of {len(body)} bytes with {rows} rows")
-    return Counters(part, parts, connections, tuple(named), tuple(
-        Traffic(*row) for row in _TRAFFIC.iter_unpack(body[offset:])))
+def _keys(body: bytes) -> Keys:
+    keys = Keys(*_exact(_KEYS, body))
+    if keys.current > 1 or keys.there > 3 or not keys.there >> keys.current & 1:
+        raise DecodeError(Fault.VALUE, f"KEYS {keys.there:#x}, of which number {keys.current} is used")
+    return keys
 
 
 _READERS: dict[Kind, Callable[[bytes], Message]] = {
@@ -542,7 +528,8 @@ _READERS: dict[Kind, Callable[[bytes], Message]] = {
     Kind.VS_LIST: _vs_list,
     Kind.TABLE: _table,
     Kind.SYNC_DONE: lambda body: SyncDone(*_exact(_NUMBER, body)),
-    Kind.COUNTERS: _counters,
+    Kind.COUNTERS: counted.read,
+    Kind.KEYS: _keys,
 }
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lbapp.bus.auth import SessionKeys
-from lbapp.bus.csmb import Hello, Target, Traffic, Version, VirtualServer
+from lbapp.bus.counted import Traffic
+from lbapp.bus.csmb import Hello, Target, Version, VirtualServer
 from lbapp.bus.errors import Fault
 
 
@@ -68,4 +69,11 @@ class Counted(NamedTuple):
     traffic: tuple[Traffic, ...]
 
 
-Event = Up | Down | Added | Removed | Distribution | Synced | Listed | Counted
+class Keyed(NamedTuple):
+    """DFS: the CS's keys of cookies, and which of them makes new ones (KEYS)."""
+
+    keys: tuple[bytes | None, bytes | None]
+    current: int
+
+
+Event = Up | Down | Added | Removed | Distribution | Synced | Listed | Counted | Keyed

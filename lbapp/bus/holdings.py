@@ -30,6 +30,8 @@ class Desired:
         self.servers: dict[int, VirtualServer] = {}
         self.tables: dict[int, tuple[int, tuple[Target, ...]]] = {}
         self.dirty: dict[int, int] = {}
+        self.keys: tuple[tuple[bytes | None, bytes | None], int] | None = None
+        self.keys_dirty = False
         self._live = False
         self._generation = 0
 
@@ -70,6 +72,10 @@ class Desired:
         self.tables[number] = (self._generation, whole)
         self._mark(number, TABLE)
 
+    def greet(self, keys: tuple[bytes | None, bytes | None], current: int) -> None:
+        """Cookies shall be made and checked with these keys, new ones with that at ``current``."""
+        self.keys, self.keys_dirty = (keys, current), self._live
+
     def replace(self, servers: Iterable[VirtualServer], tables: Mapping[int, Iterable[Target]]) -> None:
         """Want exactly this; what is the same already is not said again."""
         wanted = {server.number: server for server in servers}
@@ -83,11 +89,12 @@ class Desired:
     def all_again(self) -> None:
         """A new connection: everything has to be said."""
         self._live = True
+        self.keys_dirty = self.keys is not None
         self.dirty = dict.fromkeys(self.servers, SERVER | TABLE)
 
     def silence(self) -> None:
         """The connection has ended."""
-        self._live = False
+        self._live = self.keys_dirty = False
         self.dirty.clear()
 
     def again(self, number: int) -> None:

@@ -30,18 +30,19 @@ from hmac import compare_digest
 
 from lbapp.bus import auth, csmb, ssmb
 from lbapp.bus.auth import TAG_BYTES, Role, SessionKeys
+from lbapp.bus.counted import MOST_TRAFFIC, Counters
 from lbapp.bus.csmb import (
     HEADER,
     LONGEST,
     LONGEST_BEFORE_AUTH,
     MOST_TARGETS,
-    MOST_TRAFFIC,
     AddVs,
     Challenge,
-    Counters,
     DeleteVs,
     Error,
     Hello,
+    HelloFlag,
+    Keys,
     Message,
     Response,
     SyncDone,
@@ -52,7 +53,7 @@ from lbapp.bus.csmb import (
     VsListRequest,
 )
 from lbapp.bus.errors import BusError, DecodeError, Fault
-from lbapp.bus.events import Added, Counted, Distribution, Down, Event, Listed, Removed, Synced, Up
+from lbapp.bus.events import Added, Counted, Distribution, Down, Event, Keyed, Listed, Removed, Synced, Up
 from lbapp.bus.holdings import MOST_SERVERS, SERVER, TABLE, Desired, Held
 
 AUTHENTICATE_WITHIN = 5.0
@@ -112,6 +113,7 @@ class Session:
         self._kinds_in: dict[int, int] = {}
         self._tagged_out = self._tagged_in = 0
         self._hellos = 0
+        self.proxies = False  # whether the peer reads what clients say (APP_PROXY), in a version that carries it
 
     # -------------------------------------------------------------- the carrier's side
 
@@ -268,6 +270,7 @@ class Session:
         assert self.peer is not None
         self.keys = auth.derive(self._key, auth.transcript(self._said), *self._nonces())
         self.phase = Phase.UP
+        self.proxies = self.peer.version >= csmb.PROXIES and HelloFlag.APP_PROXY in self.peer.flags
         self._events.append(Up(self.peer, self.keys, self.peer.version, min(self.hello.limit, self.peer.limit)))
 
     def _again(self, hello: Hello) -> None:
@@ -338,6 +341,10 @@ class CsSession(Session):
         if self.phase is not Phase.UP:
             return
         desired, dirty = self._desired, self._desired.dirty
+        if desired.keys_dirty:
+            desired.keys_dirty = False
+            if self.proxies:
+                self._say_keys()
         while dirty and len(self._out) < _PUMP and self.phase is Phase.UP:
             number = next(iter(dirty))
             what = dirty.pop(number)
@@ -347,8 +354,8 @@ class CsSession(Session):
                     self._say(DeleteVs(number))
                 continue
             if what & SERVER:
-                self._say(AddVs(server))
-                self._told[number] = server
+                self._told[number] = server.spoken(self.hello.version)
+                self._say(AddVs(self._told[number]))
             if what & TABLE and number in desired.tables:
                 for part in csmb.tables(number, *desired.tables[number]):
                     self._say(part)
@@ -356,6 +363,14 @@ class CsSession(Session):
             self._synced = True
             self._say(SyncDone(len(self._told)))
             self._events.append(Synced(len(self._told)))
+
+    def _say_keys(self) -> None:
+        assert self._desired.keys is not None
+        assert self.keys is not None
+        (first, second), current = self._desired.keys
+        nothing = bytes(csmb.COOKIE_KEY_BYTES)
+        self._say(Keys(current, (first is not None) | (second is not None) << 1, auth.conceal(
+            self.keys.concealing, self._tagged_out, (first or nothing) + (second or nothing))))
 
     def _handle(self, message: Message) -> None:
         match message:
@@ -493,6 +508,8 @@ class DfsSession(Session):
                     self._say(part)
             case SyncDone(servers) if not self._synced:
                 self._sync(servers)
+            case Keys() if self.hello.version >= csmb.PROXIES:
+                self._reveal(message)
             case _:
                 raise self._out_of_place(message)
 
@@ -514,7 +531,16 @@ class DfsSession(Session):
         self.phase = Phase.AUTH
         self._say(Challenge(self._nonce))
 
+    def _reveal(self, message: Keys) -> None:
+        assert self.keys is not None
+        size = csmb.COOKIE_KEY_BYTES
+        both = auth.conceal(self.keys.concealing, self._tagged_in - 1, message.concealed)
+        self._events.append(Keyed((both[:size] if message.there & 1 else None, both[size:] if message.there & 2 else
+                                   None), message.current))
+
     def _add(self, server: VirtualServer) -> None:
+        if server.spoken(self.hello.version) != server:
+            raise DecodeError(Fault.VALUE, "mode PROXY in a version that has none")
         held = self._held.servers
         if server.number not in held and len(held) >= MOST_SERVERS:
             raise DecodeError(Fault.LIMIT, f"more than {MOST_SERVERS} virtual servers")

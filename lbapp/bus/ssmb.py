@@ -4,7 +4,8 @@
 
 Owns the layout of 003's FIGURES 5 to 9. Pure. Never keeps anything between two calls: sequence numbers, batches
 and acknowledgements are ``channel.py``'s. Fixed records are packed and unpacked by one ``struct`` each, because
-one passes for every connection; DELETE and STATS, of which many have to fit in a datagram, use varints.
+one passes for every connection; DELETE and STATS, of which many have to fit in a datagram, use varints. Messages with
+what a client said may be longer than a datagram: ``application.py`` divides them.
 
     datagram = header (38) | records | tag (16)
 
@@ -24,15 +25,30 @@ from struct import Struct
 from struct import error as StructError
 from typing import Any, NamedTuple
 
+from lbapp.bus import application
 from lbapp.bus.auth import TAG_BYTES, Role
 from lbapp.bus.errors import DecodeError, EncodeError, Fault
+from lbapp.bus.records import (
+    ADD_TCP_OFFSETS,
+    ANSWER,
+    FLOW,
+    INSTALL,
+    ROUTED,
+    TRACKED,
+    TRANSLATE,
+    TRANSLATE_ADDRESS,
+    Cursor,
+    pack_answer,
+    pack_flow,
+    put_number,
+    read_translation,
+    zigzag,
+)
 from lbapp.control.messages import (
-    AppQuery,
     Closed,
     Delete,
     Error,
     FlowSignature,
-    Host,
     NewFlow,
     Query,
     Reap,
@@ -42,7 +58,6 @@ from lbapp.control.messages import (
     Reset,
     Stats,
     Timeout,
-    Translation,
 )
 
 HEADER = Struct("!BBBBHQQQQ")
@@ -68,17 +83,24 @@ class Kind(enum.IntEnum):
     ACK = 16
     REFUSED = 17
     LOST = 18
+    PART = 19
+    APP_REPLY = 20
 
 
 SENT_BY = {
     Role.DFS: frozenset({Kind.QUERY, Kind.APP_QUERY, Kind.DELETE, Kind.STATS, Kind.RESET, Kind.ACK, Kind.REFUSED,
-                         Kind.LOST}),
-    Role.CS: frozenset({Kind.REPLY, Kind.NEWFLOW, Kind.REAP, Kind.TIMEOUT, Kind.RESET, Kind.ACK, Kind.LOST}),
+                         Kind.LOST, Kind.PART}),
+    Role.CS: frozenset({Kind.REPLY, Kind.NEWFLOW, Kind.REAP, Kind.TIMEOUT, Kind.RESET, Kind.ACK, Kind.LOST, Kind.PART,
+                        Kind.APP_REPLY}),
 }
-URGENT = frozenset({Kind.QUERY, Kind.APP_QUERY, Kind.REPLY, Kind.NEWFLOW, Kind.RESET})
+URGENT = frozenset({Kind.QUERY, Kind.APP_QUERY, Kind.REPLY, Kind.APP_REPLY, Kind.NEWFLOW, Kind.RESET})
 """Priority H of FIGURE 4: the latency of a client's packets depends on them."""
-ACKNOWLEDGED = frozenset({Kind.NEWFLOW, Kind.DELETE, Kind.RESET, Kind.REFUSED, Kind.LOST})
+ACKNOWLEDGED = frozenset({Kind.NEWFLOW, Kind.DELETE, Kind.RESET, Kind.REFUSED, Kind.LOST, Kind.PART})
 """What nothing else repairs: sent again until acknowledged."""
+APPLICATION = frozenset({Kind.APP_QUERY, Kind.APP_REPLY})
+"""What may come in parts."""
+SINCE = dict.fromkeys((*APPLICATION, Kind.PART), 0x11)
+"""The version from which on a type exists; the others always did."""
 
 SIX = 0x01
 FROM_CS = 0x02
@@ -89,27 +111,18 @@ _REASONS = (Reason.SHUTDOWN, Reason.IDLE, Reason.HARD, Reason.OVERFLOW, Reason.D
 _REASON_CODES = {reason: code for code, reason in enumerate(_REASONS)}
 
 # Flags of a record. OUTBOUND and ADD_TCP_OFFSETS are FIGURE 7's.
-INSTALL, TRACKED, TRANSLATE, TRANSLATE_ADDRESS, ROUTED, ADD_TCP_OFFSETS = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 OUTBOUND, COUNTED, SAME_SERVER = 0x08, 0x10, 0x20
 FINAL = 0x01
 
-# serial, in_port, virtual server, TCP flags, protocol, TOS, client's MAC, source, destination, ports
-_QUERY = "IIIHBB6s{0}s{0}sHH"
-# error, flags, member, translated address and port, MAC and port of the next hop
-_ANSWER = "BBI{0}sH6sI"
-_QUERIES = {size: Struct("!" + _QUERY.format(size)) for size in (4, 16)}
-_REPLIES = {size: Struct("!" + _QUERY.format(size) + _ANSWER.format(size)) for size in (4, 16)}
-_NEWFLOWS = {size: Struct("!" + _QUERY.format(size) + _ANSWER.format(size) + "II") for size in (4, 16)}
-_APP_QUERIES = {size: Struct("!" + _QUERY.format(size) + "IIBH") for size in (4, 16)}
+_QUERIES = {size: Struct("!" + FLOW.format(size)) for size in (4, 16)}
+_REPLIES = {size: Struct("!" + FLOW.format(size) + ANSWER.format(size)) for size in (4, 16)}
+_NEWFLOWS = {size: Struct("!" + FLOW.format(size) + ANSWER.format(size) + "II") for size in (4, 16)}
 _REAP = Struct("!IIIB")
 _TIMEOUT = Struct("!II")
 _REFUSED = Struct("!II")
 _RESET = Struct("!QQ")
 _LOST = Struct("!Q")
-_ZERO = {4: bytes(4), 16: bytes(16)}
-_NOWHERE = Host(bytes(6), 0)
 _MAX_32 = 0xFFFFFFFF
-_MAX_64 = 0xFFFFFFFFFFFFFFFF
 
 
 class Lost(NamedTuple):
@@ -186,134 +199,34 @@ def payload(datagram: bytes) -> bytes:
     return datagram[HEADER.size:-TAG_BYTES]
 
 
-# ------------------------------------------------------------------ varints
-
-
-def _put(out: bytearray, value: int) -> None:
-    if value < 0 or value > _MAX_64:
-        raise EncodeError(Fault.VALUE, f"a number of 64 bits, not {value}")
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-
-
-class _Cursor:
-    """Reads varints and bytes of one payload, and nothing beyond it."""
-
-    __slots__ = ("data", "place")
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.place = 0
-
-    def number(self, most: int = _MAX_64) -> int:
-        data, place, value, shift = self.data, self.place, 0, 0
-        try:
-            while (octet := data[place]) > 0x7F:
-                value |= (octet & 0x7F) << shift
-                shift += 7
-                place += 1
-                if shift > 63:
-                    raise DecodeError(Fault.VALUE, "a number of more than 64 bits")
-        except IndexError:
-            raise DecodeError(Fault.SHORT, "a record ends within a number") from None
-        value |= octet << shift
-        if value > most or (shift and not octet):
-            raise DecodeError(Fault.VALUE, f"a number {value}, expected at most {most} in its shortest form")
-        self.place = place + 1
-        return value
-
-    def octet(self) -> int:
-        if self.place >= len(self.data):
-            raise DecodeError(Fault.SHORT, "a record is missing")
-        self.place += 1
-        return self.data[self.place - 1]
-
-    def take(self, struct: Struct) -> tuple[Any, ...]:
-        if self.place + struct.size > len(self.data):
-            raise DecodeError(Fault.SHORT, "a record is cut short")
-        self.place += struct.size
-        return struct.unpack_from(self.data, self.place - struct.size)
-
-    def raw(self, size: int) -> bytes:
-        if self.place + size > len(self.data):
-            raise DecodeError(Fault.SHORT, "a record is cut short")
-        self.place += size
-        return self.data[self.place - size:self.place]
-
-    def end(self) -> None:
-        if self.place != len(self.data):
-            raise DecodeError(Fault.LENGTH, f"{len(self.data) - self.place} bytes after the last record")
-
-
-def _zigzag(value: int) -> int:
-    return value << 1 if value >= 0 else (-value << 1) - 1
-
-
 # ------------------------------------------------------------------ records: values -> bytes
 
 
-def _query(struct: Struct, size: int, query: Query, *more: Any) -> bytes:
-    serial, _, in_port, mac, signature, number, flags = query
-    source, source_port, destination, destination_port, protocol, tos = signature
-    # struct pads and cuts strings without a word.
-    if len(mac) != 6 or len(source) != size or len(destination) != size:
-        raise EncodeError(Fault.VALUE, "a MAC address of 6 bytes and two addresses of one family")
-    return struct.pack(serial, in_port, number, flags, protocol, tos, mac, source, destination, source_port,
-                       destination_port, *more)
-
-
-def _answer(size: int, translation: Translation | None, flags: int) -> tuple[Any, ...]:
-    """Flags, address, port, MAC and port of the next hop."""
-    if translation is None:
-        return flags, _ZERO[size], 0, _NOWHERE.mac, 0
-    address, port, host, routed = translation
-    mac, out_port = host
-    flags |= TRANSLATE | (ROUTED if routed else 0)
-    if address is None:
-        address = _ZERO[size]
-    else:
-        flags |= TRANSLATE_ADDRESS
-    if len(mac) != 6 or len(address) != size:
-        raise EncodeError(Fault.VALUE, "a translation of the flow's family, and a MAC address of 6 bytes")
-    return flags, address, port, mac, out_port
-
-
 def _pack_query(query: Query, size: int) -> bytes:
-    return _query(_QUERIES[size], size, query)
-
-
-def _pack_app_query(message: AppQuery, size: int) -> bytes:
-    query, seq, ack, options, data, failed, timed_out = message
-    if failed or timed_out:
-        raise ValueError("a second APP_QUERY for a connection (failed, timed_out) is not carried by a bus")
-    return _query(_APP_QUERIES[size], size, query, seq, ack, len(options), len(data)) + options + data
+    return pack_flow(_QUERIES[size], size, query)
 
 
 def _pack_reply(reply: Reply, size: int) -> bytes:
     query, error, member, translation, install, tracked = reply
-    flags, address, port, mac, out_port = _answer(size, translation, install * INSTALL | tracked * TRACKED)
-    return _query(_REPLIES[size], size, query, error, flags, member, address, port, mac, out_port)
+    flags, address, port, mac, out_port = pack_answer(size, translation, install * INSTALL | tracked * TRACKED)
+    return pack_flow(_REPLIES[size], size, query, error, flags, member, address, port, mac, out_port)
 
 
 def _pack_newflow(flow: NewFlow, size: int) -> bytes:
     query, member, translation, tracked, seq, ack, shift = flow
-    if shift:
-        raise EncodeError(Fault.VALUE, "a window shift is not carried")
-    if (seq is None) != (ack is None):
-        raise EncodeError(Fault.VALUE, "both TCP offsets, or none")
-    flags, address, port, mac, out_port = _answer(
+    if (seq is None) != (ack is None) or (shift and seq is None) or not -128 <= shift < 128:
+        raise EncodeError(Fault.VALUE, "both TCP offsets, or none, and a window shift only with them")
+    flags, address, port, mac, out_port = pack_answer(
         size, translation, INSTALL | tracked * TRACKED | (0 if seq is None else ADD_TCP_OFFSETS))
-    return _query(_NEWFLOWS[size], size, query, Error.OK, flags, member, address, port, mac, out_port, seq or 0,
-                  ack or 0)
+    return pack_flow(_NEWFLOWS[size], size, query, shift & 0xFF, flags, member, address, port, mac, out_port, seq or 0,
+                     ack or 0)
 
 
 def _pack_stats(stats: Stats, _: int) -> bytes:
     out = bytearray(stats.serial.to_bytes(4, "big"))
     out.append(stats.error)
-    _put(out, stats.packets)
-    _put(out, stats.bytes)
+    put_number(out, stats.packets)
+    put_number(out, stats.bytes)
     return bytes(out)
 
 
@@ -332,15 +245,15 @@ def _pack_deletes(closed: Sequence[Closed], room: int) -> tuple[int, bytes]:
         flags = _REASON_CODES[reason] | (OUTBOUND if outbound else 0) | (COUNTED if counted else 0)
         if server == last_server:
             out.append(flags | SAME_SERVER)
-            _put(out, _zigzag(serial - last_serial))
+            put_number(out, zigzag(serial - last_serial))
         else:
             out.append(flags)
-            _put(out, _zigzag(serial - last_serial))
-            _put(out, server)
-        _put(out, member)
-        _put(out, packets)
-        _put(out, octets)
-        _put(out, round(duration * 1000))
+            put_number(out, zigzag(serial - last_serial))
+            put_number(out, server)
+        put_number(out, member)
+        put_number(out, packets)
+        put_number(out, octets)
+        put_number(out, round(duration * 1000))
         if len(out) > room:
             del out[before:]
             break
@@ -352,7 +265,8 @@ def _pack_deletes(closed: Sequence[Closed], room: int) -> tuple[int, bytes]:
 
 _PACKERS: dict[Kind, Callable[[Any, int], bytes]] = {
     Kind.QUERY: _pack_query,
-    Kind.APP_QUERY: _pack_app_query,
+    Kind.APP_QUERY: application.pack_query,
+    Kind.APP_REPLY: application.pack_reply,
     Kind.REPLY: _pack_reply,
     Kind.NEWFLOW: _pack_newflow,
     Kind.REAP: lambda reap, _: _REAP.pack(reap.serial, reap.virtual_server, reap.member, FINAL if reap.final else 0),
@@ -368,20 +282,17 @@ def room(limit: int = LIMIT) -> int:
     return limit - OVERHEAD
 
 
-def app_data_room(six: bool, limit: int = LIMIT) -> int:
-    """How many bytes ``options`` and ``data`` of an APP_QUERY may have together."""
-    return room(limit) - _APP_QUERIES[16 if six else 4].size
-
-
 def full(kind: Kind, limit: int = LIMIT) -> int:
     """From how many messages on at least one datagram is full."""
     if kind in _FIXED:
         return min(MOST_RECORDS, room(limit) // _FIXED[kind][4].size)
-    return 1 if kind is Kind.APP_QUERY else MOST_RECORDS
+    return 1 if kind in APPLICATION else MOST_RECORDS
 
 
 def pack(kind: Kind, messages: Iterable[Any], space: int) -> list[Body]:
     """Messages of one kind as the fewest bodies, each no larger than ``space``, in order within a family.
+
+    One of what a client said that is larger becomes several bodies of type PART.
 
     Args:
         kind: DELETE takes :class:`Closed` values; the others their own messages.
@@ -393,7 +304,7 @@ def pack(kind: Kind, messages: Iterable[Any], space: int) -> list[Body]:
     try:
         if kind is Kind.DELETE:
             return _delete_bodies(list(messages), space)
-        if kind in _FIXED or kind is Kind.APP_QUERY:
+        if kind in _FIXED or kind in APPLICATION:
             four: list[Any] = []
             sixes: list[Any] = []
             for message in messages:
@@ -418,6 +329,12 @@ def _bodies(kind: Kind, flags: int, size: int, messages: list[Any], space: int) 
     part: list[bytes] = []
     used = 0
     for record in records:
+        if len(record) > space and kind in APPLICATION:
+            if part:
+                bodies.append(Body(kind, flags, len(part), b"".join(part)))
+                part, used = [], 0
+            bodies += [Body(Kind.PART, flags, 1, piece) for piece in application.divide(kind, record, space)]
+            continue
         if len(record) > space:
             raise EncodeError(Fault.LONG, f"{kind.name} of {len(record)} bytes, expected at most {space}")
         if part and (used + len(record) > space or len(part) == MOST_RECORDS):
@@ -467,12 +384,6 @@ def _unpack_queries(records: bytes, size: int, switch: int, count: int) -> list[
             in _QUERIES[size].iter_unpack(records)]
 
 
-def _translation(flags: int, address: bytes, port: int, mac: bytes, out_port: int) -> Translation | None:
-    if not flags & TRANSLATE:
-        return None
-    return Translation(address if flags & TRANSLATE_ADDRESS else None, port, Host(mac, out_port), flags & ROUTED != 0)
-
-
 def _unpack_replies(records: bytes, size: int, switch: int, count: int) -> list[Reply]:
     out = []
     for (serial, in_port, number, tcp, protocol, tos, mac, source, destination, source_port, destination_port, error,
@@ -481,40 +392,29 @@ def _unpack_replies(records: bytes, size: int, switch: int, count: int) -> list[
             raise DecodeError(Fault.VALUE, f"REPLY with flags {flags:#x}")
         query = Query(serial, switch, in_port, mac, FlowSignature(source, source_port, destination, destination_port,
                                                                   protocol, tos), number, tcp)
-        out.append(Reply(query, _ERRORS[error], member, _translation(flags, address, port, host, out_port),
+        out.append(Reply(query, _ERRORS[error], member, read_translation(flags, address, port, host, out_port),
                          flags & INSTALL != 0, flags & TRACKED != 0))
     return out
 
 
 def _unpack_newflows(records: bytes, size: int, switch: int, count: int) -> list[NewFlow]:
     out = []
-    for (serial, in_port, number, tcp, protocol, tos, mac, source, destination, source_port, destination_port, error,
+    for (serial, in_port, number, tcp, protocol, tos, mac, source, destination, source_port, destination_port, shift,
          flags, member, address, port, host, out_port, seq, ack) in _NEWFLOWS[size].iter_unpack(records):
-        translation = _translation(flags, address, port, host, out_port)
-        if translation is None or error or flags & ~(INSTALL | TRACKED | TRANSLATE | TRANSLATE_ADDRESS | ROUTED
-                                                     | ADD_TCP_OFFSETS):
-            raise DecodeError(Fault.VALUE, f"NEWFLOW with flags {flags:#x} and error {error}")
+        translation = read_translation(flags, address, port, host, out_port)
+        if (translation is None or (shift and not flags & ADD_TCP_OFFSETS)
+                or flags & ~(INSTALL | TRACKED | TRANSLATE | TRANSLATE_ADDRESS | ROUTED | ADD_TCP_OFFSETS)):
+            raise DecodeError(Fault.VALUE, f"NEWFLOW with flags {flags:#x} and window shift {shift}")
         query = Query(serial, switch, in_port, mac, FlowSignature(source, source_port, destination, destination_port,
                                                                   protocol, tos), number, tcp)
-        offsets = (seq, ack) if flags & ADD_TCP_OFFSETS else (None, None)
-        out.append(NewFlow(query, member, translation, flags & TRACKED != 0, *offsets))
-    return out
-
-
-def _unpack_app_queries(records: bytes, size: int, switch: int, count: int) -> list[AppQuery]:
-    cursor, out = _Cursor(records), []
-    for _ in range(count):
-        (serial, in_port, number, flags, protocol, tos, mac, source, destination, source_port, destination_port, seq,
-         ack, options, data) = cursor.take(_APP_QUERIES[size])
-        query = Query(serial, switch, in_port, mac, FlowSignature(source, source_port, destination, destination_port,
-                                                                  protocol, tos), number, flags)
-        out.append(AppQuery(query, seq, ack, cursor.raw(options), cursor.raw(data)))
-    cursor.end()
+        seq_offset, ack_offset = (seq, ack) if flags & ADD_TCP_OFFSETS else (None, None)
+        out.append(NewFlow(query, member, translation, flags & TRACKED != 0, seq_offset, ack_offset,
+                           (shift ^ 0x80) - 0x80))
     return out
 
 
 def _unpack_deletes(records: bytes, size: int, switch: int, count: int) -> list[Delete]:
-    cursor, closed = _Cursor(records), []
+    cursor, closed = Cursor(records), []
     serial, server = 0, -1
     for _ in range(count):
         flags = cursor.octet()
@@ -535,7 +435,7 @@ def _unpack_deletes(records: bytes, size: int, switch: int, count: int) -> list[
 
 
 def _unpack_stats(records: bytes, size: int, switch: int, count: int) -> list[Stats]:
-    cursor, out = _Cursor(records), []
+    cursor, out = Cursor(records), []
     for _ in range(count):
         serial = int.from_bytes(cursor.raw(4), "big")
         out.append(Stats(switch, serial, _ERRORS[cursor.octet()], cursor.number(), cursor.number()))
@@ -554,7 +454,8 @@ def _unpack_reaps(records: bytes, size: int, switch: int, count: int) -> list[Re
 
 _UNPACKERS: dict[Kind, Callable[[bytes, int, int, int], list[Any]]] = {
     Kind.QUERY: _unpack_queries,
-    Kind.APP_QUERY: _unpack_app_queries,
+    Kind.APP_QUERY: application.read_queries,
+    Kind.APP_REPLY: application.read_replies,
     Kind.REPLY: _unpack_replies,
     Kind.NEWFLOW: _unpack_newflows,
     Kind.DELETE: _unpack_deletes,
@@ -565,8 +466,10 @@ _UNPACKERS: dict[Kind, Callable[[bytes, int, int, int], list[Any]]] = {
     Kind.ACK: lambda records, _, __, ___: [None] * len(records),
     Kind.REFUSED: lambda records, _, switch, __: [Refused(switch, *fields) for fields in _REFUSED.iter_unpack(records)],
     Kind.LOST: lambda records, _, switch, __: [Lost(switch, *fields) for fields in _LOST.iter_unpack(records)],
+    Kind.PART: lambda records, size, _, __: [application.read_part(records, SIX if size == 16 else 0, _IN_PARTS)],
 }
-_SINGLE = frozenset({Kind.RESET, Kind.LOST})
+_SINGLE = frozenset({Kind.RESET, Kind.LOST, Kind.PART})
+_IN_PARTS: frozenset[int] = frozenset(map(int, APPLICATION))
 
 
 def unpack(kind: int, flags: int, count: int, records: bytes, switch: int) -> list[Any]:

@@ -23,7 +23,7 @@ import eventlet
 from eventlet.green import socket
 from eventlet.hubs import get_hub
 
-from lbapp.bus import auth, csmb, ssmb
+from lbapp.bus import auth, counted, csmb, ssmb
 from lbapp.bus.auth import Role
 from lbapp.bus.channel import Channel, Timing
 from lbapp.bus.csmb import Hello, HelloFlag, Target, Version, VirtualServer
@@ -33,7 +33,7 @@ from lbapp.bus.holdings import Desired, Held
 from lbapp.bus.links import LOG, Complaints, Connection, Datagrams, clock, family, guarded, pack_address, unpack_address
 from lbapp.bus.sessions import CsSession, DfsSession, Phase
 from lbapp.bus.ssmb import Kind
-from lbapp.control.messages import AppQuery, Closed, NewFlow, Query, Reap, Refused, Reply, Stats, Timeout
+from lbapp.control.messages import AppQuery, AppReply, Closed, NewFlow, Query, Reap, Refused, Reply, Stats, Timeout
 
 BEAT = 0.5
 """Seconds between two looks at the clocks of established sessions, at most: an idle agent should sleep."""
@@ -87,7 +87,7 @@ class Peer:
         self._send(Kind.QUERY, messages)
 
     def send_app_queries(self, messages: Sequence[AppQuery]) -> None:
-        """APP_QUERY, from the DFS; see ``ssmb.app_data_room`` for how much data one may have."""
+        """APP_QUERY, from the DFS; dropped and counted where the session's version has none."""
         self._send(Kind.APP_QUERY, messages)
 
     def send_deletes(self, closed: Sequence[Closed]) -> None:
@@ -105,6 +105,10 @@ class Peer:
     def send_replies(self, messages: Sequence[Reply]) -> None:
         """REPLY, from the CS."""
         self._send(Kind.REPLY, messages)
+
+    def send_app_replies(self, messages: Sequence[AppReply]) -> None:
+        """REPLY to APP_QUERY, from the CS."""
+        self._send(Kind.APP_REPLY, messages)
 
     def send_newflows(self, messages: Sequence[NewFlow]) -> None:
         """NEWFLOW, from the CS: sent again until acknowledged."""
@@ -194,12 +198,12 @@ class CsPeer(Peer):
         self.held = Held()
 
     def send_counters(self, connections: int, counters: Mapping[str, int],
-                      traffic: Iterable[csmb.Traffic]) -> bool:
+                      traffic: Iterable[counted.Traffic]) -> bool:
         """COUNTERS, unless there is no session or it has not read what it was told before: then False."""
         connection = self._connection
         if connection is None or not isinstance(connection.session, DfsSession) or not connection.session.idle:
             return False
-        connection.session.count(csmb.counters(connections, counters, traffic))
+        connection.session.count(counted.counters(connections, counters, traffic))
         connection.settle()
         return True
 
@@ -413,6 +417,16 @@ class CsClient(Peer):
         """The DFS shall hold exactly this; only differences are said."""
         self.desired.replace(servers, tables)
         self._kick()
+
+    def greet(self, keys: tuple[bytes | None, bytes | None], current: int) -> None:
+        """KEYS: make and check cookies with these, now and after each reconnection."""
+        self.desired.greet(keys, current)
+        self._kick()
+
+    @property
+    def proxies(self) -> bool:
+        """Whether the DFS is connected, and shakes hands with clients (APP_PROXY)."""
+        return self.connected and self._connection is not None and self._connection.session.proxies
 
     def check(self) -> None:
         """Ask which virtual servers the DFS holds (VS_LIST), and repair differences: Listed says how many."""

@@ -226,8 +226,7 @@ class NewFlow(NamedTuple):
     """A flow that the control segment originates (NEWFLOW), self-contained.
 
     ``seq_offset`` and ``ack_offset`` (ADD_TCP_OFFSETS of 003 FIGURE 7) are added modulo 2**32 to what the client
-    sends; None: nothing is added. ``window_shift`` is the member's window scale less the one that the client was told;
-    the message buses do not carry it.
+    sends; None: nothing is added. ``window_shift`` is the member's window scale less the one that the client was told.
     """
 
     query: Query

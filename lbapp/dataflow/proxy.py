@@ -46,6 +46,8 @@ MAX_AHEAD = 32
 WINDOW = 14_600
 """What a client may send beyond what it was told has arrived, and what a member is sent at once."""
 ASK_AGAIN_SECONDS = 0.5
+MOST_AGAIN = 256
+"""Questions asked again at once: a control segment that is slow has others waiting."""
 GIVE_UP_SECONDS = 3.0
 """A control segment that does not answer for so long: the client is reset."""
 OPEN_SECONDS = 1.0
@@ -73,7 +75,7 @@ class Handshake:
 
     __slots__ = ("acked", "ahead", "asked", "asks", "challenges", "cookie", "data", "due", "failed", "first",
                  "flights", "greeting", "ifindex", "isn", "member", "member_isn", "mss", "options", "phase", "query",
-                 "reply", "shift", "size_asked", "timed_out", "tries", "una", "window")
+                 "reply", "shift", "since", "size_asked", "timed_out", "tries", "una", "unanswered", "window")
 
     def __init__(self, query: Query, ifindex: int, first: Segment, options: Options, greeting: Greeting,
                  now: float) -> None:
@@ -92,6 +94,8 @@ class Handshake:
         self.first = now
         self.asked = now
         self.asks = 0
+        self.since = 0.0  # since when questions are not answered; 0: all are
+        self.unanswered = 0
         self.challenges = 0
         self.size_asked = -1
         self.timed_out = False
@@ -249,6 +253,8 @@ class Proxy:
             self._tell_arrived(one)
             return None
         one.asks += 1
+        one.unanswered += 1
+        one.since = one.since or now
         one.asked, one.size_asked, one.due = now, size, 0.0
         return one.app_query
 
@@ -345,6 +351,8 @@ class Proxy:
                 if one.reply is not None and one.reply.error is Error.OK and known is None:
                     refused.append(Refused(self._switch, one.query.serial, one.query.virtual_server))
                 continue
+            known.unanswered = max(known.unanswered - 1, 0)
+            known.since = now if known.unanswered else 0.0  # it may be an earlier question's answer
             if one.reply is None:
                 self._tell_arrived(known)
             elif one.reply.error is not Error.OK:
@@ -453,12 +461,15 @@ class Proxy:
         return self.flush(now)
 
     def _still_reading(self, one: Handshake, now: float) -> None:
-        if one.timed_out:
-            if now - one.asked >= GIVE_UP_SECONDS:
-                self._counters["unanswered"] += 1
-                self._reset(one)
+        if now - (one.since or (one.asked if one.timed_out else now)) >= GIVE_UP_SECONDS:
+            self._counters["unanswered"] += 1
+            self._reset(one)
             return
-        if now - one.first >= one.greeting.seconds:
+        if one.timed_out or one.since:
+            if not one.since or now - one.asked < ASK_AGAIN_SECONDS or len(self._asking) >= MOST_AGAIN:
+                return
+            one.unanswered = 0  # the question or its answer was lost: this one has all that the client said
+        elif now - one.first >= one.greeting.seconds:
             one.timed_out = True
         elif not (one.due and now >= one.due and len(one.data) > one.size_asked):
             return
@@ -473,6 +484,7 @@ class Proxy:
         # Another flow, with a serial of its own: the ledger will tell that this one has ended.
         one.query = one.query._replace(serial=next(self._serials) & 0xFFFFFFFF)
         one.asks, one.asked, one.size_asked, one.due = 0, now, len(one.data), 0.0
+        one.since, one.unanswered = 0.0, 0
         self._asking[one.query.signature] = one
 
     def _send(self, one: Handshake, now: float) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from lbapp import agent_process as module
 from lbapp.agent_process import AgentProcess, Settings
-from lbapp.bus.csmb import Traffic
+from lbapp.bus.counted import Traffic
 from lbapp.bus.events import Counted
 from lbapp.bus.transport import CsClient
 from lbapp.control.messages import (

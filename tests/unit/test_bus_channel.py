@@ -32,7 +32,7 @@ from lbapp.control.messages import (
 )
 
 SWITCH = 0x2A
-VERSION = 0x10
+VERSION = 0x11
 
 
 def keys(number=1):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The lbapp authors
 # SPDX-License-Identifier: Apache-2.0
-"""lbapp.bus.csmb: values ⇄ bytes of one message; lbapp.bus.holdings: what is wanted."""
+"""lbapp.bus.csmb, lbapp.bus.counted: values ⇄ bytes of one message; lbapp.bus.holdings: what is wanted."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbapp.bus import csmb
+from lbapp.bus import counted, csmb
 from lbapp.bus.auth import Role
+from lbapp.bus.counted import Counters, Traffic
 from lbapp.bus.csmb import (
     AddVs,
     Assist,
     Challenge,
-    Counters,
     DeleteVs,
     Error,
     Flag,
+    Greeting,
     Hash,
     Hello,
     HelloFlag,
+    Keys,
     Kind,
     Mode,
     Response,
@@ -28,7 +30,6 @@ from lbapp.bus.csmb import (
     Table,
     Target,
     TargetFlag,
-    Traffic,
     Version,
     VirtualServer,
     VsList,
@@ -45,6 +46,9 @@ optional = st.just(b"") | address.filter(lambda value: value != bytes(16))
 flags = st.integers(0, 0x3FF).map(Flag)
 servers = st.builds(VirtualServer, u32, address, u16, u8, flags, st.sampled_from(Assist), st.sampled_from(Mode),
                     st.sampled_from(Hash), u16, u16, optional, st.binary(max_size=255))
+greetings = st.builds(Greeting, u16, st.integers(0, 14), st.booleans(), u32)
+servers = st.builds(lambda server, greeting: server._replace(greeting=greeting if server.mode is Mode.PROXY else None),
+                    servers, greetings)
 targets = st.builds(Target, u32, address, u16, st.binary(min_size=6, max_size=6), u32, u16,
                     st.integers(0, 7).map(TargetFlag))
 nonce = st.binary(min_size=32, max_size=32)
@@ -54,6 +58,7 @@ messages = st.one_of(
               st.integers(0, 3).map(HelloFlag), st.sampled_from(Error), optional, optional),
     st.builds(Challenge, nonce), st.builds(Response, nonce), st.builds(AddVs, servers), st.builds(DeleteVs, u32),
     st.just(VsListRequest()), st.builds(SyncDone, u32),
+    st.builds(Keys, st.integers(0, 1), st.just(3), nonce),
     st.builds(lambda part, some: VsList(part[0], part[1], tuple(some)), parts, st.lists(servers, max_size=5)),
     st.builds(lambda number, generation, part, some: Table(number, generation, part[0], part[1], tuple(some)), u32, u32,
               parts, st.lists(targets, max_size=20)),
@@ -113,6 +118,10 @@ FIXTURES = [
     (Response(b"\x11" * 32), "02" + "11" * 32),
     (AddVs(SERVER_1), "00000005" "00000000000000000000ffff0a010001" + NONE +
      "0050" "0081" "003c" "0000" "06" "01" "02" "00" "02" "6964"),
+    (AddVs(SERVER_1._replace(mode=Mode.PROXY, flags=Flag.RAW_PROXY, greeting=Greeting(1460, 7, True, 10_000))),
+     "00000005" "00000000000000000000ffff0a010001" + NONE +
+     "0050" "0200" "003c" "0000" "06" "01" "03" "00" "02" "6964" "05b4" "07" "01" "00002710"),
+    (Keys(1, 3, bytes(range(32))), "01" "03" + bytes(range(32)).hex()),
     (DeleteVs(5), "00000005"),
     (VsListRequest(), "01"),
     (VsList(0, 1, ()), "02" "0000" "0001" "0000"),
@@ -133,6 +142,8 @@ def test_bodies_are_as_documented(message, expected):
 
 
 @pytest.mark.parametrize("message", [
+    AddVs(SERVER_1._replace(mode=Mode.PROXY)), AddVs(SERVER_1._replace(greeting=Greeting(1460, 7, True, 1))),
+    AddVs(SERVER_1._replace(mode=Mode.PROXY, greeting=Greeting(1 << 16, 7, True, 1))), Keys(0, 1, b"short"),
     AddVs(SERVER_1._replace(port=65536)), AddVs(SERVER_1._replace(address=b"")),
     AddVs(SERVER_1._replace(address=MAPPED + bytes(4))), AddVs(SERVER_1._replace(app_data=bytes(256))),
     Table(5, 3, 2, 2, ()), Table(5, 3, 0, 1, (TARGET._replace(mac=b""),)), Challenge(b"short"),
@@ -146,6 +157,8 @@ def test_what_cannot_be_carried_is_an_encode_error(message):
 
 
 @pytest.mark.parametrize(("kind", "body", "fault"), [
+    (Kind.KEYS, "01" "01" + "00" * 32, Fault.VALUE), (Kind.KEYS, "02" "07" + "00" * 32, Fault.VALUE),
+    (Kind.KEYS, "00" "03" + "00" * 31, Fault.LENGTH),
     (99, "", Fault.KIND), (Kind.AUTH, "03" + "00" * 32, Fault.VALUE), (Kind.AUTH, "01", Fault.LENGTH),
     (Kind.VS_LIST, "", Fault.VALUE), (Kind.VS_LIST, "02" "0001" "0001" "0000", Fault.VALUE),
     (Kind.TABLE, "00000005" "00000003" "0000" "0001" "ffff", Fault.LENGTH), (Kind.SYNC_DONE, "", Fault.LENGTH),
@@ -176,14 +189,14 @@ def test_a_large_distribution_is_several_messages():
 
 
 def test_what_was_counted_is_cut_into_messages_and_bounded():
-    rows = [Traffic(number, 1, 2, 3, 4, 5) for number in range(csmb.MOST_TRAFFIC + 10)]
-    found = csmb.counters(7, {f"name {number:059}": number for number in range(500)}, rows)
+    rows = [Traffic(number, 1, 2, 3, 4, 5) for number in range(counted.MOST_TRAFFIC + 10)]
+    found = counted.counters(7, {f"name {number:059}": number for number in range(500)}, rows)
     assert [(one.part, one.parts, one.connections) for one in found] == [(part, 64, 7) for part in range(64)]
-    assert [len(one.counters) for one in found] == [csmb.MOST_COUNTERS] + [0] * 63
-    assert [row for one in found for row in one.traffic] == rows[:csmb.MOST_TRAFFIC]
+    assert [len(one.counters) for one in found] == [counted.MOST_COUNTERS] + [0] * 63
+    assert [row for one in found for row in one.traffic] == rows[:counted.MOST_TRAFFIC]
     for one in found[:2]:
         assert csmb.decode(*csmb.encode(one)) == one
-    assert csmb.counters(0, {}, []) == [Counters(0, 1, 0, (), ())]
+    assert counted.counters(0, {}, []) == [Counters(0, 1, 0, (), ())]
 
 
 @given(st.lists(servers, min_size=0, max_size=300))

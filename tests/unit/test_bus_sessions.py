@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbapp.bus import auth, csmb
+from lbapp.bus import auth, counted, csmb
 from lbapp.bus.auth import Role
-from lbapp.bus.csmb import HEADER, Flag, Hello, Kind, Target, TargetFlag, Traffic, Version, VirtualServer
+from lbapp.bus.csmb import HEADER, Flag, Hello, Kind, Target, TargetFlag, Version, VirtualServer
 from lbapp.bus.errors import BusError, Fault
 from lbapp.bus.events import Added, Counted, Distribution, Down, Listed, Removed, Synced, Up
 from lbapp.bus.holdings import Desired, Held
@@ -361,21 +361,22 @@ def test_order_is_checked_after_authentication(parts, fault):
 def test_what_a_dfs_counted_arrives_whole():
     pair = Pair().up()
     assert pair.dfs.idle
-    rows = tuple(Traffic(number, 1, 2, 3, 4, 5) for number in range(3000))
-    pair.dfs.count(csmb.counters(7, {"hits": 9}, rows))
+    rows = tuple(counted.Traffic(number, 1, 2, 3, 4, 5) for number in range(3000))
+    pair.dfs.count(counted.counters(7, {"hits": 9}, rows))
     assert not pair.dfs.idle, "nothing more until that was written"
     pair.run()
     assert pair.cs.drain() == [Counted(7, {"hits": 9}, rows)]
     assert pair.said == ["DFS COUNTERS"] * 3
     pair.dfs.end(Fault.CLOSED, "over")
-    pair.dfs.count(csmb.counters(7, {}, rows))
+    pair.dfs.count(counted.counters(7, {}, rows))
     assert pair.dfs.take() == b""
 
 
 @pytest.mark.parametrize(("parts", "fault"), [
-    ([csmb.Counters(1, 2, 0, (), ())], Fault.STATE),
-    ([csmb.Counters(0, 2, 0, (), ()), csmb.Counters(1, 3, 0, (), ())], Fault.STATE),
-    ([csmb.Counters(part, 64, 0, (), (Traffic(1, 2, 3, 4, 5, 6),) * 1400) for part in range(63)], Fault.LIMIT),
+    ([counted.Counters(1, 2, 0, (), ())], Fault.STATE),
+    ([counted.Counters(0, 2, 0, (), ()), counted.Counters(1, 3, 0, (), ())], Fault.STATE),
+    ([counted.Counters(part, 64, 0, (), (counted.Traffic(1, 2, 3, 4, 5, 6),) * 1400) for part in range(63)],
+     Fault.LIMIT),
 ])
 def test_counters_out_of_order_or_beyond_all_bounds_end_the_connection(parts, fault):
     pair = Pair().up()
@@ -386,7 +387,7 @@ def test_counters_out_of_order_or_beyond_all_bounds_end_the_connection(parts, fa
 
 def test_a_cs_counts_nothing():
     pair = Pair().up()
-    pair.cs._say(csmb.Counters(0, 1, 0, (), ()))
+    pair.cs._say(counted.Counters(0, 1, 0, (), ()))
     pair.run()
     assert pair.dfs.fault is Fault.STATE
 

@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: The lbapp authors
 # SPDX-License-Identifier: Apache-2.0
-"""lbapp.bus.ssmb: values ⇄ datagrams, and bytes that are none."""
+"""lbapp.bus.ssmb, lbapp.bus.records: values ⇄ datagrams, and bytes that are none. What clients say is in
+test_bus_application.py."""
 
 from __future__ import annotations
 
@@ -13,7 +14,6 @@ from lbapp.bus.auth import Role
 from lbapp.bus.errors import DecodeError, EncodeError, Fault
 from lbapp.bus.ssmb import Kind
 from lbapp.control.messages import (
-    AppQuery,
     Closed,
     Delete,
     Error,
@@ -51,11 +51,9 @@ def translations(size):
 
 
 def of(size):
-    offsets = st.tuples(u32, u32) | st.just((None, None))
+    offsets = st.tuples(u32, u32, st.integers(-128, 127)) | st.just((None, None, 0))
     return {
         Kind.QUERY: queries(size),
-        Kind.APP_QUERY: st.builds(AppQuery, queries(size), u32, u32, st.binary(max_size=40), st.binary(max_size=1200),
-                                  st.just(()), st.just(False)),
         Kind.REPLY: st.builds(Reply, queries(size), st.sampled_from(Error), u32, st.none() | translations(size),
                               st.booleans(), st.booleans()),
         Kind.NEWFLOW: st.builds(lambda q, m, t, k, o: NewFlow(q, m, t, k, *o), queries(size), u32, translations(size),
@@ -148,14 +146,14 @@ QUERY_HEX = "00000007" "00000003" "00000005" "0002" "06" "00" "020000000001" "0a
 
 FIXTURES = [
     (Kind.QUERY, [QUERY], QUERY_HEX),
-    (Kind.APP_QUERY, [AppQuery(QUERY, 1, 2, b"\x02\x04\x05\xb4", b"GET")],
-     QUERY_HEX + "00000001" "00000002" "04" "0003" "020405b4" "474554"),
     (Kind.REPLY, [Reply(QUERY, Error.OK, 9, Translation(b"\x0a\x00\x00\x09", 8080, Host(b"\x02" * 6, 4), True))],
      QUERY_HEX + "00" "1d" "00000009" "0a000009" "1f90" "020202020202" "00000004"),
     (Kind.REPLY, [Reply(QUERY, Error.CONNLIMIT, install=False)],
      QUERY_HEX + "03" "00" "00000000" "00000000" "0000" "000000000000" "00000000"),
     (Kind.NEWFLOW, [NewFlow(QUERY, 9, Translation(None, 0, Host(b"\x02" * 6, 4)), True, 0x10, 0xFFFFFFF0)],
      QUERY_HEX + "00" "27" "00000009" "00000000" "0000" "020202020202" "00000004" "00000010" "fffffff0"),
+    (Kind.NEWFLOW, [NewFlow(QUERY, 9, Translation(None, 0, Host(b"\x02" * 6, 4)), False, 0, 5, -3)],
+     QUERY_HEX + "fd" "25" "00000009" "00000000" "0000" "020202020202" "00000004" "00000000" "00000005"),
     (Kind.REAP, [Reap(SWITCH, 7, 5, 9, True)], "00000007" "00000005" "00000009" "01"),
     (Kind.TIMEOUT, [Timeout(SWITCH, 7, 60)], "00000007" "0000003c"),
     (Kind.STATS, [Stats(SWITCH, 7, Error.CONNALIVE, 300, 5)], "00000007" "04" "ac02" "05"),
@@ -232,17 +230,6 @@ def test_full_is_what_fits():
     assert ssmb.full(Kind.QUERY) >= 32
 
 
-def test_app_data_is_bounded_by_the_datagram():
-    most = ssmb.app_data_room(six=False)
-    (body,) = ssmb.pack(Kind.APP_QUERY, [AppQuery(QUERY, 1, 2, b"", bytes(most))], ROOM)
-    assert len(body.payload) == ROOM
-    with pytest.raises(EncodeError) as caught:
-        ssmb.pack(Kind.APP_QUERY, [AppQuery(QUERY, 1, 2, b"", bytes(most + 1))], ROOM)
-    with pytest.raises(EncodeError, match="second APP_QUERY"):
-        ssmb.pack(Kind.APP_QUERY, [AppQuery(QUERY, 1, 2, b"", b"", failed=(3,))], ROOM)
-    assert caught.value.fault is Fault.LONG
-
-
 @pytest.mark.parametrize(("kind", "message"), [
     (Kind.QUERY, QUERY._replace(serial=2**32)),
     (Kind.QUERY, QUERY._replace(client_mac=b"short")),
@@ -251,6 +238,8 @@ def test_app_data_is_bounded_by_the_datagram():
     (Kind.REPLY, Reply(QUERY, Error.OK, 1, Translation(bytes(16), 1, Host(bytes(6), 1)))),
     (Kind.REPLY, QUERY),
     (Kind.NEWFLOW, NewFlow(QUERY, 1, Translation(None, 1, Host(bytes(6), 1)), False, 1, None)),
+    (Kind.NEWFLOW, NewFlow(QUERY, 1, Translation(None, 1, Host(bytes(6), 1)), False, None, None, 1)),
+    (Kind.NEWFLOW, NewFlow(QUERY, 1, Translation(None, 1, Host(bytes(6), 1)), False, 0, 1, 128)),
     (Kind.DELETE, Closed(-1, 0, 0, Reason.IDLE)),
     (Kind.DELETE, Closed(1, 0, 0, Reason.IDLE, packets=-1)),
     (Kind.DELETE, Closed(1, 0, 0, Reason.IDLE, duration=float("nan"))),

@@ -13,7 +13,7 @@ import eventlet
 import pytest
 from eventlet.green import socket
 
-from lbapp.bus import auth, csmb, links, ssmb, transport
+from lbapp.bus import auth, counted, csmb, links, ssmb, transport
 from lbapp.bus.auth import Role
 from lbapp.bus.csmb import HEADER, Flag, Hello, Kind, Target, VirtualServer
 from lbapp.bus.errors import Fault
@@ -240,7 +240,7 @@ def test_the_same_cs_twice_replaces_itself(site):
 def test_counters_cross_while_there_is_a_session(site):
     dfs, cs = site.pair()
     peer = dfs.peers[77]
-    row = csmb.Traffic(5, 9, 4, 1, 40, 4000)
+    row = counted.Traffic(5, 9, 4, 1, 40, 4000)
     assert peer.send_counters(3, {"hits": 258}, [row])
     until(lambda: Counted(3, {"hits": 258}, (row,)) in cs.log)
     cs.close()

@@ -15,10 +15,28 @@ import eventlet
 import pytest
 
 from lbapp import remote_agents as module
-from lbapp.bus.csmb import Traffic
-from lbapp.bus.events import Counted
+from lbapp.bus.counted import Traffic
+from lbapp.bus.csmb import VERSIONS, HelloFlag, Version
+from lbapp.bus.events import Added, Counted, Keyed
 from lbapp.bus.transport import DfsServer
-from lbapp.control.messages import Closed, Delete, Error, FlowSignature, Query, Reap, Reason, Stats
+from lbapp.control.messages import (
+    AppQuery,
+    AppReply,
+    Closed,
+    Delete,
+    Error,
+    FlowSignature,
+    Host,
+    NewFlow,
+    Query,
+    Reap,
+    Reason,
+    Reply,
+    Stats,
+    Translation,
+)
+from lbapp.dataflow.distribution import Distribution, Greeting
+from lbapp.dataflow.fastpath.layout import Hash, Mode
 from lbapp.fastpaths import MemberTraffic
 from lbapp.remote_agents import REPEATS, RemoteAgents, RemoteLink, Totals, own_identity, shared_key
 
@@ -132,6 +150,7 @@ class FastPaths:
         self.links: dict[int, Any] = {}
         self.told: list[Any] = []
         self.believed: list[Reap] = []
+        self.questions: list[Any] = []
 
     def link(self, switch: int) -> Any:
         return self.links.get(switch)
@@ -147,11 +166,15 @@ class FastPaths:
     def refresh(self, switch: int) -> None:
         self.told.append(("refresh", switch))
 
+    def changed(self, switch: int) -> None:
+        self.told.append(("changed", switch))
+
     def suspects(self, switch: int) -> list[Reap]:
         return self.believed
 
     def asked(self, switch: int, queries: Any) -> None:
         self.told.append(("asked", switch, len(queries)))
+        self.questions += queries
 
     def closed(self, switch: int, closed: Any) -> None:
         self.told.append(("closed", switch, len(closed)))
@@ -165,10 +188,13 @@ class Site:
         self.fastpaths = FastPaths()
         self.agents = RemoteAgents(self.fastpaths, KEY, 77)  # type: ignore[arg-type]
         self.heard: list[Any] = []
+        self.events: list[Any] = []
         self.servers: list[DfsServer] = []
 
-    def dfs(self, switch: int = SWITCH, listen: tuple[str, int] = ("127.0.0.1", 0)) -> DfsServer:
-        server = DfsServer(listen, KEY, switch, lambda *_: None, lambda _, messages: self.heard.extend(messages))
+    def dfs(self, switch: int = SWITCH, listen: tuple[str, int] = ("127.0.0.1", 0),
+            flags: HelloFlag = HelloFlag.APP_PROXY, versions: tuple[Version, ...] = VERSIONS) -> DfsServer:
+        server = DfsServer(listen, KEY, switch, lambda _, event: self.events.append(event),
+                           lambda _, messages: self.heard.extend(messages), flags=flags, versions=versions)
         self.servers.append(server)
         return server
 
@@ -207,6 +233,62 @@ def test_an_agent_is_the_link_of_its_switch_and_stays_it(site: Site) -> None:
     until(lambda: ("refresh", SWITCH) in site.fastpaths.told)
     until(lambda: reap(11) in site.heard)
     assert site.fastpaths.links[SWITCH] is link
+
+
+VIP = bytes((10, 0, 0, 100))
+QUERY = Query(1, SWITCH, 1, bytes(6), FlowSignature(bytes(4), 4000, VIP, 80, 6), 5, 2)
+GREETED = Distribution(5, VIP, 80, 6, Mode.PROXY, Hash.TURN, 600, (), Greeting(1460, 7, True, 2.5))
+
+
+def test_an_agent_that_shakes_hands_gets_keys_and_is_answered(site: Site) -> None:
+    server = site.dfs()
+    site.agents.connect(server.address)
+    until(lambda: SWITCH in site.fastpaths.links)
+    link = site.fastpaths.links[SWITCH]
+    assert link.proxies
+    link.greet((b"a" * 16, None), 0)
+    link.configure({5: GREETED}, whole=True)
+    until(lambda: any(isinstance(event, Added) for event in site.events))
+    keyed, added = (next(event for event in site.events if isinstance(event, kind)) for kind in (Keyed, Added))
+    assert keyed == Keyed((b"a" * 16, None), 0)
+    assert added.server.greeting == (1460, 7, True, 2500)
+    asked = AppQuery(QUERY, 1, 2, b"", b"GET /" + bytes(60_000), (7,), True)
+    server.peers[77].send_app_queries([asked])
+    until(lambda: site.fastpaths.questions == [asked])
+    told = AppReply(QUERY, Reply(QUERY, Error.NOTAVAIL), answer=b"HTTP/1.1 503 ..." * 3000)
+    link.reply([AppReply(QUERY), told])
+    until(lambda: len(site.heard) == 2)
+    assert site.heard == [AppReply(QUERY), told]
+    flow = NewFlow(QUERY, 3, Translation(None, 0, Host(bytes(6), 4)), False, 0, 7, -2)
+    assert link.take_over(flow)
+    until(lambda: site.heard[-1] == flow)
+    # Away: nobody would hear what clients say. Back: it is told the keys again.
+    server.close()
+    until(lambda: ("changed", SWITCH) in site.fastpaths.told)
+    assert not link.proxies and not link.take_over(flow)
+    link.greet((b"a" * 16, b"b" * 16), 1)
+    site.events.clear()
+    site.dfs(listen=server.address)
+    until(lambda: Keyed((b"a" * 16, b"b" * 16), 1) in site.events)
+    until(lambda: site.fastpaths.told.count(("changed", SWITCH)) == 2)
+    assert link.proxies
+
+
+@pytest.mark.parametrize("older", [{"versions": VERSIONS[:1]}, {"flags": HelloFlag(0)}])
+def test_an_older_agent_goes_on_without(site: Site, caplog: pytest.LogCaptureFixture, older: Any) -> None:
+    server = site.dfs(**older)
+    site.agents.connect(server.address)
+    until(lambda: SWITCH in site.fastpaths.links)
+    link = site.fastpaths.links[SWITCH]
+    assert not link.proxies
+    assert "does not shake hands with clients" in caplog.text
+    link.greet((b"a" * 16, None), 0)
+    link.configure({5: GREETED._replace(mode=Mode.PASS, greeting=None)}, whole=True)
+    until(lambda: any(isinstance(event, Added) for event in site.events))
+    assert not any(isinstance(event, Keyed) for event in site.events)
+    server.peers[77].send_queries([QUERY])
+    until(lambda: site.fastpaths.questions == [QUERY])
+    assert not link.take_over(NewFlow(QUERY, 3, Translation(None, 0, Host(bytes(6), 4)), False, 0, 7))
 
 
 def test_another_switch_at_the_same_address_is_another_link(site: Site) -> None:
