@@ -24,7 +24,7 @@ from bench import lab, machine, report, scale
 from bench.goals import goals
 from bench.lab import BenchError
 from bench.lbapp_targets import OURS
-from bench.rounds import METRICS, Sample, medians, orders, spread, turn
+from bench.rounds import METRICS, Sample, add_latency, medians, orders, spread, turn
 from bench.targets import BASELINES, Target
 
 ALL: tuple[Target, ...] = (*BASELINES, *OURS)
@@ -62,6 +62,7 @@ def _line(sample: Sample, rounds: int) -> str:
     figures = [f"{report.number(sample.metrics[metric])} {unit}" for metric, unit in (
         ("new_conn_per_s", "conn/s"), ("keepalive_req_per_s", "req/s"), ("big_mb_per_s", "MB/s"),
         ("up_gbit_per_s", "Gbit/s up"), ("down_gbit_per_s", "down"), ("p99_ms", "ms p99"),
+        ("first_byte_p99_ms", "ms p99 of the first byte"),
         ("controller_us_per_conn", "µs/conn")) if metric in sample.metrics]
     return f"{head} {', '.join(figures)}"
 
@@ -158,6 +159,7 @@ def main(context: click.Context, rounds: int, targets: list[Target], seconds: in
 
 def _report(screen: Console, samples: Sequence[Sample], names: Sequence[str],
             meta: dict[str, Any]) -> dict[str, dict[str, float]]:
+    add_latency(samples)
     summary = spread(samples)
     measured = medians(summary)
     report.save_samples(samples, meta)

@@ -206,6 +206,7 @@ class Spliced(Lbapp):
     """What clients say is read: the rules of ``haproxy-http``, then a second handshake with the member."""
 
     bulk = False  # iperf3 does not speak HTTP
+    first_byte = True
 
     def build(self, lab: Lab) -> Site:
         """See :meth:`Target.build`."""

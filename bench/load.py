@@ -23,6 +23,8 @@ SMALL, SMALL_BYTES = "/small", 128
 BIG, BIG_BYTES = "/big", 100_000_000
 CONNECTIONS = 64
 PROBE_INTERVAL_MS = 4
+FIRST_BYTE_PER_SECOND = 800
+"""New connections while the first byte is timed: of all clients together, well below what the slowest target can do."""
 BAD_SHARE = 0.01
 """More failed requests than this share of all, and the figure is not one."""
 
@@ -181,6 +183,40 @@ def small_object() -> str:
     return ("0123456789abcdef" * SMALL_BYTES)[:SMALL_BYTES - 1] + "\n"
 
 
+def _prober(client: Client, seconds: float, interval_ms: float) -> list[str]:
+    return client.namespace.argv(sys.executable, "-S", "-E", str(_HERE / "prober.py"), client.service, str(WEB_PORT),
+                                 SMALL, str(seconds), str(interval_ms))
+
+
+def parse_prober(outputs: Sequence[str], what: str, where: str) -> list[float]:
+    """The milliseconds that several probers side by side saw.
+
+    Args:
+        outputs: what each printed.
+        what: ``milliseconds`` (to the last byte) or ``first_byte``.
+        where: for the error.
+
+    Raises:
+        BenchError: too many failed.
+    """
+    took: list[float] = []
+    failures = 0
+    for output in outputs:
+        seen = json.loads(output)
+        took += [float(value) for value in seen[what]]
+        failures += seen["failures"]
+    if not took or failures > max(1, BAD_SHARE * len(took)):
+        raise BenchError(f"{where}: {failures} of {failures + len(took)} probes failed")
+    return took
+
+
+def first_byte(lab: Lab, site: Site, seconds: int) -> list[float]:
+    """Milliseconds from connect to the answer's first byte, of new connections at a moderate, fixed rate."""
+    interval = 1000 * len(site.clients) / FIRST_BYTE_PER_SECOND
+    outputs = lab.run_all([_prober(client, seconds, interval) for client in site.clients], timeout=seconds + 20)
+    return parse_prober(outputs, "first_byte", "first byte")
+
+
 def new_connections(lab: Lab, site: Site, seconds: int) -> tuple[WrkResult, list[float]]:
     """64 connections at any time, a new one for every request; and what a prober beside them saw.
 
@@ -189,17 +225,11 @@ def new_connections(lab: Lab, site: Site, seconds: int) -> tuple[WrkResult, list
     """
     each = CONNECTIONS // len(site.clients)
     last = site.clients[-1]
-    prober = last.namespace.argv(
-        sys.executable, "-S", "-E", str(_HERE / "prober.py"), last.service, str(WEB_PORT), SMALL,
-        str(seconds - 0.3), str(PROBE_INTERVAL_MS))
+    prober = _prober(last, seconds - 0.3, PROBE_INTERVAL_MS)
     *outputs, probed = lab.run_all(
         [*(_wrk(client, SMALL, each, seconds, close=True) for client in site.clients), prober], timeout=seconds + 20)
     result = _checked(parse_wrk(outputs), "new connections")
-    seen = json.loads(probed)
-    took = [float(value) for value in seen["milliseconds"]]
-    if not took or seen["failures"] > max(1, BAD_SHARE * len(took)):
-        raise BenchError(f"new connections: {seen['failures']} of {seen['failures'] + len(took)} probes failed")
-    return result, took
+    return result, parse_prober([probed], "milliseconds", "new connections")
 
 
 KERNEL_COUNTERS = ("TCPSynRetrans", "TCPTimeouts", "PAWSTimewait", "ListenDrops", "TCPTimeWaitOverflow")

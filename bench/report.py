@@ -22,10 +22,12 @@ from bench.rounds import METRICS, Sample, Spread
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RATES = ("new_conn_per_s", "keepalive_req_per_s", "big_mb_per_s", "up_gbit_per_s", "down_gbit_per_s", "p99_ms")
+LATENCY = ("first_byte_p50_ms", "first_byte_p99_ms", "first_byte_added_p99_ms")
 COSTS = ("controller_us_per_conn", "messages_per_conn", "flow_mods_per_conn", "packet_ins_per_conn")
 SYN_SHARE = 0.0005
 """More SYNs sent again than this share of the connections, and the reader is told."""
-COLOURS = {"bare": "#9aa0a6", "nft": "#5f6368", "haproxy-tcp": "#e8710a", "haproxy-http": "#f9ab00"}
+COLOURS = {"bare": "#9aa0a6", "nft": "#5f6368", "haproxy-tcp": "#e8710a", "haproxy-http": "#f9ab00",
+           "nginx-http": "#188038"}
 OURS = "#1a73e8"
 
 
@@ -60,7 +62,8 @@ def _cell(summary: Spread, target: str, metric: str) -> str:
 def tables(summary: Spread, names: Sequence[str]) -> list[Table]:
     """Median, smallest to largest, and the share of HAProxy's TCP figure, a cell each."""
     result = []
-    for title, metrics in (("Rates", RATES), ("What the controller has to do", COSTS)):
+    for title, metrics in (("Rates", RATES), ("First byte of new connections at a fixed rate", LATENCY),
+                           ("What the controller has to do", COSTS)):
         shown = [name for name in names if any(metric in summary.get(name, {}) for metric in metrics)]
         if not shown:
             continue
@@ -111,7 +114,7 @@ def plot(summary: Spread, names: Sequence[str], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    metrics = [metric for metric in (*RATES, "controller_us_per_conn", "messages_per_conn")
+    metrics = [metric for metric in (*RATES, *LATENCY, "controller_us_per_conn", "messages_per_conn")
                if any(metric in summary.get(name, {}) for name in names)]
     if not metrics:
         return

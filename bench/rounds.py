@@ -28,6 +28,9 @@ METRICS: dict[str, str] = {
     "up_gbit_per_s": "bulk up, Gbit/s",
     "down_gbit_per_s": "bulk down, Gbit/s",
     "p99_ms": "p99 of a new connection, ms",
+    "first_byte_p50_ms": "first byte, p50, ms",
+    "first_byte_p99_ms": "first byte, p99, ms",
+    "first_byte_added_p99_ms": "added p99 of the first byte, ms",
     "controller_us_per_conn": "controller CPU, µs/connection",
     "messages_per_conn": "OpenFlow messages/connection",
     "flow_mods_per_conn": "flow-mods/connection",
@@ -35,6 +38,8 @@ METRICS: dict[str, str] = {
     "messages_per_closed": "messages/closed connection",
 }
 QUIET_PATIENCE = 5.0
+NOTHING_BETWEEN = "bare"
+"""The target that others' added latency is counted from."""
 
 
 @dataclass
@@ -117,6 +122,13 @@ def _measure(lab: Lab, site: load.Site, target: Target, seconds: int, sample: Sa
             metrics["messages_per_closed"] = (after.closed_messages - before.closed_messages) / (
                 after.closed - before.closed)
 
+    if target.first_byte:
+        progress("first byte")
+        took = load.first_byte(lab, site, seconds)
+        metrics["first_byte_p50_ms"] = load.percentile(took, 50)
+        metrics["first_byte_p99_ms"] = load.percentile(took, 99)
+        detail["first_byte_per_s"] = len(took) / seconds
+
     progress("keep-alive")
     result = load.keep_alive(lab, site, seconds)
     metrics["keepalive_req_per_s"] = result.per_second
@@ -129,6 +141,15 @@ def _measure(lab: Lab, site: load.Site, target: Target, seconds: int, sample: Sa
         metrics["up_gbit_per_s"] = load.bulk(lab, site, seconds, down=False)
         progress("bulk down")
         metrics["down_gbit_per_s"] = load.bulk(lab, site, seconds, down=True)
+
+
+def add_latency(samples: Sequence[Sample]) -> None:
+    """Add to each sample by how much its p99 of the first byte exceeds that of no balancer in the same round."""
+    least = {sample.round: sample.metrics["first_byte_p99_ms"] for sample in samples
+             if sample.target == NOTHING_BETWEEN and "first_byte_p99_ms" in sample.metrics}
+    for sample in samples:
+        if sample.target != NOTHING_BETWEEN and "first_byte_p99_ms" in sample.metrics and sample.round in least:
+            sample.metrics["first_byte_added_p99_ms"] = sample.metrics["first_byte_p99_ms"] - least[sample.round]
 
 
 Spread = dict[str, dict[str, tuple[float, float, float]]]

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The lbapp authors
 # SPDX-License-Identifier: Apache-2.0
-"""What lbapp is compared with: a bare wire, nftables, and HAProxy in both modes.
+"""What lbapp is compared with: a bare wire, nftables, HAProxy in both modes, nginx as a proxy.
 
 A target lays the network between four clients and two servers. Hosts, servers, kernel parameters
 and load are the same for all; only the middle differs. ``lbapp_targets`` has ours.
@@ -89,16 +89,54 @@ backend {name}
 """
 
 
+NGINX_PROXY = """\
+daemon off;
+user root;
+worker_processes 2;
+pid {directory}/nginx.pid;
+error_log {directory}/error.log crit;
+events {{ worker_connections 8192; }}
+http {{
+    access_log off;
+    keepalive_requests 1000000000;
+    client_body_temp_path {directory}/body;
+    proxy_temp_path {directory}/temp;
+    fastcgi_temp_path {directory}/fastcgi;
+    uwsgi_temp_path {directory}/uwsgi;
+    scgi_temp_path {directory}/scgi;
+    map $cookie_third $of_cookie {{ default web; yes three; }}
+    map $host $of_host {{ default $of_cookie; two.example two; }}
+    map $uri $chosen {{ default $of_host; ~^/one/ one; }}
+{upstreams}
+    server {{
+        listen {vip}:{web} backlog=8192 reuseport;
+        location / {{
+            proxy_pass http://$chosen;
+            proxy_http_version 1.1;
+            proxy_set_header Host $host;
+            proxy_set_header Connection "";
+            proxy_max_temp_file_size 0;
+        }}
+    }}
+}}
+"""
+"""RULES in nginx's words; what it has read and the client has not is never put on a disk."""
+UPSTREAM = "    upstream {name} {{ {members} keepalive 64; keepalive_requests 1000000000; }}"
+
+
 class Target(abc.ABC):
     """Something that can stand between clients and servers.
 
     Attributes:
         name: as in ``--targets`` and in the results.
         bulk: whether iperf3's own protocol can pass.
+        first_byte: whether the first byte of new connections is timed at a fixed rate: where requests are read, and
+            where nothing is between.
     """
 
     name: str
     bulk: bool = True
+    first_byte: bool = False
 
     @abc.abstractmethod
     def build(self, lab: Lab) -> Site:
@@ -135,6 +173,7 @@ class Bare(Target):
     """Every client on a wire of its own to one of the servers: what the machine can do at all."""
 
     name = "bare"
+    first_byte = True
 
     def build(self, lab: Lab) -> Site:
         """See :meth:`Target.build`."""
@@ -195,6 +234,7 @@ class HAProxy(Target):
         self.mode = mode
         self.name = f"haproxy-{mode}"
         self.bulk = mode == "tcp"  # iperf3 does not speak HTTP
+        self.first_byte = mode == "http"
 
     def build(self, lab: Lab) -> Site:
         """See :meth:`Target.build`."""
@@ -212,4 +252,25 @@ class HAProxy(Target):
         return site
 
 
-BASELINES: tuple[Target, ...] = (Bare(), Nftables(), HAProxy("tcp"), HAProxy("http"))
+class NginxProxy(Target):
+    """nginx as a proxy with the rules of ``haproxy-http``: two processes, connections to the servers kept, no logs."""
+
+    name = "nginx-http"
+    bulk = False
+    first_byte = True
+
+    def build(self, lab: Lab) -> Site:
+        """See :meth:`Target.build`."""
+        middle, site, addresses = routed(lab)
+        directory = lab.directory / "proxy"
+        directory.mkdir(mode=0o755)
+        members = " ".join(f"server {address}:{WEB_PORT};" for address in addresses)
+        upstreams = "\n".join(UPSTREAM.format(name=name, members=members) for name in ("web", "one", "two", "three"))
+        configuration = directory / "nginx.conf"
+        configuration.write_text(NGINX_PROXY.format(directory=directory, upstreams=upstreams, vip=VIP, web=WEB_PORT))
+        process = lab.spawn(middle, self.name, ["nginx", "-e", str(directory / "error.log"), "-c", str(configuration)])
+        lab.wait_port(middle, VIP, WEB_PORT, process)
+        return site
+
+
+BASELINES: tuple[Target, ...] = (Bare(), Nftables(), HAProxy("tcp"), HAProxy("http"), NginxProxy())

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,10 +24,10 @@ from bench import __main__ as command
 from bench import connections, goals, holder, lab, load, machine, packets, prober, report, rounds, scale
 from bench.lab import BenchError
 from bench.lbapp_targets import OURS, Lbapp
-from bench.targets import BASELINES, VIP, Target
+from bench.targets import BASELINES, NGINX_PROXY, UPSTREAM, VIP, Target
 from lbapp.config.model import Member, Pool, VirtualServer
 from lbapp.dataflow.frames import parse
-from topologies.namespace import unavailable
+from topologies.namespace import unavailable, wait_until
 
 needs_namespaces = pytest.mark.skipif(unavailable() is not None, reason=unavailable() or "")
 
@@ -75,6 +76,17 @@ def test_iperf_counts_what_arrived() -> None:
 def test_iperf_failures_say_why(output: str, reason: str) -> None:
     with pytest.raises(BenchError, match=reason):
         load.parse_iperf(output)
+
+
+def test_probers_side_by_side_are_one_sequence() -> None:
+    one = '{"milliseconds": [2, 3], "first_byte": [1, 2.5], "failures": 0}'
+    two = '{"milliseconds": [4], "first_byte": [3], "failures": 1}'
+    assert load.parse_prober([one, two], "milliseconds", "x") == [2, 3, 4]
+    assert load.parse_prober([one, two], "first_byte", "x") == [1, 2.5, 3]
+    with pytest.raises(BenchError, match="x: 2 of 5 probes failed"):
+        load.parse_prober([one, two, two.replace("[4]", "[]").replace("[3]", "[]")], "first_byte", "x")
+    with pytest.raises(BenchError, match="x: 0 of 0 probes failed"):
+        load.parse_prober([], "first_byte", "x")
 
 
 def test_kernel_counters_are_found_by_name() -> None:
@@ -141,6 +153,47 @@ def test_spread_and_medians() -> None:
     summary = rounds.spread(samples)
     assert summary == {"nft": {"new_conn_per_s": (20.0, 10.0, 30.0)}}
     assert rounds.medians(summary) == {"nft": {"new_conn_per_s": 20.0}}
+
+
+def test_added_latency_is_counted_from_the_same_round() -> None:
+    samples = [rounds.Sample(name, number, {"first_byte_p99_ms": value} if value else {}) for name, number, value in (
+        ("haproxy-http", 1, 3.0), ("bare", 1, 1.0), ("bare", 2, 2.0), ("haproxy-http", 2, 2.5), ("nft", 2, 0.0),
+        ("haproxy-http", 3, 9.0), ("bare", 3, 0.0))]
+    rounds.add_latency(samples)
+    added = [sample.metrics.get("first_byte_added_p99_ms") for sample in samples]
+    assert added == [2.0, None, None, 0.5, None, None, None]
+    assert rounds.medians(rounds.spread(samples))["haproxy-http"]["first_byte_added_p99_ms"] == 1.25
+
+
+def test_the_first_byte_is_timed_where_requests_are_read_and_where_nothing_is_between() -> None:
+    assert {target.name for target in (*BASELINES, *OURS) if target.first_byte} == {
+        "bare", "haproxy-http", "nginx-http", "lbapp-splice", "lbapp-handoff"}
+    assert rounds.NOTHING_BETWEEN in command.BY_NAME
+    assert set(report.LATENCY) <= set(rounds.METRICS)
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="not installed: nginx")
+def test_nginx_has_the_rules_of_haproxy(tmp_path: Path) -> None:
+    """Four servers that answer with their names stand for the four pools."""
+    names = ("web", "one", "two", "three")
+    upstreams = "\n".join(UPSTREAM.format(name=name, members=f"server unix:{tmp_path}/{name};") for name in names)
+    text = NGINX_PROXY.format(directory=tmp_path, upstreams=upstreams, vip="127.0.0.1", web=8099)
+    text = text.replace("listen 127.0.0.1:8099 backlog=8192 reuseport;", f"listen unix:{tmp_path}/proxy;")
+    servers = "".join(f"    server {{ listen unix:{tmp_path}/{name}; return 200 {name}; }}\n" for name in names)
+    (tmp_path / "nginx.conf").write_text(text.rstrip().removesuffix("}") + servers + "}\n")
+    tmp_path.chmod(0o755)
+    process = subprocess.Popen(["nginx", "-e", str(tmp_path / "error.log"), "-c", str(tmp_path / "nginx.conf")])
+    try:
+        wait_until((tmp_path / "proxy").exists, 10, "nginx listens")
+        for words, expected in ((["http://a/"], "web"), (["http://a/one/x"], "one"), (["http://TWO.example/"], "two"),
+                                (["-b", "a=b; third=yes", "http://a/"], "three"), (["http://a/one"], "web"),
+                                (["-b", "third=no", "http://a/"], "web"), (["http://two.example/one/"], "one")):
+            done = subprocess.run(["curl", "-sS", "-m", "5", "--unix-socket", str(tmp_path / "proxy"), *words],
+                                  capture_output=True, text=True, check=True, timeout=10)
+            assert done.stdout == expected, words
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
 # ------------------------------------------------------------------ goals and report
@@ -378,6 +431,9 @@ def test_the_prober_times_whole_connections_and_counts_failures() -> None:
     assert isinstance(took, list)
     assert 2 <= len(took) <= 21
     assert all(0 < value < 5000 for value in took)
+    first = good["first_byte"]
+    assert isinstance(first, list)
+    assert all(0 < begun <= whole for begun, whole in zip(first, took, strict=True))
     assert good["failures"] == 0
     assert bad["milliseconds"] == []
     assert isinstance(bad["failures"], int)
