@@ -284,7 +284,7 @@ def _target(target: csmb.Target) -> Target:
 def announce(made: Distribution) -> tuple[csmb.VirtualServer, tuple[csmb.Target, ...]]:
     """A distribution as ADD_VS and TABLE say it (the control segment's side)."""
     flags, greeting = csmb.Flag.ROUTE_BY_DST_IP, None
-    if made.greeting is not None:
+    if made.mode is Mode.PROXY and made.greeting is not None:
         flags |= csmb.Flag.RAW_PROXY
         mss, scale, sack, seconds = made.greeting
         greeting = csmb.Greeting(mss, scale, sack, round(seconds * 1000))

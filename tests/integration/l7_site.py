@@ -34,8 +34,9 @@ def to_pool(name: str, *rules: dict[str, Any]) -> dict[str, Any]:
     return {"name": f"to-{name}", "action": "REDIRECT_TO_POOL", "redirect_pool": name, "rules": list(rules)}
 
 
-def laboratory(tmp_path_factory: pytest.TempPathFactory, *options: str) -> Iterator[Lab]:
-    """One switch, with nginx and a server of ours on each server, plain and TLS."""
+def laboratory(tmp_path_factory: pytest.TempPathFactory, *options: str, fastpath: bool = True) -> Iterator[Lab]:
+    """One switch, with nginx and a server of ours on each server, plain and TLS. ``fastpath``: wait for one, where
+    there are options."""
     directory = tmp_path_factory.mktemp("l7")
     certificate = directory / "server.pem"
     subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30", "-subj", "/CN=lab",
@@ -53,7 +54,7 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory, *options: str) -> Itera
                 process = host.popen(sys.executable, str(WEB_SERVER), host.name, *extra)
                 running.callback(end, process)
         made.start_controller()
-        if options:
+        if options and fastpath:
             wait_until(lambda: made.rest.get("/v1/stats")["switches"][0].get("fastpath"), 10, "a fast path")
         yield made
 
