@@ -8,6 +8,7 @@ import itertools
 import struct
 import time
 import types
+from typing import Any
 
 import msgspec
 import pytest
@@ -404,14 +405,23 @@ def proxied(binding: Binding = Binding.AUTO) -> Bench:
     return bench
 
 
+def relay_of(bench: Bench) -> Any:
+    return bench.app.relays.link(1)
+
+
+def has(bench: Bench, fast: Any) -> None:
+    """Switch 1 gets this link to a fast path."""
+    bench.app.fastpaths.add(1, fast)
+
+
 def test_who_relays():
     bench = proxied()
     (server,) = bench.app.configuration.virtual_servers.values()
     assert bench.app.relayed(1, server) and bench.app.relays.serves(1, server.number)
-    bench.app.fastpaths.add(1, Proxying(proxies=False))
+    has(bench, Proxying(proxies=False))
     assert bench.app.relayed(1, server), "nobody else can"
     queued = bench.switch.work.qsize()
-    bench.app.fastpaths.add(1, Proxying())
+    has(bench, Proxying())
     assert not bench.app.relayed(1, server)
     assert bench.switch.work.qsize() == queued + 1, "the switch's rules follow"
     bench.app._do(bench.switch, "configure", bench.app.configuration)
@@ -435,19 +445,20 @@ def test_a_relayed_client_is_answered_by_packet_out():
 
 def test_a_fast_path_that_comes_takes_over_what_is_relayed():
     bench = proxied()
-    link = bench.app.relays.link(1)
+    link = relay_of(bench)
     offered = []
     link.offer_all = lambda: offered.append(1)
-    bench.app.fastpaths.add(1, Proxying())
+    has(bench, Proxying())
     assert offered == [1]
-    assert bench.app._take_over(1, None) and not bench.app._take_over(99, None)
+    flow: Any = object()
+    assert bench.app._take_over(1, flow) and not bench.app._take_over(99, flow)
     assert not bench.app._hybrid(1) and proxied(Binding.HYBRID).app._hybrid(1)
 
 
 def test_reaps_go_to_whoever_has_the_connection():
     bench = proxied()
-    fast, link = Proxying(proxies=False), bench.app.relays.link(1)
-    bench.app.fastpaths.add(1, fast)
+    fast, link = Proxying(proxies=False), relay_of(bench)
+    has(bench, fast)
     reaped: list[Reap] = []
     link.reap, link.holds = reaped.extend, lambda serial: serial == 5
     bench.app.perform([Reap(1, 5, 1, 1), Reap(1, 7, 1, 1), Reap(1, 5, 1, 1, final=True)])
