@@ -19,6 +19,8 @@ from lbapp.bus.counted import Traffic
 from lbapp.bus.events import Counted
 from lbapp.bus.transport import CsClient
 from lbapp.control.messages import (
+    AppQuery,
+    AppReply,
     Closed,
     Delete,
     Error,
@@ -33,7 +35,7 @@ from lbapp.control.messages import (
     Translation,
 )
 from lbapp.control_segments import announce
-from lbapp.dataflow.distribution import Distribution, Target
+from lbapp.dataflow.distribution import Distribution, Greeting, Target
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.layout import Hash, Mode, ServiceKey
 from lbapp.dataflow.ovs import OvsError
@@ -57,6 +59,9 @@ class Fast(FakeFastPath):
 
     def counters(self) -> dict[str, int]:
         return dict(self.named)
+
+    def set_cookies(self, keys: tuple[bytes | None, bytes | None], current: int) -> None:
+        self.told.append(("set_cookies", (keys, current)))
 
 
 class Loop:
@@ -271,3 +276,67 @@ def test_work_that_fails_goes_on(site: Site, caplog: pytest.LogCaptureFixture, m
     monkeypatch.setattr(site.fast, "counters", lambda: 1 / 0)
     until(lambda: "counting failed" in caplog.text)
     assert process.address[0] == "127.0.0.1"
+
+
+# ------------------------------------------------------------------ what clients say
+
+KEYS = (b"a" * 16, None)
+
+
+def greeted(number: int = 50, port: int = 80) -> Distribution:
+    return made(number, port, Mode.PROXY)._replace(greeting=Greeting(1460, 7, True, 2.5))
+
+
+def test_keys_and_greetings_reach_the_fast_path(site: Site) -> None:
+    site.start()
+    client, _ = site.segment(77, greeted())
+    assert site.numbers()[80][1] is Mode.PASS, "no keys yet"
+    client.greet(KEYS, 0)
+    until(lambda: site.numbers()[80][1] is Mode.PROXY)
+    assert site.fast.did("set_cookies") == [(KEYS, 0)]
+    (service,) = site.fast.kept_services.values()
+    assert (service.mss, service.window_scale, service.sack) == (1460, 7, True)
+    client.greet((KEYS[0], b"b" * 16), 1)
+    until(lambda: site.fast.did("set_cookies")[1:] == [((KEYS[0], b"b" * 16), 1)])
+    client.close()
+    until(lambda: site.numbers()[80][1] is Mode.PASS)
+    assert len(site.fast.did("set_cookies")) == 2, "what is on its way goes on"
+
+
+def test_what_a_client_said_is_asked_and_what_is_decided_is_done_once(site: Site) -> None:
+    process = site.start()
+    client, heard = site.segment(77, greeted())
+    client.greet(KEYS, 0)
+    until(lambda: site.numbers()[80][1] is Mode.PROXY)
+    number = site.numbers()[80][0]
+    said: list[Any] = []
+    reply = process.agent.reply
+
+    def noting(replies: Any, now: float = 0.0) -> Any:
+        assert abs(now - time.monotonic()) < 5
+        said.extend(replies)
+        return reply(replies, now)
+
+    process.agent.reply = noting  # type: ignore[method-assign]
+    query = Query(9, SWITCH, 1, bytes(6), FlowSignature(CLIENT, 4000, VIP, 80, 6), number, 2)
+    asked = AppQuery(query, 1, 2, b"", b"GET / HTTP/1.1\r\n" * 4000, (3,), True)
+    process._asked([asked])
+    own = query._replace(virtual_server=50)
+    until(lambda: asked._replace(query=own) in heard)
+    member = Reply(own, Error.OK, 3, Translation(MEMBER, 8080, Host(bytes(6), 4)))
+    decided = AppReply(own, member)
+    for one in (AppReply(own), AppReply(own), decided, decided):
+        client.send_app_replies([one])
+        client.flush()
+    until(lambda: Refused(SWITCH, 9, 50) in heard)  # the agent knows no such connection
+    eventlet.sleep(0.1)
+    assert said == [AppReply(query)] * 2 + [decided._replace(query=query, reply=member._replace(query=query))]
+    assert heard.count(Refused(SWITCH, 9, 50)) == 1
+
+
+def test_decisions_that_are_remembered_are_bounded(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_DECIDED", 2)
+    process = site.start()
+    query = Query(9, SWITCH, 1, bytes(6), FlowSignature(CLIENT, 4000, VIP, 80, 6), 1, 2)
+    replies = [AppReply(query._replace(serial=serial), Reply(query, Error.NOTAVAIL)) for serial in (1, 3, 5)]
+    assert [process._first(one) for one in (*replies, replies[2], replies[0])] == [True, True, True, False, True]

@@ -244,7 +244,8 @@ def test_a_batch_survives_the_session_and_is_not_counted_twice(pair):
     arrived, lost = deletes(pair, [1]), deletes(pair, [2])
     assert len(lost) == 1
     pair.carry(arrived, pair.cs)  # its acknowledgement never leaves
-    pair.dfs.close(), pair.cs.close()
+    pair.dfs.close()
+    pair.cs.close()
     assert deletes(pair, [3]) == []
     out, _ = pair.open()
     assert pair.carry(out, pair.cs) == [Delete(SWITCH, (closed(2),)), Delete(SWITCH, (closed(3),))]
@@ -397,3 +398,95 @@ def test_refused_flows_are_not_lost(pair):
     pair.dfs.send(Kind.REFUSED, [Refused(SWITCH, 1, 5)], pair.now)
     pair.dfs.flush(pair.now)  # lost
     assert pair.later(0.06)[1] == [Refused(SWITCH, 1, 5)]
+
+
+# ------------------------------------------------------------------ longer than a datagram
+
+
+def asking(serial, size):
+    return AppQuery(query(serial), 1, 2, b"", bytes((serial,)) * size)
+
+
+def test_a_long_message_comes_in_parts_that_are_sent_again_where_they_are_lost():
+    pair = Pair()
+    pair.open()
+    out = pair.dfs.send(Kind.APP_QUERY, [asking(1, 68 << 10), asking(2, 100), asking(3, 68 << 10)], pair.now)
+    assert len(out) > 100 and all(len(datagram) <= ssmb.LIMIT for datagram in out)
+    got = pair.carry([datagram for number, datagram in enumerate(out) if number % 10 != 5], pair.cs)
+    for _ in range(40):
+        got += pair.later(0.06)[1]
+    assert sorted(message.query.serial for message in got) == [1, 2, 3], "each once"
+    assert {len(message.data) for message in got} == {100, 68 << 10}
+    assert pair.dfs.backlog == 0
+
+
+def test_parts_leave_room_for_what_nothing_repeats():
+    pair = Pair(queue=600)
+    pair.open()
+    out = []
+    for serial in range(1, 30):
+        out += pair.dfs.send(Kind.APP_QUERY, [asking(serial, 68 << 10)], pair.now)
+    dropped = pair.dfs.counts["dropped_app_query"]
+    assert 0 < dropped < 29, "whole ones, and it is counted"
+    out += pair.dfs.send(Kind.DELETE, [closed(serial) for serial in range(100)], pair.now)
+    got = pair.carry(out, pair.cs)
+    for _ in range(60):
+        got += pair.later(0.06)[1]
+    assert [message for message in got if isinstance(message, AppQuery)] == [
+        asking(serial, 68 << 10) for serial in range(1, 30 - dropped)]
+    assert sum(len(message.closed) for message in got if isinstance(message, Delete)) == 100
+    assert pair.dfs.counts["lost_records"] == 0
+
+
+def test_parts_do_not_outlive_their_session():
+    pair = Pair()
+    pair.open()
+    out = []
+    for serial in range(1, 10):
+        out += pair.dfs.send(Kind.APP_QUERY, [asking(serial, 68 << 10)], pair.now)
+    waiting = pair.dfs.backlog - len(out)
+    assert waiting > 0
+    pair.dfs.close()
+    pair.cs.close()
+    assert pair.dfs.backlog == len(out), "those that have a number keep their places"
+    again, _ = pair.open()
+    got = pair.carry(again, pair.cs)
+    for _ in range(40):
+        got += pair.later(0.06)[1]
+    assert [message.query.serial for message in got] == list(range(1, 1 + len(got))) and 0 < len(got) < 9
+    assert pair.dfs.backlog == 0
+
+
+def test_an_older_peer_is_not_told_what_it_does_not_know():
+    pair = Pair()
+    pair.open()
+    pair.dfs.send(Kind.APP_QUERY, [asking(1, 5000)], pair.now)
+    pair.dfs.send(Kind.DELETE, [closed(1)], pair.now)
+    pair.dfs.flush(pair.now)
+    pair.dfs.close()
+    pair.cs.close()
+    # An older controller takes the place of the one that was there.
+    pair.cs = Channel(Role.CS, 0, pair.timing)
+    pair.sessions += 1
+    out = pair.dfs.open(keys(pair.sessions), 3, 0x10, pair.now)
+    pair.cs.open(keys(pair.sessions), 1, 0x10, pair.now, switch=SWITCH)
+    got = pair.carry(out, pair.cs)
+    assert {message.records for message in got if isinstance(message, ssmb.Lost)} == {1}
+    assert sum(len(message.closed) for message in got if isinstance(message, Delete)) == 1
+    assert pair.dfs.send(Kind.APP_QUERY, [asking(2, 100)], pair.now) == []
+    assert pair.dfs.counts["dropped_app_query"] == 1
+    # And what such a peer should not know is not taken from it.
+    body = ssmb.pack(Kind.APP_QUERY, [asking(2, 100)], ssmb.room())[0]
+    with pytest.raises(DecodeError) as caught:
+        pair.cs.receive(ssmb.seal(keys(pair.sessions).ssmb_dfs, Role.DFS, body, 0x10, pair.cs.session, 900), pair.now)
+    assert caught.value.fault is Fault.KIND
+
+
+def test_a_long_message_that_is_none_is_ignored_and_those_after_it_are_not(pair):
+    whole = ssmb.pack(Kind.APP_QUERY, [asking(1, 3000)], ssmb.room())
+    broken = [body._replace(payload=body.payload[:-1]) for body in whole]
+    for batch, body in enumerate([*broken, *whole], 1):
+        got, _ = pair.cs.receive(ssmb.seal(keys(pair.sessions).ssmb_dfs, Role.DFS, body, VERSION, pair.cs.session,
+                                           batch, batch=batch), pair.now)
+    assert got == [asking(1, 3000)]
+    assert pair.cs.counts["ignored_short"] == 1

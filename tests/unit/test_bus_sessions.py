@@ -14,7 +14,7 @@ from lbapp.bus import auth, counted, csmb
 from lbapp.bus.auth import Role
 from lbapp.bus.csmb import HEADER, Flag, Hello, Kind, Target, TargetFlag, Version, VirtualServer
 from lbapp.bus.errors import BusError, Fault
-from lbapp.bus.events import Added, Counted, Distribution, Down, Listed, Removed, Synced, Up
+from lbapp.bus.events import Added, Counted, Distribution, Down, Keyed, Listed, Removed, Synced, Up
 from lbapp.bus.holdings import Desired, Held
 from lbapp.bus.sessions import CsSession, DfsSession, Phase
 
@@ -486,3 +486,101 @@ def test_random_changes_end_in_the_same_state():
             pair.run()
     Pair(desired=desired, held=held).run()
     assert held.servers == desired.servers
+
+
+# ------------------------------------------------------------------ keys of cookies
+
+FIRST, SECOND = bytes(range(16)), bytes(range(100, 116))
+BOTH = (V10, V11)
+PROXY = server(5, mode=csmb.Mode.PROXY, flags=Flag.RAW_PROXY, greeting=csmb.Greeting(1460, 7, True, 10_000))
+
+
+def proxying(**more):
+    """A pair whose DFS shakes hands with clients."""
+    made = Pair(cs_versions=BOTH, dfs_versions=BOTH, **more)
+    made.dfs.hello = made.dfs.hello._replace(flags=csmb.HelloFlag.APP_PROXY)
+    return made
+
+
+def heard(pair, kind):
+    return [event for event in pair.dfs.drain() if isinstance(event, kind)]
+
+
+def test_keys_arrive_before_anything_else_is_said_and_nobody_who_watches_has_them():
+    pair = proxying()
+    pair.desired.greet((FIRST, None), 0)
+    pair.desired.put(PROXY)
+    wire = b""
+    while data := pair.cs.take():
+        wire += data
+        pair.note("CS", data)
+        pair.dfs.receive(data, 0.0)
+        answer = pair.dfs.take()
+        wire += answer
+        pair.cs.receive(answer, 0.0)
+    assert pair.said[3:] == ["CS KEYS", "CS ADD_VS", "CS SYNC_DONE"]
+    assert heard(pair, (Keyed, Added)) == [Keyed((FIRST, None), 0), Added(PROXY)]
+    pair.desired.greet((FIRST, SECOND), 1)
+    said = pair.cs.take()
+    pair.dfs.receive(said, 0.0)
+    assert heard(pair, Keyed) == [Keyed((FIRST, SECOND), 1)]
+    for key in (FIRST, SECOND):
+        assert not any(key[at:at + 8] in wire + said for at in (0, 8))
+
+
+def test_the_same_keys_look_different_each_time_they_are_said():
+    said = []
+    for nonce in (b"c" * 32, b"e" * 32):
+        pair = proxying(cs_nonce=nonce)
+        pair.up()
+        for _ in range(2):
+            pair.desired.greet((FIRST, SECOND), 0)
+            said.append(pair.cs.take())
+            pair.dfs.receive(said[-1], 0.0)
+        assert heard(pair, Keyed) == [Keyed((FIRST, SECOND), 0)] * 2
+    concealed = [data[HEADER.size + 2:HEADER.size + 34] for data in said]
+    assert len(set(concealed)) == 4
+
+
+@pytest.mark.parametrize("spoiled", ["again", "another session", "one bit"])
+def test_keys_cannot_be_replayed_or_changed(spoiled):
+    first = proxying()
+    first.up()
+    first.desired.greet((FIRST, SECOND), 0)
+    data = first.cs.take()
+    victim = first
+    if spoiled == "again":
+        first.dfs.receive(data, 0.0)
+    elif spoiled == "another session":
+        victim = proxying(cs_nonce=b"e" * 32)
+        victim.up()
+    else:
+        data = data[:20] + bytes((data[20] ^ 1,)) + data[21:]
+    victim.dfs.drain()
+    victim.dfs.receive(data, 0.0)
+    assert victim.dfs.fault is Fault.UNAUTHENTICATED
+    assert heard(victim, Keyed) == []
+
+
+def test_an_older_peer_gets_neither_keys_nor_what_needs_them():
+    for pair in (Pair(cs_versions=BOTH), Pair(cs_versions=BOTH, dfs_versions=BOTH)):
+        pair.desired.greet((FIRST, None), 0)
+        pair.desired.put(PROXY)
+        pair.run()
+        assert not pair.cs.proxies
+        assert "CS KEYS" not in pair.said
+        (added,) = heard(pair, Added)
+        old = pair.cs.hello.version == V10
+        assert added.server.mode is (csmb.Mode.PASS if old else csmb.Mode.PROXY)
+        pair.cs.ask()
+        pair.run()
+        assert [event.repaired for event in pair.cs.drain() if isinstance(event, Listed)] == [0], "as it was told"
+
+
+@pytest.mark.parametrize("message", [csmb.Keys(0, 3, bytes(32)), csmb.AddVs(PROXY)])
+def test_what_a_version_does_not_have_ends_the_connection(message):
+    pair = Pair()
+    pair.up()
+    pair.cs._say(message)
+    pair.run()
+    assert pair.dfs.fault in (Fault.STATE, Fault.VALUE)

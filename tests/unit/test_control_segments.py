@@ -5,9 +5,22 @@
 from __future__ import annotations
 
 from lbapp.bus import csmb
-from lbapp.control.messages import Closed, Error, FlowSignature, Host, Query, Reap, Reason, Reply, Timeout
+from lbapp.control.messages import (
+    AppQuery,
+    AppReply,
+    Binding,
+    Closed,
+    Error,
+    FlowSignature,
+    Host,
+    Query,
+    Reap,
+    Reason,
+    Reply,
+    Timeout,
+)
 from lbapp.control_segments import ControlSegments, Key, announce
-from lbapp.dataflow.distribution import Distribution, Target
+from lbapp.dataflow.distribution import Distribution, Greeting, Target
 from lbapp.dataflow.fastpath.layout import Hash, Mode
 
 VIP = bytes((10, 9, 0, 1))
@@ -182,3 +195,82 @@ def test_replies_come_back_with_local_numbers() -> None:
     reply = Reply(query(7), Error.NOTAVAIL)
     assert segments.replies(ONE, [reply]) == [Reply(query(1), Error.NOTAVAIL)]
     assert segments.replies(OTHER, [reply]) == [Reply(query(0), Error.NOTAVAIL)]
+
+
+# ------------------------------------------------------------------ what clients say
+
+GREETING = Greeting(1460, 7, True, 2.5)
+KEYS, OTHERS = ((b"a" * 16, None), 0), ((b"b" * 16, b"c" * 16), 1)
+
+
+def greeted(number: int = 7, port: int = 80) -> Distribution:
+    return distribution(number, Mode.PROXY, port)._replace(greeting=GREETING)
+
+
+def test_nobody_is_greeted_before_there_are_keys_or_while_nobody_hears() -> None:
+    segments = ControlSegments()
+    segments.connected(ONE)
+    tell(segments, ONE, greeted())
+    assert segments.cookies() is None
+    told = segments.distribution(1)
+    assert told is not None
+    assert (told.mode, told.greeting) == (Mode.PASS, None)
+    assert list(segments.keyed(ONE, KEYS)) == [1], "to be told anew"
+    assert segments.cookies() == KEYS
+    assert segments.distribution(1) == greeted(1)
+    assert list(segments.keyed(ONE, OTHERS)) == [], "other keys alone change nothing else"
+    assert segments.cookies() == OTHERS
+    assert set(segments.disconnected(ONE)) == {1}
+    told = segments.distribution(1)
+    assert told is not None and told.mode is Mode.PASS
+    assert segments.cookies() is None, "those that are used already"
+
+
+def test_who_reads_what_clients_say_is_not_this_fast_path() -> None:
+    segments = ControlSegments()
+    segments.connected(ONE)
+    segments.keyed(ONE, KEYS)
+    server, _ = announce(greeted())
+    for flag in (csmb.Flag.HTTP_PROXY, csmb.Flag.SSL_PROXY, csmb.Flag.COOKIE_PROXY):
+        segments.added(ONE, server._replace(flags=server.flags | flag))
+        told = segments.distribution(1)
+        assert told is not None and told.mode is Mode.PASS
+    assert announce(greeted()._replace(mode=Mode.PASS))[0].greeting is None
+
+
+def test_what_clients_say_has_everybodys_own_numbers() -> None:
+    segments = ControlSegments()
+    for identity in (ONE, OTHER):
+        segments.connected(identity)
+        segments.keyed(identity, KEYS)
+    tell(segments, OTHER, greeted(500, 81))
+    tell(segments, ONE, greeted(7))
+    asked = AppQuery(query(2), 1, 2, b"", b"GET", (9,), True)
+    plain = query(1, 3)
+    assert dict(segments.queries([asked, plain])) == {ONE: [asked._replace(query=query(7))],
+                                                      OTHER: [query(500, 3)]}
+    (more,) = segments.replies(ONE, [AppReply(query(7))])
+    assert more == AppReply(query(2))
+    decided = AppReply(query(7), Reply(query(7), Error.OK, 3), Binding.SPLICE, b"")
+    assert segments.replies(ONE, [decided]) == [AppReply(query(2), Reply(query(2), Error.OK, 3), Binding.SPLICE, b"")]
+
+
+def test_keys_are_those_of_who_has_been_there_longest_and_its_members_alone_can_check_them() -> None:
+    segments = ControlSegments()
+    segments.connected(OTHER)
+    segments.connected(ONE)
+    tell(segments, ONE, greeted())
+    segments.keyed(ONE, KEYS)
+    assert segments.cookies() == KEYS, "the other one has told none"
+    segments.keyed(OTHER, OTHERS)
+    assert segments.cookies() == OTHERS
+    handed = AppReply(query(7), Reply(query(7), Error.OK, 3), Binding.HANDOFF)
+    (reply,) = segments.replies(ONE, [handed])
+    assert isinstance(reply, AppReply) and reply.binding is Binding.SPLICE, "its members do not have the other's keys"
+    segments.disconnected(OTHER)
+    assert segments.cookies() == KEYS
+    (reply,) = segments.replies(ONE, [handed])
+    assert isinstance(reply, AppReply) and reply.binding is Binding.HANDOFF
+    segments.connected(OTHER)
+    segments.keyed(OTHER, OTHERS)
+    assert segments.cookies() == KEYS, "no change for who comes back"

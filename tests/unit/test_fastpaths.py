@@ -13,6 +13,7 @@ from lbapp import fastpaths as fastpaths_module
 from lbapp.config.model import Algorithm, Application, Configuration, Member, Pool, Protocol, VirtualServer
 from lbapp.control.engine import ControlSegment
 from lbapp.control.messages import (
+    AppQuery,
     AppReply,
     Closed,
     Error,
@@ -344,3 +345,43 @@ def test_what_is_relayed_is_left_alone_by_fast_paths_and_told_to_the_relay_alone
     assert paths.proxies(SWITCH) and not paths.proxies(9)
     paths.remove(SWITCH)
     assert changed == [SWITCH, SWITCH]
+
+
+def test_what_is_asked_again_about_a_client_is_answered_as_before_and_counts_once(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    world.configure(configuration(member(1), member(2), application=Application.HTTP))
+    link = FakeLink()
+    world.fastpaths.add(SWITCH, link)
+    answers: list[AppReply] = []
+    monkeypatch.setattr(world.control, "app_query", lambda asked, now: answers.pop(0))
+    first = AppQuery(query(), 1, 2, b"", b"GET / HTTP/1.1\r\n")
+    decided = AppReply(first.query, Reply(first.query, Error.NOTAVAIL), answer=b"x" * 1000)
+    answers += [AppReply(first.query), decided]
+    for asked in (first, first, first, first._replace(data=b"GET / HTTP/1.1\r\n\r\n", timed_out=True)):
+        world.fastpaths.asked(SWITCH, [asked])
+    assert link.app_replies == [AppReply(first.query), decided, decided, decided]
+    # Another connection with its serial, and one that is asked about much later, are new.
+    other = first._replace(query=first.query._replace(client_mac=b"other!"))
+    answers += [decided._replace(query=other.query), decided]
+    world.fastpaths.asked(SWITCH, [other])
+    monkeypatch.setattr(fastpaths_module, "ASKED_AGAIN_SECONDS", 0.0)
+    world.fastpaths.asked(SWITCH, [first])
+    assert answers == []
+
+
+def test_answers_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    world.configure(configuration(member(1), member(2), application=Application.HTTP))
+    world.fastpaths.add(SWITCH, FakeLink())
+    monkeypatch.setattr(fastpaths_module, "RECENT_BYTES", 2500)
+    asks: list[int] = []
+
+    def answer(asked: AppQuery, now: float) -> AppReply:
+        asks.append(asked.query.serial)
+        return AppReply(asked.query, Reply(asked.query, Error.NOTAVAIL), answer=b"x" * 1000)
+
+    monkeypatch.setattr(world.control, "app_query", answer)
+    for serial in (1, 3, 5, 5, 3, 1):
+        world.fastpaths.asked(SWITCH, [AppQuery(query()._replace(serial=serial), 1, 2, b"", b"GET")])
+    assert asks == [1, 3, 5, 1]

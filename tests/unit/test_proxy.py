@@ -497,3 +497,39 @@ def test_no_greeting_no_connection(world: World) -> None:
     world.greeting = None
     assert world.client(0, REQUEST) is None
     assert not len(world.proxy)
+
+
+def test_a_question_that_is_lost_is_asked_again_and_given_up_at_last(world: World) -> None:
+    first = world.client(payload=REQUEST, flags=ACK, now=10.0)
+    assert first is not None
+    assert world.proxy.tick(10.4) == []
+    assert world.proxy.tick(10.5) == [first], "the same question: nothing has changed"
+    assert world.proxy.tick(10.75) == []
+    assert [len(world.proxy.tick(when)) for when in (11.0, 11.5, 12.0, 12.5)] == [1, 1, 1, 1]
+    assert world.to_client() == []
+    assert world.proxy.tick(13.0) == []
+    assert world.to_client()[0].flags & RST and world.counters["unanswered"] == 1
+    assert len(world.proxy) == 0
+
+
+def test_an_answer_to_an_earlier_question_is_none_to_a_later_one(world: World) -> None:
+    first = world.client(payload=REQUEST[:-4], now=10.0)
+    second = world.client(len(REQUEST) - 4, REQUEST[-4:], now=10.2)
+    assert first is not None and second is not None
+    world.more(first.query, 10.3)
+    assert world.proxy.tick(10.6) == []
+    assert world.proxy.tick(10.7) == [second], "the second one was lost"
+    world.more(second.query, 10.8)
+    assert world.proxy.tick(11.5) == [], "now all are answered"
+    assert world.proxy.tick(14.0) == [], "and the client has its time"
+    assert len(world.proxy) == 1
+
+
+def test_questions_asked_again_are_not_all_asked_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "MOST_AGAIN", 2)
+    for port in range(40_000, 40_005):
+        frame = frames.tcp(VIRTUAL_MAC, CLIENT_MAC, (CLIENT[0], port), VIP,
+                           Segment(ISN + 1, COOKIE + 1, ACK, 500, b"", REQUEST))
+        world.proxy.from_client(layout.QueryRecord(CLIENT_WIRE, SERVICE, frame, layout.Ask.DATA, OPTIONS.pack()), 10.0)
+    assert len(world.proxy.flush(10.0)) == 5
+    assert [len(world.proxy.tick(when)) for when in (10.6, 10.6, 10.6, 10.6)] == [2, 2, 1, 0]
