@@ -16,12 +16,23 @@ from collections.abc import Iterator
 import pytest
 
 from tests.integration.bad_wire import bad_wire
+from tests.integration.handed_over import Site
 from tests.integration.l7_site import both, configured, connect, everything, laboratory, named, url
 from tests.integration.support import VIP, configure, members, pool, server, settle, statistics
 from topologies.lab import Lab, unavailable
 from topologies.namespace import wait_until
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+
+COUNT_SYNS = """
+table inet syns {
+  chain in {
+    type filter hook input priority 0; policy accept;
+    tcp flags & (syn | ack) == syn counter
+  }
+}
+"""
 
 
 @pytest.fixture(scope="module", params=["relay", "hybrid"])
@@ -164,3 +175,27 @@ def test_least_connections_are_counted(lab: Lab) -> None:
     for one in held:
         one.close()
     wait_until(lambda: statistics(lab, "least")["active"] == 0, 15, "the ends of all")
+
+
+def test_members_adopt_what_is_relayed(lab: Lab) -> None:
+    """``lbapp server-agent`` on their hosts: they have never seen a handshake."""
+    configure(lab, [pool("adopting", "ROUND_ROBIN", members(lab))],
+              [server("adopted", 80, "adopting", application="http", binding="auto")])
+    site = Site(lab)
+    site.start_agents()
+    try:
+        for host in lab.servers:
+            host.run("nft", "-f", "-", stdin=COUNT_SYNS)
+        assert lab.client().who(url(VIP), 9) == Counter({"s1": 3, "s2": 3, "s3": 3})
+        for host in lab.servers:
+            assert "counter packets 0 bytes 0" in host.run("nft", "list", "table", "inet", "syns").stdout, "no SYN"
+        assert lab.client().who("http://10.0.0.51/", 1) == Counter({"s1": 1})
+        assert "counter packets 1 " in lab.servers[0].run("nft", "list", "table", "inet", "syns").stdout, "it counts"
+        digest = lab.make_file("adopted", 500_000)
+        got = lab.directory / "got"
+        lab.client().run("curl", "-gsS", "--max-time", "20", "-o", str(got), url(VIP, "/adopted"))
+        assert hashlib.sha256(got.read_bytes()).hexdigest() == digest
+    finally:
+        site.stop_agents()
+        for host in lab.servers:
+            host.run("nft", "delete", "table", "inet", "syns", check=False)

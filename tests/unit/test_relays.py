@@ -122,6 +122,19 @@ def test_a_connection_from_its_first_packet_to_its_last() -> None:
     assert world.handed == [] and world.sent == []
 
 
+def test_a_member_may_adopt_what_is_relayed() -> None:
+    """It gets the request itself, with the client's numbers and the cookie's; nothing but addresses is translated."""
+    world = World()
+    world.control.adopting = frozenset({(MEMBER, 8080)})
+    ((_, greeting),) = world.client(SYN, 0, tcp_options=OPTIONS)
+    ((port, first),) = world.client(ACK | PSH, ack=greeting.seq + 1, payload=REQUEST)
+    assert (port, first.destination, first.dport, first.payload) == (MEMBER_PORT, MEMBER, 8080, REQUEST)
+    assert (first.seq, first.ack) == (ISN + 1, greeting.seq + 1)
+    ((port, seen),) = world.comes(frame(MEMBER, CLIENT, 6, 8080, 40000, flags=ACK, seq=greeting.seq + 1, ack=ISN + 5,
+                                        eth_dst=VIRTUAL_MAC, eth_src=MEMBER_MAC, payload=b"answer"), MEMBER_PORT, 0)
+    assert (port, seen.source, seen.seq, seen.payload) == (CLIENT_PORT, VIP, greeting.seq + 1, b"answer")
+
+
 def test_hybrid_hands_over_with_offsets() -> None:
     world = World(Binding.HYBRID)
     seq = world.establish()
