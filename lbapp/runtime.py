@@ -11,7 +11,7 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lbapp.api.views import (
@@ -20,6 +20,7 @@ from lbapp.api.views import (
     HostView,
     Lease,
     MemberStatistics,
+    RelayStatistics,
     ServerAgentView,
     StatisticsView,
     SwitchStatistics,
@@ -48,6 +49,10 @@ DROPS = ("shot", "closed_lost", "malformed", "waiting_dropped", "unanswered", "r
          "reply_unknown_port")
 """Counters of a fast path and its agent that tell of something lost, or refused."""
 PROTOCOLS = {6: "TCP", 17: "UDP"}
+
+
+def _named(reading: Reading, names: Iterable[str]) -> dict[str, int]:
+    return {name: reading.counters[name] for name in names if name in reading.counters}
 
 
 def endpoint(address: str, port: int) -> str:
@@ -259,6 +264,7 @@ class ControllerRuntime:
         alive: Counter[int] = Counter()
         openings: dict[int, int] = {}
         readings: dict[int, Reading | None] = {}
+        relayed: dict[int, Reading | None] = {}
         for switch in switches:
             bound.update(switch.session.counters.bound)
             messages.update(switch.punts)
@@ -272,7 +278,7 @@ class ControllerRuntime:
                     opened = traffic.opened - reading.before.get(key, 0)
                     bound[key] += opened
                     openings[switch.id] += opened
-            relay = self._application.relays.read(switch.id)
+            relay = relayed[switch.id] = self._application.relays.read(switch.id)
             for key, traffic in relay.members.items() if relay is not None else ():
                 alive[key[0]] += traffic.opened - traffic.closed
             for number, (packets, size) in switch.session.counters.forwarded.items():
@@ -293,7 +299,8 @@ class ControllerRuntime:
                              for server in self._configuration.virtual_servers.values()],
             members=[self._of_member(pool, member, by_member, forwarded)
                      for pool in self._configuration.pools.values() for member in pool.members],
-            switches=[self._of_switch(switch, readings[switch.id], openings[switch.id]) for switch in switches])
+            switches=[self._of_switch(switch, readings[switch.id], relayed[switch.id], openings[switch.id])
+                      for switch in switches])
 
     def _of_server(self, server: VirtualServer, bound: Counter[int], messages: Counter[int],
                    refused: dict[int, dict[str, int]], alive: Counter[int]) -> VirtualServerStatistics:
@@ -325,7 +332,15 @@ class ControllerRuntime:
             opened=counters.opened + bound[member.number], closed=counters.closed, active=counters.active,
             packets=counters.packets + packets, bytes=counters.bytes + size)
 
-    def _of_switch(self, switch: Any, reading: Reading | None, opened: int) -> SwitchStatistics:
+    @staticmethod
+    def _of_relay(reading: Reading | None) -> RelayStatistics | None:
+        if reading is None or not any(reading.counters.values()):
+            return None
+        return RelayStatistics(connections=reading.connections or 0, packets=reading.counters["hits"],
+                               handshakes=_named(reading, HANDSHAKES), drops=_named(reading, DROPS))
+
+    def _of_switch(self, switch: Any, reading: Reading | None, relay: Reading | None,
+                   opened: int) -> SwitchStatistics:
         counters = switch.counters
         told = Counter(self._application.fastpaths.messages(switch.id))
         punts = sum(switch.punts.values())
@@ -337,12 +352,11 @@ class ControllerRuntime:
             messages_per_connection=_share(punts + told["queries"] + told["deletes"], opened),
             messages_per_connection_bundled=_share(
                 punts + told["query_messages"] + told["delete_messages"], opened),
-            fastpath=None if reading is None else FastPathStatistics(
+            relay=self._of_relay(relay), fastpath=None if reading is None else FastPathStatistics(
                 connections=reading.connections, hits=reading.counters.get("hits", 0),
                 misses={name.removeprefix("miss_"): count for name, count in reading.counters.items()
                         if name.startswith("miss_")},
-                handshakes={name: reading.counters[name] for name in HANDSHAKES if name in reading.counters},
-                drops={name: reading.counters[name] for name in DROPS if name in reading.counters},
+                handshakes=_named(reading, HANDSHAKES), drops=_named(reading, DROPS),
                 **{name: told[name] for name in ("queries", "query_messages", "deletes", "delete_messages")}))
 
     # -------------------------------------------------------------- agents beside servers

@@ -171,6 +171,23 @@ class FastPathStatistics(msgspec.Struct, frozen=True, kw_only=True):
     delete_messages: Count = 0
 
 
+class RelayStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters of connections that go through the controller: with binding ``relay``; ``hybrid``, until they are handed
+    over.
+
+    Attributes:
+        connections: those that it holds now.
+        packets: those that it translated.
+        handshakes: as a fast path's.
+        drops: what found no room or no answer, by reason.
+    """
+
+    connections: Count = 0
+    packets: Count = 0
+    handshakes: dict[str, int] = {}
+    drops: dict[str, int] = {}
+
+
 class SwitchStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """Counters of the controller's side of a switch.
 
@@ -184,6 +201,7 @@ class SwitchStatistics(msgspec.Struct, frozen=True, kw_only=True):
             opened; null before the first.
         messages_per_connection_bundled: the same as they travel, many in one message.
         fastpath: null where it has none.
+        relay: null where nothing was relayed so far.
     """
 
     dpid: Dpid
@@ -198,6 +216,7 @@ class SwitchStatistics(msgspec.Struct, frozen=True, kw_only=True):
     messages_per_connection: float | None = None
     messages_per_connection_bundled: float | None = None
     fastpath: FastPathStatistics | None = None
+    relay: RelayStatistics | None = None
 
 
 class StatisticsView(msgspec.Struct, frozen=True, kw_only=True):

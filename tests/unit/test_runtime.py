@@ -16,10 +16,11 @@ from lbapp.api.views import ConnectionView, StatisticsView, SwitchView
 from lbapp.config.model import Application, Configuration, Decision, Protocol, State
 from lbapp.dataflow.conntrack import Entry
 from lbapp.dataflow.ovs import OvsError
+from lbapp.dataflow.pipeline import Kind
 from lbapp.readings import Readings as RealReadings
 from lbapp.runtime import ControllerRuntime, endpoint
 from tests import sites
-from tests.fake_frames import frame
+from tests.fake_frames import frame, parse
 from tests.unit.test_app import Bench
 
 
@@ -88,6 +89,26 @@ def test_a_virtual_server_that_reads_is_offline_where_nobody_hears_its_clients(m
     assert runtime.virtual_server_status(site.virtual_servers["v"])[1] == "OFFLINE"
     monkeypatch.setattr(bench.app.fastpaths, "serves", lambda switch, number: True)
     assert runtime.virtual_server_status(site.virtual_servers["v"])[1] == "ONLINE"
+
+
+def test_what_is_relayed_is_counted_and_listed():
+    site = sites.configuration([sites.server(application=Application.HTTP)], [sites.pool(of=sites.members(2))])
+    bench, runtime = made(site)
+    assert runtime.statistics().switches[0].relay is None
+    bench.app._do(bench.switch, "configure", site)
+    assert runtime.virtual_server_status(site.virtual_servers["v"])[1] == "ONLINE"
+    answer = bench.punt(kind=Kind.RELAY)
+    assert answer is not None
+    greeted = parse(answer[40:])
+    told = runtime.statistics().switches[0].relay
+    assert told is not None and (told.connections, told.handshakes["greeted"]) == (0, 1)
+    request = frame("10.0.0.1", "10.0.0.100", flags=24, seq=1001, ack=greeted["tcp_seq"] + 1,
+                    payload=b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+    bench.punt(request, Kind.RELAY)
+    (view,) = [one for one in runtime.connections() if one.state == "RELAYED"]
+    assert (view.binding, view.policy, view.virtual_server) == ("relay", "", "v")
+    told = runtime.statistics().switches[0].relay
+    assert told is not None and told.connections == 1
 
 
 def test_status_of_members_and_pools():
