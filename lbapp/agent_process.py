@@ -66,6 +66,8 @@ COUNT_SECONDS = 1.0
 COUNT_SHARE = 0.01
 """But it takes this share of one core at most."""
 SWITCH_REAPS = 65_536
+MOST_FLOWS = 65_536
+"""Connections that a control segment hands over (NEWFLOW) before it has said what they belong to; so many wait."""
 MOST_DECIDED = 16_384
 """Decisions on what clients said that are remembered, so that a second one, after it was asked again, is not done."""
 DUMP_SECONDS = 2.0
@@ -115,6 +117,7 @@ class AgentProcess:
         self._early: deque[Closed] = deque()
         self._told: dict[int, object] = {}
         self._reaps: OrderedDict[tuple[int, int], Reap] = OrderedDict()
+        self._flows: dict[int, deque[NewFlow]] = {}
         self._decided: OrderedDict[int, None] = OrderedDict()
         self._keys: Cookies | None = None
         self._server = DfsServer(settings.listen, settings.key, switch, self._event, self._messages,
@@ -140,6 +143,7 @@ class AgentProcess:
             self._told.pop(identity, None)
             self._tell(segments.connected(identity), identity)
         elif isinstance(event, Down):
+            self._flows.pop(identity, None)
             self._tell({*self._saying.pop(identity, ()), *segments.disconnected(identity)})
             self._use_cookies()
         elif isinstance(event, Keyed):
@@ -161,6 +165,7 @@ class AgentProcess:
                 said.update(segments.numbers())
                 self._greenlets.append(eventlet.spawn_after(REJOIN_SECONDS, self._guarded_once, self._rejoined))
             self._tell(said)
+            self._messages(peer, list(self._flows.pop(identity, ())))
             if self._early:
                 early, self._early = list(self._early), deque()
                 self._closed(early)
@@ -189,6 +194,11 @@ class AgentProcess:
 
     def _messages(self, peer: CsPeer, messages: list[Any]) -> None:
         identity = peer.identity
+        if identity in self._saying:
+            # SSMB is faster than CSMB: what a flow belongs to is not here yet.
+            early = self._flows.setdefault(identity, deque(maxlen=MOST_FLOWS))
+            early.extend(message for message in messages if isinstance(message, NewFlow))
+            messages = [message for message in messages if not isinstance(message, NewFlow)]
         replies: list[Reply | NewFlow | AppReply] = [message for message in messages if isinstance(
             message, (Reply, NewFlow)) or (isinstance(message, AppReply) and self._first(message))]
         if replies:

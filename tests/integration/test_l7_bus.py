@@ -16,6 +16,7 @@ import pytest
 
 from tests.integration import beside
 from tests.integration.beside import ONE, Agent, fastpath
+from tests.integration.handed_over import Site as Hosts
 from tests.integration.l7_site import both, configured, connect, counters, everything, laboratory, named, url
 from tests.integration.support import VIP, statistics
 from topologies.lab import Lab, unavailable
@@ -225,3 +226,19 @@ def test_a_controller_that_is_started_again(site: Lab) -> None:
     finally:
         download.kill()
         download.wait()
+
+
+# ------------------------------------------------------------------ handed over
+
+
+def test_connections_are_handed_to_hosts_that_adopt_them(site: Lab) -> None:
+    """The members' hosts have the controller's keys, and so has the fast path: over the buses."""
+    hosts = Hosts(site)
+    hosts.start_agents()
+    try:
+        since = hosts.shaken()
+        assert site.client().who(url(VIP), 15) == Counter({"s1": 5, "s2": 5, "s3": 5})
+        # What is counted is told of once a second.
+        wait_until(lambda: since() == (15, 0), 10, "15 handshakes with the client, none with a member")
+    finally:
+        hosts.stop_agents()

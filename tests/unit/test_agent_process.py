@@ -16,7 +16,7 @@ import pytest
 from lbapp import agent_process as module
 from lbapp.agent_process import AgentProcess, Settings
 from lbapp.bus.counted import Traffic
-from lbapp.bus.events import Counted
+from lbapp.bus.events import Counted, Synced, Up
 from lbapp.bus.transport import CsClient
 from lbapp.control.messages import (
     AppQuery,
@@ -26,6 +26,7 @@ from lbapp.control.messages import (
     Error,
     FlowSignature,
     Host,
+    NewFlow,
     Query,
     Reap,
     Reason,
@@ -332,6 +333,24 @@ def test_what_a_client_said_is_asked_and_what_is_decided_is_done_once(site: Site
     eventlet.sleep(0.1)
     assert said == [AppReply(query)] * 2 + [decided._replace(query=query, reply=member._replace(query=query))]
     assert heard.count(Refused(SWITCH, 9, 50)) == 1
+
+
+def test_a_flow_that_is_handed_over_waits_for_what_it_belongs_to(site: Site) -> None:
+    process = site.start()
+    client, heard = site.segment(77, made(50))
+    query = Query(8, SWITCH, 1, bytes(6), FlowSignature(CLIENT, 4000, VIP, 81, 6), 51, 0)
+    flow = NewFlow(query, 3, Translation(MEMBER, 8080, Host(bytes(6), 4)))
+    peer = process._server.peers[77]
+    # As at the beginning of a connection, whose CSMB is slower.
+    process._event(peer, Up(peer.hello, None, None, 1400))  # type: ignore[arg-type]
+    process._messages(peer, [flow])
+    assert site.fast.did("install") == []
+    client.put(announce(made(51, 81))[0])
+    until(lambda: process.segments.local(77, 51))
+    process._event(peer, Synced(2))
+    assert len(site.fast.did("install")) == 1
+    eventlet.sleep(0.05)
+    assert not any(isinstance(one, Refused) for one in heard)
 
 
 def test_decisions_that_are_remembered_are_bounded(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
