@@ -152,17 +152,14 @@ class View:
         client: the client's packed address and port: tells the directions apart.
         opening: where this end sees no handshake (handoff), the view of the one that does.
         lossy: the wire loses and reorders; gaps may be there as long as they are filled.
-        held: so many of the client's first bytes may have been held on the way; what came after them may overtake them.
     """
 
-    def __init__(self, name: str, client: tuple[bytes, int], opening: View | None = None, lossy: bool = False,
-                 held: int = 0) -> None:
+    def __init__(self, name: str, client: tuple[bytes, int], opening: View | None = None, lossy: bool = False) -> None:
         self.name = name
         self.faults: list[str] = []
         self.count = 0
         self._client = client
         self._lossy = lossy
-        self._held = held
         self._adopted = opening is not None
         self.up: Way = opening.up.opened() if opening else Way()
         self.down: Way = opening.down.opened() if opening else Way()
@@ -251,7 +248,7 @@ class View:
         at = way.number(one.seq, way.high)
         behind = at + len(one.payload)
         fin = one.flags & FIN
-        if at > way.high and not self._lossy and not (way is self.up and way.next <= self._held):
+        if at > way.high and not self._lossy:
             self._fault(f"a jump of {at - way.high} numbers")
         if not one.payload and not fin:
             return

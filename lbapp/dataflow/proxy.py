@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lbapp.control.messages import AppQuery, AppReply, Binding, Error, FlowSignature, Query, Refused, Reply
-from lbapp.dataflow import frames
+from lbapp.dataflow import frames, joining
 from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.cookies import Options
@@ -175,9 +175,9 @@ class Proxy:
         self._members: dict[tuple[bytes, int, bytes, int], Handshake] = {}
         self._bytes = 0
         self._ready: list[Handshake] = []
-        self._late: list[tuple[int, bytes]] = []
+        self._late: dict[tuple[int, int], list[bytes]] = {}
         self._asking: dict[FlowSignature, Handshake] = {}
-        self._passed: OrderedDict[FlowSignature, None] = OrderedDict()
+        self._passed: OrderedDict[FlowSignature, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._all)
@@ -201,7 +201,8 @@ class Proxy:
         if known is None:
             if record.kind != layout.Ask.DATA or not part.payload:
                 if signature in self._passed:
-                    self._late.append((record.ifindex, frame))  # it is translated now
+                    # It is translated now.
+                    self._late.setdefault((record.ifindex, self._passed[signature]), []).append(frame)
                 else:
                     self._counters["proxy_stray"] += 1
                 return
@@ -323,18 +324,20 @@ class Proxy:
                 self._pass_on(one)
             self._ready.clear()
         if self._late:
-            for ifindex, frame in self._late:
-                self._fastpath.inject(ifindex, frame)
+            for (ifindex, mss), late in self._late.items():
+                for frame in joining.join(late, mss):
+                    self._fastpath.inject(ifindex, frame)
             self._late.clear()
         asking, self._asking = self._asking, {}
         return [question for question in (self._ask(one, now) for signature, one in asking.items()
                                           if self._all.get(signature) is one) if question is not None]
 
     def _pass_on(self, one: Handshake) -> None:
-        for offset in sorted(one.flights):
-            self._fastpath.inject(one.ifindex, one.flights[offset])
+        mss = min(one.mss, one.greeting.mss)
+        for frame in joining.join([one.flights[offset] for offset in sorted(one.flights)], mss):
+            self._fastpath.inject(one.ifindex, frame)
         self._forget(one)
-        self._passed[one.query.signature] = None
+        self._passed[one.query.signature] = mss
         if len(self._passed) > PASSED_ON:
             self._passed.popitem(last=False)
 

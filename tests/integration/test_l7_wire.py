@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
+import re
 import socket
 import struct
 import sys
@@ -37,9 +39,6 @@ WAYS = {"splice": (80, 80, 9000), "handoff": (81, 8080, 9001)}
 """The virtual server's port, and the member's: nginx, and what takes bodies. None is used both ways, so that no port of
 a client means two connections there."""
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, SEND_QUEUE, OFF_NO_WINDOW_PROBE = 19, 20, 21, 2, -1
-FIRST_FLIGHT = 14_600
-"""What a client may send before it was told of anything. The agent has it until the member is there, then lets it
-go one by one; meanwhile the member may acknowledge the first, and what the client sends then goes past the agent."""
 CLOSE = b"Connection: close\r\n"
 
 
@@ -78,6 +77,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         running.callback(made.stop_agents)
         made.start_agents()
         running.enter_context(real_checksums([lab.client(), lab.server()]))
+        # The switch's end of each wire as well: a frame that has to be cut up is, before its host sees it.
+        for link in json.loads(lab.root.run("ip", "-j", "link").stdout):
+            if re.fullmatch(r"lb1-eth\d+", link["ifname"]):
+                lab.root.run("ethtool", "-K", link["ifname"], "tx", "off", "tso", "off")
         yield made
 
 
@@ -134,7 +137,7 @@ class Connection:
         """The other side finishes, having said no more."""
         assert self.socket.recv(1) == b"" == self._left
 
-    def judge(self, lossy: bool = False, held: int = 0) -> tuple[View, View]:
+    def judge(self, lossy: bool = False) -> tuple[View, View]:
         """Wait for the end of the connection, and assert that all was as it has to be. Returns both ends' views."""
         self.socket.close()
         upper, lower = self._ends
@@ -144,7 +147,7 @@ class Connection:
             ended = client.ended
             client.add(upper.read())
             kept += lower.read()
-            member = View("member", self._known, None if self._spliced else client, lossy, held)
+            member = View("member", self._known, None if self._spliced else client, lossy)
             if ended or time.monotonic() > deadline:
                 break
             time.sleep(0.2)  # and once more: the last segments may be on their way to the other end
@@ -189,7 +192,7 @@ def test_a_client_that_finishes_first(site: Site, way: str, vip: str, wait: floa
         made.socket.shutdown(socket.SHUT_WR)
         assert made.answer() == bytes(range(256)) * (5000192 // 256)
         made.until_closed()
-        made.judge(held=FIRST_FLIGHT)
+        made.judge()
 
 
 @both
@@ -200,7 +203,7 @@ def test_a_large_body(site: Site, way: str, vip: str) -> None:
         made = Connection(site, way, vip, ends)
         made.say("POST", "/", body=body)
         assert made.answer().decode().strip() == hashlib.sha256(body).hexdigest()
-        _, member = made.judge(held=FIRST_FLIGHT)
+        _, member = made.judge()
     assert member.up.stream.endswith(body)
 
 
@@ -248,7 +251,7 @@ def test_numbers_that_begin_again(site: Site, way: str, vip: str, back: int) -> 
         made = Connection(site, way, vip, ends, 2**32 - back)
         made.say("POST", "/", b"X-More: " + b"y" * 600 + b"\r\n", body)
         assert made.answer().decode().strip() == hashlib.sha256(body).hexdigest()
-        client, _ = made.judge(held=FIRST_FLIGHT)
+        client, _ = made.judge()
     assert client.up.high > back
 
 
@@ -266,7 +269,8 @@ def test_loss(site: Site, way: str, vip: str, sack: bool, isn: int | None, tmp_p
             host.run("sysctl", "-qw", f"net.ipv4.tcp_sack={int(sack)}")
             wires.callback(host.run, "sysctl", "-qw", "net.ipv4.tcp_sack=1")
         for host in (client, member):
-            wires.enter_context(bad_wire(host, tmp_path, loss=0.02, twice=0.01, order=0.02))
+            wires.enter_context(bad_wire(host, tmp_path, loss=0.03, twice=0.02, order=0.06))
+        blocks = 0
         for method in ("GET", "POST"):
             with captures(client, member) as ends:
                 made = Connection(site, way, vip, ends, isn)
@@ -277,5 +281,5 @@ def test_loss(site: Site, way: str, vip: str, sack: bool, isn: int | None, tmp_p
                     made.say("POST", "/", body=body)
                     assert made.answer().decode().strip() == hashlib.sha256(body).hexdigest()
                 views = made.judge(lossy=True)
-            blocks = sum(view.up.blocks + view.down.blocks for view in views)
-            assert (blocks > 0) == sack, "SACK was there where it was on"
+            blocks += sum(view.up.blocks + view.down.blocks for view in views)
+    assert (blocks > 0) == sack, "SACK was there where it was on"

@@ -65,8 +65,8 @@ class Talk:
             found.append(one)
         return found
 
-    def view(self, opening: View | None = None, lossy: bool = False, held: int = 0) -> View:
-        view = View("member" if self.member else "client", name(CLIENT), opening, lossy, held)
+    def view(self, opening: View | None = None, lossy: bool = False) -> View:
+        view = View("member" if self.member else "client", name(CLIENT), opening, lossy)
         view.add(self.segments())
         return view
 
@@ -165,18 +165,6 @@ def test_what_is_allowed() -> None:
     talk = Talk()
     del talk.rows[4]
     assert any("never filled" in fault for fault in talk.view(lossy=True).close())
-
-
-def test_what_was_held_may_be_overtaken() -> None:
-    """The client's first bytes alone, and they have to come."""
-    talk = Talk()
-    talk.rows[3:4] = [[True, ACK, 51, 1, b"a" * 50, 500, b""], [True, ACK, 1, 1, b"a" * 50, 500, b""]]
-    assert talk.view(held=50).close() == [] and any("a jump" in fault for fault in talk.view(held=0).close())
-    del talk.rows[4]
-    assert any("never filled" in fault for fault in talk.view(held=50).close())
-    talk = Talk()
-    del talk.rows[4]
-    assert any("a jump" in fault for fault in talk.view(held=5000).close())
 
 
 @pytest.mark.parametrize("place", range(14, 60))

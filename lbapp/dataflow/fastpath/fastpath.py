@@ -23,6 +23,7 @@ from lbapp.dataflow.fastpath.records import read
 from lbapp.dataflow.fastpath.removal import HANDLE, PRIORITY, PortsError
 from lbapp.dataflow.fastpath.removal import remove as remove_ports
 from lbapp.dataflow.fastpath.tables import MAX_CONNECTIONS, Tables, all_pins
+from lbapp.dataflow.joining import LEAST_MSS
 from lbapp.dataflow.ovs import Ovs, OvsError
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 
@@ -34,9 +35,8 @@ _GSO = struct.Struct("=BBHHHH")
 """struct virtio_net_hdr (linux/virtio_net.h): flags, gso_type, hdr_len, gso_size, csum_start, csum_offset."""
 _GSO_TCPV4, _GSO_TCPV6 = 1, 4
 _LONGEST_FRAME = 1514
-"""What is longer came as several segments in one (offload), and has to be cut up again on the way."""
-_PIECE = 1220
-"""The pieces' data: every path carries them (RFC 8200, 5)."""
+"""What is longer is several segments in one, and has to be cut up on the way: every path carries pieces of LEAST_MSS
+(RFC 8200, 5)."""
 _LARGEST_MTU = 65_535
 
 
@@ -176,7 +176,7 @@ def _large(frame: bytes) -> bytes:
     six = frame[12:14] == b"\x86\xdd"
     tcp = 54 if six else 14 + 4 * (frame[14] & 15)
     size = tcp + 4 * (frame[tcp + 12] >> 4)
-    return _GSO.pack(0, _GSO_TCPV6 if six else _GSO_TCPV4, size, _PIECE, 0, 0) + frame
+    return _GSO.pack(0, _GSO_TCPV6 if six else _GSO_TCPV4, size, LEAST_MSS, 0, 0) + frame
 
 
 class Injector:
