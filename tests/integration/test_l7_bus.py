@@ -6,6 +6,7 @@ test_l7.py shows of an agent in the controller, over the buses, and what can hap
 from __future__ import annotations
 
 import hashlib
+import socket
 import subprocess
 import time
 from collections import Counter
@@ -15,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from tests.integration import beside
-from tests.integration.beside import ONE, Agent, fastpath
+from tests.integration.beside import ONE, Agent, count, fastpath
 from tests.integration.handed_over import Site as Hosts
 from tests.integration.l7_site import both, configured, connect, counters, everything, laboratory, named, url
-from tests.integration.support import VIP, statistics
+from tests.integration.support import VIP, VIP6, statistics
 from topologies.lab import Lab, unavailable
 from topologies.namespace import wait_until
 
@@ -202,10 +203,42 @@ table inet cut {{
         for _ in range(5):
             assert asked(site, url(VIP, "/one/x")) == "s1"
             assert asked(site, url(VIP, "/about"), "-H", "Host: two.example") == "s2"
+        relayed = [connect(site.client(), vip, 80) for vip in (VIP, VIP6) for _ in range(3)]
+        for one in relayed:
+            again(one)
     finally:
         site.root.run("nft", "delete", "table", "inet", "cut")
     wait_until(lambda: served(site), 20, "the fast path shakes hands again")
     assert asked(site, url(VIP, "/one/x")) == "s1"
+    before = count(site, "hits")
+    for _ in range(5):
+        for one in relayed:
+            again(one)  # taken over, and not cut
+    wait_until(lambda: count(site, "hits") - before >= 60, 5, "the fast path has them")
+    for one in relayed:
+        one.close()
+
+
+def again(one: socket.socket) -> None:
+    """One more request of a connection."""
+    one.sendall(b"GET /one/x HTTP/1.1\r\nHost: any.example\r\n\r\n")
+    found = b""
+    while not found.endswith(b"one/x\n"):
+        found += one.recv(65536)
+    assert b"X-Server: s1" in found
+
+
+def test_hybrid_hands_over_to_an_agent_elsewhere(site: Lab) -> None:
+    """NEWFLOW with offsets and a window shift, by the bus."""
+    configured(site, binding="hybrid")
+    time.sleep(1)
+    file = site.make_file("download", 20_000_000)
+    target = site.directory / "l7-hybrid"
+    before = count(site, "hits"), statistics(site, "web-four")["closed"]
+    site.client().run("curl", "-gsSf", "--max-time", "30", "-o", str(target), url(VIP, "/download"), timeout=40)
+    assert hashlib.sha256(target.read_bytes()).hexdigest() == file
+    wait_until(lambda: count(site, "hits") - before[0] > 100, 5, "most of it went by the fast path")
+    wait_until(lambda: statistics(site, "web-four")["closed"] - before[1] == 1, 10, "its end")
 
 
 def test_a_controller_that_is_started_again(site: Lab) -> None:
