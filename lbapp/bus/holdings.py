@@ -73,7 +73,14 @@ class Desired:
         self._mark(number, TABLE)
 
     def greet(self, keys: tuple[bytes | None, bytes | None], current: int) -> None:
-        """Cookies shall be made and checked with these keys, new ones with that at ``current``."""
+        """Cookies shall be made and checked with these keys, new ones with that at ``current``.
+
+        Raises:
+            EncodeError: there is no such key, or one has another length than 16 bytes.
+        """
+        if current not in (0, 1) or keys[current] is None or any(
+                key is not None and len(key) != csmb.COOKIE_KEY_BYTES for key in keys):
+            raise EncodeError(Fault.VALUE, "keys of 16 bytes, and one of them in use")
         self.keys, self.keys_dirty = (keys, current), self._live
 
     def replace(self, servers: Iterable[VirtualServer], tables: Mapping[int, Iterable[Target]]) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 
 import pytest
@@ -102,3 +103,17 @@ def test_what_is_no_key_is_refused(tmp_path):
         keyfile.read(path)
     with pytest.raises(keyfile.KeyFileError, match="cannot make"):
         keyfile.ensure(path / "below" / "bus.key")
+
+
+def test_what_is_concealed_is_seen_with_the_key_and_the_place_alone():
+    keys = auth.derive(KEY, SAID, CS, DFS)
+    data = bytes(range(32))
+    hidden = auth.conceal(keys.concealing, 7, data)
+    # Exclusive or with HMAC-SHA256 of the place, eight bytes.
+    stream = hmac.digest(keys.concealing, (7).to_bytes(8, "big"), "sha256")
+    assert bytes(a ^ b for a, b in zip(hidden, stream, strict=True)) == data
+    assert auth.conceal(keys.concealing, 7, hidden) == data
+    assert auth.conceal(keys.concealing, 8, hidden) != data
+    assert auth.conceal(auth.derive(KEY, SAID, CS, b"e" * 32).concealing, 7, hidden) != data
+    assert auth.conceal(keys.concealing, 7, data[:5]) == hidden[:5]
+    assert len({keys.concealing, keys.csmb_cs, keys.csmb_dfs, keys.ssmb_cs, keys.ssmb_dfs}) == 5, "for nothing else"

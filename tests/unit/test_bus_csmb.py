@@ -239,3 +239,16 @@ class TestDesired:
         with pytest.raises(EncodeError):
             desired.distribute(5, [TARGET._replace(weight=70000)])
         assert desired.tables == {}
+
+    @pytest.mark.parametrize(("keys", "current"), [
+        ((b"a" * 16, None), 1), ((None, None), 0), ((b"a" * 15, None), 0), ((b"a" * 16, b"b" * 17), 0),
+        ((b"a" * 16, b"b" * 16), 2)])
+    def test_keys_that_cannot_be_said_are_not_taken(self, keys, current):
+        desired = Desired()
+        desired.greet((b"k" * 16, None), 0)
+        with pytest.raises(EncodeError):
+            desired.greet(keys, current)
+        desired.all_again()
+        assert desired.keys == ((b"k" * 16, None), 0) and desired.keys_dirty
+        desired.silence()
+        assert not desired.keys_dirty
