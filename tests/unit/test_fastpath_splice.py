@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lbapp.dataflow.fastpath import kernel, layout
+from lbapp.dataflow.fastpath import tables as tables_module
 from lbapp.dataflow.fastpath.layout import Ask, FlowKey, Reason, Result, Splice
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 from tests.fastpath_packets import (
@@ -345,3 +346,9 @@ def test_a_full_table() -> None:
         assert kernel.run(bench.programs["wire"], frame("10.0.7.3", VIRTUAL, flags=RST))[0] == SHOT
     finally:
         bench.close()
+
+
+@pytest.mark.parametrize(("connections", "spliced"), [(10, 10), (65_536, 65_536), (100_000, 65_536),
+                                                      (1 << 20, 1 << 18), (1_300_000, 325_000)])
+def test_how_many_may_be_spliced(connections: int, spliced: int) -> None:
+    assert tables_module._splices(connections) == spliced

@@ -39,6 +39,7 @@ from lbapp.dataflow.fastpath.layout import (
 LOG = logging.getLogger("lbapp.fastpath")
 
 MAX_CONNECTIONS = 1 << 20
+LEAST_SPLICES = 65_536
 HANDSHAKE_MS = 15_000
 """How long a client may take for its second packet: what a flood of SYN leaves does not stay longer."""
 HALF_CLOSED_MS = 300_000
@@ -77,7 +78,7 @@ class Tables:
             pins.mkdir(parents=True, exist_ok=True)
         self.pins = pins
         self._object = kernel.Object(program, pins, lambda name: name not in _NOT_PINNED,
-                                     {"flows": 2 * max_connections, "splices": max_connections})
+                                     {"flows": 2 * max_connections, "splices": _splices(max_connections)})
         maps = self._object.maps
         self.programs = self._object.programs
         self.maps: Mapping[str, kernel.Map] = maps
@@ -378,6 +379,12 @@ class Tables:
 
 
 _RESULTS = list(Result)
+
+
+def _splices(connections: int) -> int:
+    """How many of so many connections may be spliced: of a large table a quarter, for buckets cost memory before
+    anybody is in them."""
+    return max(connections // 4, min(connections, LEAST_SPLICES))
 
 
 def _now() -> int:
