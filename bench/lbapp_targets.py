@@ -256,6 +256,7 @@ OURS: tuple[Target, ...] = (
     Lbapp("lbapp-rules", "ROUND_ROBIN", state="rules"),
     Lbapp("lbapp-fastpath", "WEIGHTED_ROUND_ROBIN", ("--fastpath",), decision="switch"),
     Spliced("lbapp-splice", "ROUND_ROBIN", ("--fastpath",), binding="splice"),
+    Spliced("lbapp-hybrid", "ROUND_ROBIN", ("--fastpath",), binding="hybrid"),
     HandedOff("lbapp-handoff", "ROUND_ROBIN", ("--fastpath",), binding="handoff"),
     Lbapp("lbapp-agent", "ROUND_ROBIN", ("--fastpath",), decision="controller"),
 )

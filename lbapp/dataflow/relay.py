@@ -118,6 +118,7 @@ class Relay:
         self._traffic: dict[tuple[int, int], list[int]] = {}
         self._counts: Counter[str] = Counter()
         self._spliced: list[int] = []
+        self._spent: OrderedDict[int, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._by_serial)
@@ -300,7 +301,10 @@ class Relay:
                     return found
                 self._remove(known[0], Reason.SHUTDOWN)
         if len(self._by_serial) >= self.max_flows:
-            return Result.FULL
+            if not self._spent:
+                return Result.FULL
+            # What has ended, or somebody else has, is only kept for packets that come late.
+            self._remove(self._by_serial[next(iter(self._spent))], Reason.SHUTDOWN)
         one = _Connection((inbound[0], outbound[0]), (inbound[1], outbound[1]), self._clock())
         for side, key in enumerate(one.keys):
             self._flows[key] = one, side
@@ -316,6 +320,7 @@ class Relay:
 
     def _close(self, one: _Connection, reason: Reason = Reason.SHUTDOWN) -> None:
         one.closed = True
+        self._spent[one.sides[0].serial] = None
         if not one.told and not one.taken:
             one.told = True
             flow, (packets, back), (octets, octets_back) = one.sides[0], one.packets, one.octets
@@ -337,6 +342,7 @@ class Relay:
         for key in one.keys:
             self._flows.pop(key, None)
         self._by_serial.pop(one.sides[0].serial, None)
+        self._spent.pop(one.sides[0].serial, None)
 
     def hand_over(self, serial: int) -> Relayed | None:
         """Let a fast path have a connection, if it lives and its member is there; it is still translated here until
@@ -345,6 +351,7 @@ class Relay:
         if one is None or one.closed or one.taken or one.waits:
             return None
         one.taken = True
+        self._spent[serial] = None
         self._count_opened(one, -1)
         return Relayed(one.keys[0], *one.sides, one.splice)
 
@@ -353,6 +360,7 @@ class Relay:
         one = self._by_serial.get(serial)
         if one is not None and one.taken:
             one.taken = False
+            self._spent.pop(serial, None)
             self._count_opened(one, 1)
 
     def holds(self, serial: int) -> bool:

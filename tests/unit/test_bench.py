@@ -167,7 +167,7 @@ def test_added_latency_is_counted_from_the_same_round() -> None:
 
 def test_the_first_byte_is_timed_where_requests_are_read_and_where_nothing_is_between() -> None:
     assert {target.name for target in (*BASELINES, *OURS) if target.first_byte} == {
-        "bare", "haproxy-http", "nginx-http", "lbapp-splice", "lbapp-handoff"}
+        "bare", "haproxy-http", "nginx-http", "lbapp-splice", "lbapp-hybrid", "lbapp-handoff"}
     assert rounds.NOTHING_BETWEEN in command.BY_NAME
     assert set(report.LATENCY) <= set(rounds.METRICS)
 

@@ -341,6 +341,20 @@ def test_tables_are_bounded(here: Relay) -> None:
     assert len(here.queries()) == relay.MAX_ASKED and here.counters()["ask_lost"] == 5
 
 
+def test_what_has_ended_makes_room() -> None:
+    small = Relay(Clock(), most=2)
+    small.install([*pair(state=0, serial=1, port=40000), *pair(state=0, serial=2, port=40001)])
+    assert small.hand_over(1) is not None
+    small.take_back(1)
+    assert small.install(pair(serial=3, port=40002)) == [Result.FULL], "it was given back"
+    small.packet(WIRE, frame("10.0.0.1", "10.0.0.100", TCP, 40001, 80, flags=RST))
+    assert small.install(pair(state=0, serial=3, port=40002)) == [Result.OPENED]
+    assert small.serials() == [1, 3]
+    small.hand_over(3)
+    assert small.install(pair(serial=4, port=40003)) == [Result.OPENED] and small.serials() == [1, 4]
+    assert [one.serial for one in small.closed()] == [2], "each is told of once, by whoever has it"
+
+
 def test_sweeping(here: Relay, clock: Clock) -> None:
     for at in range(4):
         here.install(pair(state=0, serial=1 + at, port=40000 + at))
