@@ -15,7 +15,9 @@ from typing import Any
 
 import msgspec
 
-from lbapp.config.model import Member, Network, Pool, VirtualServer, canonical_address
+from lbapp.config.fields import canonical_address
+from lbapp.config.model import Member, Network, Pool, VirtualServer
+from lbapp.config.rows import DOCUMENTS
 from lbapp.site import FIELDS
 
 KINDS: dict[str, type[Any]] = {
@@ -37,7 +39,7 @@ def assignments(kind: str, words: Iterable[str]) -> dict[str, Any]:
     """
     cls = KINDS[kind]
     hints = typing.get_type_hints(cls, include_extras=True)
-    known = [field for field in FIELDS[cls] if field not in ("members", "default_pool_id", "l7_policies")]
+    known = [field for field in FIELDS[cls] if field not in DOCUMENTS | {"members", "default_pool_id"}]
     if cls is VirtualServer:
         known.append("pool")
     given: dict[str, Any] = {}

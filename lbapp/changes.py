@@ -9,9 +9,11 @@ their names are, members if their address and port are; the order of members mea
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lbapp.config.model import L7Policy, Member, PolicyAction
+from lbapp.config.monitor import Monitor
 from lbapp.site import DEFAULTS, FIELDS, KINDS, WORDS, Resource, Site, plain_value
 
 
@@ -82,8 +84,8 @@ def _described(resource: Resource) -> tuple[FieldChange, ...]:
         value = getattr(resource, field)
         if field == "members":
             described += [FieldChange(f"members[{_key(member)}]", None, summary(member)) for member in value]
-        elif field == "l7_policies":
-            described += [FieldChange(f"l7_policies[{policy.name}]", None, policy_summary(policy)) for policy in value]
+        elif field in NAMED:
+            described += [FieldChange(f"{field}[{one.name}]", None, NAMED[field](one)) for one in value]
         elif field != "name" and not (field in defaults and defaults[field] == value):
             described.append(FieldChange(_shown_field(field), None, plain_value(value)))
     return tuple(described)
@@ -95,6 +97,10 @@ def summary(member: Member) -> str:
     words += [f"name {member.name}"] if member.name else []
     words += [] if member.admin_state_up else ["disabled"]
     words += ["draining"] if member.draining else []
+    defaults = DEFAULTS[Member]
+    words += [f"{field} {plain_value(getattr(member, field))}" for field in (
+        "drain_timeout", "priority", "connection_limit", "health", "monitor_address", "monitor_port")
+        if getattr(member, field) != defaults[field]]
     return ", ".join(words)
 
 
@@ -106,8 +112,8 @@ def _compared(old: Any, new: Any) -> tuple[FieldChange, ...]:
             continue
         if field == "members":
             changes += _members(before, after)
-        elif field == "l7_policies":
-            changes += _policies(before, after)
+        elif field in NAMED:
+            changes += _named(field, before, after)
         else:
             changes.append(FieldChange(_shown_field(field), plain_value(before), plain_value(after)))
     return tuple(changes)
@@ -124,14 +130,25 @@ def policy_summary(policy: L7Policy) -> str:
     return f"{rules}: {policy.action.value} {to}".rstrip() + ("" if policy.admin_state_up else ", disabled")
 
 
-def _policies(before: tuple[L7Policy, ...], after: tuple[L7Policy, ...]) -> list[FieldChange]:
-    old, new = ({policy.name: policy for policy in policies} for policies in (before, after))
-    changes = [FieldChange(f"l7_policies[{name}]", policy_summary(old[name]) if name in old else None,
-                           policy_summary(policy)) for name, policy in new.items() if old.get(name) != policy]
-    changes += [FieldChange(f"l7_policies[{name}]", policy_summary(policy), None) for name, policy in old.items()
+def monitor_summary(monitor: Monitor) -> str:
+    """A monitor in a line: its type, and what is not as it would be without saying so."""
+    plain = plain_value(monitor)
+    return ", ".join([plain.pop("type"), *(f"{field} {value}" for field, value in plain.items() if field != "name")])
+
+
+NAMED: dict[str, Callable[[Any], str]] = {"l7_policies": policy_summary, "monitors": monitor_summary}
+"""Fields that hold parts with names, and how one of them is told in a line."""
+
+
+def _named(field: str, before: tuple[Any, ...], after: tuple[Any, ...]) -> list[FieldChange]:
+    summary_of = NAMED[field]
+    old, new = ({one.name: one for one in parts} for parts in (before, after))
+    changes = [FieldChange(f"{field}[{name}]", summary_of(old[name]) if name in old else None, summary_of(one))
+               for name, one in new.items() if old.get(name) != one]
+    changes += [FieldChange(f"{field}[{name}]", summary_of(one), None) for name, one in old.items()
                 if name not in new]
     if [name for name in old if name in new] != [name for name in new if name in old]:
-        changes.append(FieldChange("l7_policies, order", ", ".join(old), ", ".join(new)))
+        changes.append(FieldChange(f"{field}, order", ", ".join(old), ", ".join(new)))
     return changes
 
 

@@ -16,6 +16,7 @@ import difflib
 import enum
 import gc
 import re
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ import msgspec
 import yaml
 
 from lbapp.config.model import L7Policy, L7Rule, Member, Network, Pool, VirtualServer
+from lbapp.config.monitor import Damping, Header, Monitor, Passive
+from lbapp.config.pool import Distribution, Persistence, Sorry, Waiting
 
 Resource = Network | Pool | VirtualServer
 R = TypeVar("R", Network, Pool, VirtualServer)
@@ -50,7 +53,8 @@ def optional_fields(cls: type[msgspec.Struct]) -> dict[str, Any]:
             for info in msgspec.structs.fields(cls) if not info.required}
 
 
-MODEL: tuple[type[Any], ...] = (Member, L7Policy, L7Rule, *KINDS.values())
+MODEL: tuple[type[Any], ...] = (Member, L7Policy, L7Rule, Monitor, Header, Passive, Damping, Persistence, Distribution,
+                                Waiting, Sorry, *KINDS.values())
 DEFAULTS: dict[type, dict[str, Any]] = {cls: optional_fields(cls) for cls in MODEL}
 FIELDS: dict[type, tuple[str, ...]] = {
     cls: tuple(name for name in cls.__struct_fields__ if name not in GIVEN_BY_STORE) for cls in MODEL
@@ -73,11 +77,13 @@ class Site:
 def plain_value(value: Any) -> Any:
     """A field's value as JSON has it."""
     if isinstance(value, tuple):
-        return [_plain(one) for one in value]
+        return [plain_value(one) for one in value]
+    if isinstance(value, msgspec.Struct):
+        return _plain(value)
     return value.value if isinstance(value, enum.Enum) else value
 
 
-def _plain(resource: Resource | Member | L7Policy | L7Rule) -> dict[str, Any]:
+def _plain(resource: msgspec.Struct) -> dict[str, Any]:
     cls = type(resource)
     defaults = DEFAULTS[cls]
     plain: dict[str, Any] = {}
@@ -369,9 +375,19 @@ def explain(error: Exception, cls: type[msgspec.Struct], raw: Any) -> tuple[str,
 
 def _owner(field: str, cls: type[msgspec.Struct]) -> type[msgspec.Struct]:
     """The class of what lies at a path."""
-    if field.startswith("l7_policies["):
-        return L7Rule if ".rules[" in field else L7Policy
-    return Member if field.startswith("members[") else cls
+    names = [name for name, _ in _STEP.findall(field) if name]
+    for name in names:
+        inner = next((info.type for info in msgspec.structs.fields(cls) if info.name == name), None)
+        found = [one for one in MODEL if one in _parts(inner)]
+        if not found:
+            break
+        cls = found[0]
+    return cls
+
+
+def _parts(hint: Any) -> set[Any]:
+    """All classes within a type."""
+    return {hint, *(part for one in typing.get_args(hint) for part in _parts(one))}
 
 
 def _at(raw: Any, path: str) -> Any:

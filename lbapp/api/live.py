@@ -16,7 +16,7 @@ from lbapp.api.errors import ApiError, Problem, from_validation, invalid
 from lbapp.api.requests import json_object, limit_of, query
 from lbapp.api.resources import Answer, ok
 from lbapp.api.views import ConnectionView, Runtime, StatisticsView
-from lbapp.config.model import canonical_address
+from lbapp.config.fields import canonical_address
 from lbapp.config.snapshot import breathe
 from lbapp.handoffs import MOST_AGENTS, MOST_LISTENERS
 

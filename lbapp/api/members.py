@@ -27,7 +27,8 @@ from lbapp.api.requests import (
 )
 from lbapp.api.resources import Answer, apply, lookup, member_view, ok, page
 from lbapp.api.views import Runtime
-from lbapp.config.model import Member, Pool, canonical_address
+from lbapp.config.fields import canonical_address
+from lbapp.config.model import Member, Pool
 from lbapp.config.rows import with_members
 from lbapp.config.store import Change, Expect, Snapshot, Store, Update, new_id
 

@@ -218,6 +218,7 @@ class _Planner:
         fitting = Fitting(self._draft)
         for server in breathe(self._affected()):
             self._check_server(server, fitting)
+        self._check_fallbacks(fitting)
         for resource, key, owner in self._draft.reindex():
             other = self._draft.get(key.kind, owner)
             raise Conflict(f"{key.text} belongs to {WORDS[key.kind]} {other.name if other else owner} already",
@@ -257,6 +258,24 @@ class _Planner:
                 raise Invalid(f"{field}: expected the name of a pool that exists, got {name!r}", field,
                               self._blame.get(server.id))
             self._check_fit(server, named, fitting, field)
+
+    def _check_fallbacks(self, fitting: Fitting) -> None:
+        """A pool that another one falls back to exists, and does not go away."""
+        lost: set[str] = set()
+        for (kind, identifier), before in self._draft.touched.items():
+            after = self._draft.get(kind, identifier)
+            if isinstance(before, Pool) and (after is None or after.name != before.name):
+                lost.add(before.name)
+            if isinstance(after, Pool) and after.fallback_pool is not None and (
+                    fitting.pool(after.fallback_pool) is None):
+                raise Invalid(f"fallback_pool: expected the name of a pool that exists, got {after.fallback_pool!r}",
+                              "fallback_pool", self._blame.get(identifier))
+        lost = {name for name in lost if fitting.pool(name) is None}
+        for pool in breathe(self._draft.all(Pool).values()) if lost else ():
+            if pool.fallback_pool in lost:
+                removed = self._base.find(Pool, pool.fallback_pool)
+                raise Conflict(f"pool {pool.fallback_pool} is the fallback_pool of pool {pool.name}",
+                               change=self._blame.get(removed.id) if removed is not None else None)
 
     def _check_fit(self, server: VirtualServer, pool: Pool, fitting: Fitting, named_in: str) -> None:
         clash = fitting.clash(server, pool, named_in)

@@ -15,36 +15,42 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import netaddr
-import re2
 
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$(?!\n)")]
-MemberName = Annotated[str, msgspec.Meta(max_length=255, pattern=r"^[A-Za-z0-9._:-]*$(?!\n)")]
-Text = Annotated[str, msgspec.Meta(max_length=1024, pattern=r"^[^\u0000]*$")]
-Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-Weight = Annotated[int, msgspec.Meta(ge=0, le=256)]
-Seconds = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-ConnectionLimit = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
-Number = Annotated[int, msgspec.Meta(ge=0, lt=2**24)]
-RuleText = Annotated[str, msgspec.Meta(max_length=512, pattern=r"^[^\u0000\r\n]*$(?!\n)")]
-Location = Annotated[str, msgspec.Meta(min_length=1, max_length=2048, pattern=r"^[!-~]+$(?!\n)")]
+from lbapp.config.fields import (
+    TOKEN,
+    UNLIMITED,
+    Burst,
+    ConnectionLimit,
+    Location,
+    Name,
+    Number,
+    Port,
+    Rate,
+    RuleText,
+    Seconds,
+    Text,
+    address_field,
+    check_regex,
+    octets,
+    set_field,
+    unicast_field,
+)
+from lbapp.config.pool import Algorithm, Member, Persistence, PersistenceType, Pool
+
+__all__ = [
+    "AUTO_SWITCH_ALGORITHMS", "INSPECT_MOST", "KEYED", "REDIRECT_CODES", "RULE_TYPES", "SWITCH_ALGORITHMS",
+    "UNLIMITED", "Algorithm", "Application", "Binding", "CompareType", "Configuration", "Decision", "L7Policy",
+    "L7Rule", "Member", "Name", "Network", "Persistence", "PersistenceType", "PolicyAction", "Pool", "Protocol",
+    "RuleType", "State", "VirtualServer",
+]
 
 INSPECT_MOST = 4096
 REDIRECT_CODES = (301, 302, 303, 307, 308)
-REGEX = re2.Options()
-"""How regular expressions are read: bytes, bounded memory, and no complaint on standard error."""
-REGEX.encoding = re2.Options.Encoding.LATIN1
-REGEX.log_errors = False
-REGEX.max_mem = 1 << 20
-REGEX_MOST = 500
-"""Instructions of a compiled regular expression: larger ones no longer fit into that memory, and are slow then."""
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _PLACE = re.compile(r"(?:(?:lp8:|lp16:)?([0-9]{1,4}))?")
-
-UNLIMITED = -1
 
 
 class Protocol(enum.Enum):
@@ -57,17 +63,6 @@ class Protocol(enum.Enum):
     def number(self) -> int:
         """The IP protocol number."""
         return 6 if self is Protocol.TCP else 17
-
-
-class Algorithm(enum.Enum):
-    """How a pool's member is selected for a new connection."""
-
-    ROUND_ROBIN = "ROUND_ROBIN"
-    WEIGHTED_ROUND_ROBIN = "WEIGHTED_ROUND_ROBIN"
-    LEAST_CONNECTIONS = "LEAST_CONNECTIONS"
-    SOURCE_IP = "SOURCE_IP"
-    CONSISTENT_HASH = "CONSISTENT_HASH"
-    RANDOM_TWO_CHOICES = "RANDOM_TWO_CHOICES"
 
 
 class State(enum.Enum):
@@ -167,93 +162,6 @@ AUTO_SWITCH_ALGORITHMS = SWITCH_ALGORITHMS - {Algorithm.ROUND_ROBIN}
 """Algorithms that ``decision: auto`` leaves to the switch."""
 
 
-def _words(error: Exception) -> str:
-    text = error.args[0] if error.args else ""
-    return text.decode("latin-1") if isinstance(text, bytes) else str(text)
-
-
-def canonical_address(value: str) -> str:
-    """Return the canonical text of an IPv4 or IPv6 address.
-
-    Raises:
-        ValueError: the text is not an address, or it carries a prefix length.
-    """
-    try:
-        address = netaddr.IPAddress(value, flags=netaddr.INET_PTON)
-    except (netaddr.AddrFormatError, ValueError, TypeError) as error:
-        raise ValueError(f"expected an IPv4 or IPv6 address, got {value!r}") from error
-    return str(address)
-
-
-def _set(resource: Any, field: str, value: Any) -> None:
-    msgspec.structs.force_setattr(resource, field, value)
-
-
-def _address_field(resource: Any, field: str) -> None:
-    value = getattr(resource, field)
-    if value is None:
-        return
-    try:
-        _set(resource, field, canonical_address(value))
-    except ValueError as error:
-        raise ValueError(f"{field}: {error}") from None
-
-
-def _unicast(resource: Any, field: str) -> None:
-    value = getattr(resource, field)
-    if value is None:
-        return
-    address = netaddr.IPAddress(value)
-    if address.is_multicast() or int(address) == 0 or value == "255.255.255.255" or address.is_loopback():
-        raise ValueError(f"{field}: expected a unicast address that hosts can have, got {value!r}")
-
-
-class Member(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=False):
-    """A server of a pool.
-
-    ``number`` is given by the store, is never used twice, and is what the switch writes into
-    ``ct_mark``; it is what lets connections survive a restart of the controller.
-    """
-
-    address: str
-    protocol_port: Port
-    id: str = ""
-    name: MemberName = ""
-    number: Number = 0
-    weight: Weight = 1
-    admin_state_up: bool = True
-    draining: bool = False
-
-    def __post_init__(self) -> None:
-        _address_field(self, "address")
-        _unicast(self, "address")
-
-    @property
-    def takes_new(self) -> bool:
-        """Whether its configuration lets it have new connections."""
-        return self.admin_state_up and not self.draining and self.weight > 0
-
-
-class Pool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Members, and how one of them is selected."""
-
-    name: Name
-    id: str = ""
-    description: Text = ""
-    lb_algorithm: Algorithm = Algorithm.ROUND_ROBIN
-    admin_state_up: bool = True
-    members: tuple[Member, ...] = ()
-
-    def __post_init__(self) -> None:
-        seen: set[tuple[str, int]] = set()
-        for index, member in enumerate(self.members):
-            key = (member.address, member.protocol_port)
-            if key in seen:
-                raise ValueError(f"members[{index}]: address {member.address} with protocol_port "
-                                 f"{member.protocol_port} is already a member of this pool")
-            seen.add(key)
-
-
 class L7Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One condition on what a client said (names are Octavia's).
 
@@ -275,28 +183,18 @@ class L7Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ValueError(f"key: expected the name of a {self.type.value.lower()}, for type {self.type.value}")
         if self.key and self.type not in KEYED and self.type is not RuleType.DATA:
             raise ValueError(f"key: expected none with type {self.type.value}")
-        if self.type is RuleType.HEADER and not _TOKEN.fullmatch(self.key):
+        if self.type is RuleType.HEADER and not TOKEN.fullmatch(self.key):
             raise ValueError(f"key: expected a header's name, got {self.key!r}")
         place = _PLACE.fullmatch(self.key)
         if self.type is RuleType.DATA and (place is None or int(place[1] or 0) >= INSPECT_MOST):
             raise ValueError(f"key: expected an offset, lp8:OFFSET or lp16:OFFSET, each below "
                              f"{INSPECT_MOST}, got {self.key!r}")
         if self.type is RuleType.DATA and self.value.startswith("hex:"):
-            try:
-                bytes.fromhex(self.value[4:])
-            except ValueError:
-                raise ValueError(f"value: expected hexadecimal digits behind hex:, got {self.value!r}") from None
+            octets("value", self.value)
             if self.compare_type is CompareType.REGEX:
                 raise ValueError("value: expected no hex: with compare_type REGEX (write \\x00 there)")
         if self.compare_type is CompareType.REGEX:
-            try:
-                size = re2.compile(self.value.encode(), REGEX).programsize
-                if size > REGEX_MOST:
-                    raise ValueError(f"value: expected a regular expression of at most {REGEX_MOST} instructions, got "
-                                     f"{self.value!r} with {size}")
-            except re2.error as error:
-                raise ValueError(f"value: expected a regular expression of RE2, got {self.value!r} "
-                                 f"({_words(error)})") from None
+            check_regex("value", self.value)
 
 
 class L7Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -359,6 +257,8 @@ class VirtualServer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         l7_policies: in their order; where none matches, ``default_pool_id`` it is.
         inspect_bytes: with ``application: raw``, how much of it decides.
         inspect_timeout: seconds a client may take to say enough.
+        rate_limit, rate_burst: new connections a second, and how many at once (0: a second's worth); -1: no limit.
+        client_rate_limit, client_rate_burst: the same for each client network of ``client_prefix_v4`` or ``_v6`` bits.
     """
 
     name: Name
@@ -387,13 +287,19 @@ class VirtualServer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     l7_policies: Annotated[tuple[L7Policy, ...], msgspec.Meta(max_length=256)] = ()
     inspect_bytes: Annotated[int, msgspec.Meta(ge=1, le=INSPECT_MOST)] = 64
     inspect_timeout: Annotated[int, msgspec.Meta(ge=1, le=60)] = 10
+    rate_limit: Rate = UNLIMITED
+    rate_burst: Burst = 0
+    client_rate_limit: Rate = UNLIMITED
+    client_rate_burst: Burst = 0
+    client_prefix_v4: Annotated[int, msgspec.Meta(ge=8, le=32)] = 32
+    client_prefix_v6: Annotated[int, msgspec.Meta(ge=16, le=128)] = 64
 
     def __post_init__(self) -> None:
-        _address_field(self, "vip_address")
-        _address_field(self, "next_hop")
-        _unicast(self, "next_hop")
+        address_field(self, "vip_address")
+        address_field(self, "next_hop")
+        unicast_field(self, "next_hop")
         if not self.wildcard_address:
-            _unicast(self, "vip_address")
+            unicast_field(self, "vip_address")
         if self.route_by_destination and self.next_hop is not None:
             raise ValueError("next_hop: expected none while route_by_destination is true")
         if not self.route_by_destination and self.next_hop is None:
@@ -478,7 +384,7 @@ class VirtualServer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         """Whether the switch itself selects the member of a new connection."""
         if self.decision is Decision.CONTROLLER or self.state is State.RULES or pool is None:
             return False
-        if self.connection_limit != UNLIMITED or self.application is not Application.L4:
+        if self.connection_limit != UNLIMITED or self.application is not Application.L4 or pool.needs_controller:
             return False
         allowed = SWITCH_ALGORITHMS if self.decision is Decision.SWITCH else AUTO_SWITCH_ALGORITHMS
         return pool.lb_algorithm in allowed
@@ -488,7 +394,7 @@ class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A network in which the balancer has an address of its own (003, FIGURE 2).
 
     Hosts there may use ``address`` as their gateway. ``gateway`` is a router of that network
-    that leads to everywhere else.
+    that leads to everywhere else. Members there are checked from ``monitor_address``.
     """
 
     name: Name
@@ -497,6 +403,7 @@ class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     id: str = ""
     description: Text = ""
     gateway: str | None = None
+    monitor_address: str | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -505,15 +412,17 @@ class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ValueError(f"cidr: expected a network such as 10.0.0.0/24, got {self.cidr!r}") from error
         if network.ip != network.network:
             raise ValueError(f"cidr: expected no host bits, such as {network.cidr}, got {self.cidr!r}")
-        _set(self, "cidr", str(network.cidr))
-        for field in ("address", "gateway"):
-            _address_field(self, field)
-            _unicast(self, field)
+        set_field(self, "cidr", str(network.cidr))
+        for field in ("address", "gateway", "monitor_address"):
+            address_field(self, field)
+            unicast_field(self, field)
             value = getattr(self, field)
             if value is not None and netaddr.IPAddress(value) not in network:
                 raise ValueError(f"{field}: expected an address inside {self.cidr}, got {value}")
         if self.gateway == self.address:
             raise ValueError("gateway: expected another address than the balancer's own")
+        if self.monitor_address is not None and self.monitor_address in (self.address, self.gateway):
+            raise ValueError("monitor_address: expected another address than the balancer's own and the gateway's")
 
 
 class Configuration(msgspec.Struct, frozen=True, kw_only=True):

@@ -36,7 +36,8 @@ CLASSES: dict[str, Any] = {table: cls for cls, table in TABLES.items()}
 NOT_COLUMNS = frozenset({"id", "members"})
 """The row's own UUID, and rows of another table."""
 REFERENCES = frozenset({"default_pool_id", "pool_id"})
-DOCUMENTS = frozenset({"l7_policies"})
+DOCUMENTS = frozenset({"l7_policies", "monitors", "passive", "damping", "sorry", "persistence", "distribution",
+                       "waiting"})
 """Columns that hold JSON: what belongs to one resource alone, in an order, and is never looked for."""
 EMPTY: list[Any] = ["set", []]
 
@@ -50,8 +51,8 @@ MONITORED: dict[str, list[str]] = {
 }
 MONITORED["Member"].append("pool_id")
 
-_ADDRESSES = {"Virtual_Server": ("vip_address", "next_hop"), "Pool": (), "Member": ("address",),
-              "Network": ("address", "gateway", "cidr")}
+_ADDRESSES = {"Virtual_Server": ("vip_address", "next_hop"), "Pool": (), "Member": ("address", "monitor_address"),
+              "Network": ("address", "gateway", "monitor_address", "cidr")}
 
 
 def reference(identifier: str) -> list[str]:

@@ -15,6 +15,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from lbapp.config.model import SWITCH_ALGORITHMS, Configuration, Decision, Network, Pool, VirtualServer
+from lbapp.config.pool import READ_PERSISTENCE
 from lbapp.config.rows import Resource
 
 T = TypeVar("T")
@@ -213,6 +214,7 @@ def matters(before: Pool | None, after: Pool | None) -> bool:
     if before is None or after is None:
         return before is not after
     return (before.lb_algorithm is not after.lb_algorithm or before.name != after.name
+            or before.persistence != after.persistence or before.needs_controller != after.needs_controller
             or {":" in member.address for member in before.members}
             != {":" in member.address for member in after.members})
 
@@ -230,9 +232,13 @@ class Fitting:
         for index, policy in enumerate(server.l7_policies):
             if policy.redirect_pool is None:
                 continue
-            if self._named is None:
-                self._named = {pool.name: pool for pool in self._draft.all(Pool).values()}
-            yield f"l7_policies[{index}].redirect_pool", policy.redirect_pool, self._named.get(policy.redirect_pool)
+            yield f"l7_policies[{index}].redirect_pool", policy.redirect_pool, self.pool(policy.redirect_pool)
+
+    def pool(self, name: str) -> Pool | None:
+        """A pool of the draft by its name."""
+        if self._named is None:
+            self._named = {pool.name: pool for pool in self._draft.all(Pool).values()}
+        return self._named.get(name)
 
     def clash(self, server: VirtualServer, pool: Pool, field: str = "default_pool_id") -> Clash | None:
         """What is wrong between the two, if anything; ``field`` is what names the pool."""
@@ -241,6 +247,15 @@ class Fitting:
             return Clash("decision", "lb_algorithm",
                          f"expected a pool's lb_algorithm that the switch can do ({able}) with decision switch; "
                          f"virtual server {server.name}, pool {pool.name} with {pool.lb_algorithm.value}")
+        persistence = pool.persistence
+        wanted = None if persistence is None else READ_PERSISTENCE.get(persistence.type)
+        if persistence is not None and wanted not in (None, server.application.value):
+            return Clash("application", "persistence.type",
+                         f"expected {wanted} with a pool's persistence of type {persistence.type.value}; virtual "
+                         f"server {server.name} with {server.application.value}, pool {pool.name}")
+        if server.decision is Decision.SWITCH and pool.needs_controller:
+            return Clash("decision", "persistence", "expected auto or controller with a pool that has persistence or "
+                         f"members of a connection_limit; virtual server {server.name}, pool {pool.name}")
         if not server.translate_address:
             return None
         index = self._first_foreign(pool, server.version)

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import re2
 
-from lbapp.config.model import REGEX, CompareType, L7Policy, L7Rule, RuleType
+from lbapp.config.fields import REGEX
+from lbapp.config.model import CompareType, L7Policy, L7Rule, RuleType
 from lbapp.control.l7.outcomes import printable
 from lbapp.control.l7.request import Request
 from lbapp.control.l7.tls import ClientHello
