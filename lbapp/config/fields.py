@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import netaddr
@@ -27,6 +29,7 @@ Burst = Annotated[int, msgspec.Meta(ge=0, le=10_000_000)]
 Duration = Annotated[float, msgspec.Meta(ge=0.05, le=86_400)]
 """Seconds, or parts of one."""
 
+R = TypeVar("R", bound=msgspec.Struct)
 UNLIMITED = -1
 REGEX = re2.Options()
 """How regular expressions are read: bytes, bounded memory, and no complaint on standard error."""
@@ -55,6 +58,14 @@ def canonical_address(value: str) -> str:
 def set_field(resource: Any, field: str, value: Any) -> None:
     """Write a field of a resource that is being made."""
     msgspec.structs.force_setattr(resource, field, value)
+
+
+def replaced(resource: R, changes: Mapping[str, object]) -> R:
+    """A copy of a resource with other values, which are known to be right."""
+    copied = copy.copy(resource)
+    for field, value in changes.items():
+        set_field(copied, field, value)
+    return copied
 
 
 def address_field(resource: Any, field: str) -> None:
