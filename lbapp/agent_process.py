@@ -303,9 +303,7 @@ class AgentProcess:
     def _count(self, *peers: CsPeer) -> None:
         if not peers:
             return
-        fastpath = self.agent.fastpath
-        counters = {**fastpath.counters(), **self.agent.counters}
-        traffic = fastpath.service_stats()
+        counters, traffic = self.agent.told(), self.agent.fastpath.service_stats()
         for peer in peers:
             own = self.segments.traffic(peer.identity, traffic)
             told = (self.agent.held, counters, own)

@@ -199,9 +199,8 @@ class LocalLink:
 
     def read(self) -> Reading:
         """See :class:`lbapp.fastpaths.Link`."""
-        fastpath = self.agent.fastpath
-        return Reading(self.agent.held, {**fastpath.counters(), **self.agent.counters},
-                       {key: MemberTraffic(*traffic) for key, traffic in fastpath.service_stats().items()})
+        return Reading(self.agent.held, self.agent.told(), {
+            key: MemberTraffic(*traffic) for key, traffic in self.agent.fastpath.service_stats().items()})
 
     def connections(self, limit: int) -> Iterator[Held]:
         """See :class:`lbapp.fastpaths.Link`."""

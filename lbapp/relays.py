@@ -171,7 +171,7 @@ class RelayLink:
 
     def read(self) -> Reading:
         """See :class:`lbapp.fastpaths.Link`."""
-        return Reading(len(self.relay), {**self.relay.counters(), **self.agent.counters},
+        return Reading(len(self.relay), self.agent.told(),
                        {key: MemberTraffic(*traffic) for key, traffic in self.relay.service_stats().items()})
 
     def connections(self, limit: int) -> Iterator[Held]:

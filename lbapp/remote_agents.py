@@ -24,6 +24,7 @@ from lbapp.bus.ssmb import Lost
 from lbapp.bus.transport import CsClient
 from lbapp.control.messages import AppQuery, AppReply, Delete, NewFlow, Query, Reap, Refused, Reply, Reset, Stats
 from lbapp.control_segments import announce
+from lbapp.dataflow.agent import HELD
 from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution
 from lbapp.fastpaths import FastPaths, MemberTraffic, Reading
@@ -95,7 +96,7 @@ class Totals:
     @property
     def counters(self) -> dict[str, int]:
         """By name."""
-        return {name: total for name, (_, total) in self._counters.items()}
+        return {name: last if name == HELD else total for name, (last, total) in self._counters.items()}
 
     @property
     def members(self) -> dict[tuple[int, int], MemberTraffic]:

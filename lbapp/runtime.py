@@ -30,6 +30,7 @@ from lbapp.api.views import (
 from lbapp.config.model import Application, Binding, Configuration, Member, Pool, State, VirtualServer
 from lbapp.config.routing import Routes
 from lbapp.control.engine import Chosen
+from lbapp.dataflow.agent import HELD
 from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.matches import address_text
 from lbapp.dataflow.ovs import OvsError
@@ -337,7 +338,8 @@ class ControllerRuntime:
         if reading is None or not any(reading.counters.values()):
             return None
         return RelayStatistics(connections=reading.connections or 0, packets=reading.counters["hits"],
-                               handshakes=_named(reading, HANDSHAKES), drops=_named(reading, DROPS))
+                               handshakes=_named(reading, HANDSHAKES),
+                               handshakes_held=reading.counters.get(HELD, 0), drops=_named(reading, DROPS))
 
     def _of_switch(self, switch: Any, reading: Reading | None, relay: Reading | None,
                    opened: int) -> SwitchStatistics:
@@ -356,7 +358,8 @@ class ControllerRuntime:
                 connections=reading.connections, hits=reading.counters.get("hits", 0),
                 misses={name.removeprefix("miss_"): count for name, count in reading.counters.items()
                         if name.startswith("miss_")},
-                handshakes=_named(reading, HANDSHAKES), drops=_named(reading, DROPS),
+                handshakes=_named(reading, HANDSHAKES), handshakes_held=reading.counters.get(HELD, 0),
+                drops=_named(reading, DROPS),
                 **{name: told[name] for name in ("queries", "query_messages", "deletes", "delete_messages")}))
 
     # -------------------------------------------------------------- agents beside servers

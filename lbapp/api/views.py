@@ -155,6 +155,7 @@ class FastPathStatistics(msgspec.Struct, frozen=True, kw_only=True):
         hits: packets that it translated itself.
         misses: packets that it left to Open vSwitch, by reason.
         handshakes: of virtual servers that read what clients say: SYNs answered with a cookie, and what came of them.
+        handshakes_held: how many of these are held now: the client has spoken, and no member has the connection yet.
         drops: what found no room or no answer, by reason.
         queries, deletes: first packets asked about, closed connections told of, one by one (unbundled).
         query_messages, delete_messages: the messages that carried them (bundled).
@@ -164,6 +165,7 @@ class FastPathStatistics(msgspec.Struct, frozen=True, kw_only=True):
     hits: Count = 0
     misses: dict[str, int] = {}
     handshakes: dict[str, int] = {}
+    handshakes_held: Count = 0
     drops: dict[str, int] = {}
     queries: Count = 0
     query_messages: Count = 0
@@ -178,13 +180,14 @@ class RelayStatistics(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         connections: those that it holds now.
         packets: those that it translated.
-        handshakes: as a fast path's.
+        handshakes, handshakes_held: as a fast path's.
         drops: what found no room or no answer, by reason.
     """
 
     connections: Count = 0
     packets: Count = 0
     handshakes: dict[str, int] = {}
+    handshakes_held: Count = 0
     drops: dict[str, int] = {}
 
 

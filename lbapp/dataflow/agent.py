@@ -66,6 +66,9 @@ LINGER_MS = 5000
 """How long a closed connection still translates what comes late."""
 SHORT_LINGER_MS = 250
 """The same where the table is nearly full."""
+HELD = "proxy_held"
+"""Of what an agent tells by name the one that does not only grow: clients whose handshake is proxied, and whose
+connection no member has yet."""
 
 _REASONS: dict[int, Reason] = {layout.Reason.SHUTDOWN: Reason.SHUTDOWN, layout.Reason.IDLE: Reason.IDLE,
             layout.Reason.OVERFLOW: Reason.OVERFLOW, layout.Reason.DELETED: Reason.DELETED}
@@ -451,6 +454,10 @@ class Agent(Generic[Path]):
         """Connections that were entered into the table so far."""
         counters = self.fastpath.counters()
         return counters["opened_here"] + counters["opened_installed"]
+
+    def told(self) -> dict[str, int]:
+        """What the fast path and the agent have counted, by name, and how many handshakes are held half-way."""
+        return {**self.fastpath.counters(), **self.counters, HELD: len(self.proxy)}
 
     def room(self, swept: layout.Swept) -> int:
         """How many connections may come after this sweep before the next one is due."""

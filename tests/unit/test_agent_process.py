@@ -36,6 +36,7 @@ from lbapp.control.messages import (
     Translation,
 )
 from lbapp.control_segments import announce
+from lbapp.dataflow.agent import HELD
 from lbapp.dataflow.distribution import Distribution, Greeting, Target
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.layout import Hash, Mode, ServiceKey
@@ -250,9 +251,9 @@ def test_what_was_counted_is_told_when_it_changes(site: Site) -> None:
     site.fast.traffic = {(number, 3): layout.Traffic(4, 1, 40, 4000)}
     process.agent.held = 3
     process.agent.counters["refused"] = 2
-    expected = Counted(3, {"hits": 1, "refused": 2}, (Traffic(50, 3, 4, 1, 40, 4000),))
+    expected = Counted(3, {"hits": 1, "refused": 2, HELD: 0}, (Traffic(50, 3, 4, 1, 40, 4000),))
     until(lambda: expected in heard)
-    until(lambda: Counted(3, {"hits": 1, "refused": 2}, ()) in other)
+    until(lambda: Counted(3, {"hits": 1, "refused": 2, HELD: 0}, ()) in other)
     eventlet.sleep(0.3)
     assert heard.count(expected) == 1, "once"
 
@@ -268,7 +269,7 @@ def test_what_is_heard_first_is_from_before_anything_begins(site: Site, monkeypa
     process.agent.configure = traffic_at_once  # type: ignore[method-assign]
     _, heard = site.segment(77, made(50, 80))
     until(lambda: Counted(0, {"hits": 2}, ()) in heard)
-    assert next(one for one in heard if isinstance(one, Counted)) == Counted(0, {"hits": 1}, ())
+    assert next(one for one in heard if isinstance(one, Counted)) == Counted(0, {"hits": 1, HELD: 0}, ())
 
 
 def test_work_that_fails_goes_on(site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

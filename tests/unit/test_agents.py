@@ -45,6 +45,9 @@ class Agent:
             counters=lambda: {"hits": 9}, service_stats=lambda: {(7, 3): layout.Traffic(1, 2, 3, 4)},
             close=lambda keep: self.kept.append(keep))
 
+    def told(self) -> dict[str, int]:
+        return {**self.fastpath.counters(), **self.counters}
+
     def come(self, *queries: int) -> None:
         self.waiting += queries
         os.write(self.rings, b"x")

@@ -35,6 +35,7 @@ from lbapp.control.messages import (
     Stats,
     Translation,
 )
+from lbapp.dataflow.agent import HELD
 from lbapp.dataflow.distribution import Distribution, Greeting
 from lbapp.dataflow.fastpath.layout import Hash, Mode
 from lbapp.fastpaths import MemberTraffic
@@ -82,6 +83,13 @@ def test_a_process_that_is_started_again_counts_on_for_its_own_part() -> None:
     totals.take(counted(10, refused=4))
     totals.take(counted(20, refused=1))
     assert totals.counters == {"hits": 20, "refused": 5}
+
+
+def test_what_is_held_half_way_is_told_as_it_is() -> None:
+    totals = Totals()
+    for held in (7, 3, 5):
+        totals.take(counted(10, **{HELD: held}))
+        assert totals.counters[HELD] == held, "not added up"
 
 
 # ------------------------------------------------------------------ links

@@ -102,13 +102,14 @@ def test_what_is_relayed_is_counted_and_listed():
     greeted = parse(answer[40:])
     told = runtime.statistics().switches[0].relay
     assert told is not None and (told.connections, told.handshakes["greeted"]) == (0, 1)
+    assert told.handshakes_held == 0, "of a client that has said nothing, nothing is held"
     request = frame("10.0.0.1", "10.0.0.100", flags=24, seq=1001, ack=greeted["tcp_seq"] + 1,
                     payload=b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
     bench.punt(request, Kind.RELAY)
     (view,) = [one for one in runtime.connections() if one.state == "RELAYED"]
     assert (view.binding, view.policy, view.virtual_server) == ("relay", "", "v")
     told = runtime.statistics().switches[0].relay
-    assert told is not None and told.connections == 1
+    assert told is not None and (told.connections, told.handshakes_held) == (1, 1), "its member was sent a SYN"
 
 
 def test_status_of_members_and_pools():
