@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 
 from lbapp.config.model import Algorithm
 from lbapp.control.messages import FlowSignature
-from lbapp.control.selection import (
-    ALGORITHMS,
-    Candidate,
+from lbapp.control.selection import ALGORITHMS
+from lbapp.control.selection.candidates import Candidate
+from lbapp.control.selection.plain import (
     ConsistentHash,
     LeastConnections,
     RandomTwoChoices,
     RoundRobin,
     SourceIP,
     WeightedRoundRobin,
+)
+from lbapp.control.selection.tables import (
     flow_hash,
     maglev_table,
     mix,

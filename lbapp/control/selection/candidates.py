@@ -1,0 +1,34 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""What an algorithm is given, and what it has to do. Owns nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from lbapp.control.messages import FlowSignature
+
+
+class Load(Protocol):
+    """Something that knows how many connections a member has."""
+
+    active: int
+
+
+class Candidate(NamedTuple):
+    """A member that may be selected. ``number`` is its stable key; ``weight`` is above 0."""
+
+    number: int
+    weight: int
+    load: Load
+
+
+class Selector(Protocol):
+    """An algorithm and its state."""
+
+    def update(self, candidates: Sequence[Candidate]) -> None:
+        """Take other candidates; keep the place among those that stay."""
+
+    def pick(self, signature: FlowSignature, serial: int) -> int:
+        """The index of the selected candidate. There is one candidate at least."""
