@@ -104,6 +104,8 @@ def cli(ctx: click.Context, url: str, token: str | None, token_file: Path | None
               help="Shared key of the buses, made on the first run.  [default: bus.key in the state directory]")
 @click.option("--queries", type=click.Choice(["agent", "openflow"]), default="agent", show_default=True,
               help="How first packets come from a switch with a fast path: straight, or as packet-ins.")
+@click.option("--monitor-scripts", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIRECTORY",
+              help="Where the executables of EXTERNAL monitors are; without it there can be none.")
 @click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False),
               default="INFO", show_default=True)
 @click.option("--log-file", type=PATH, help="Log there instead of to standard error.")

@@ -48,6 +48,7 @@ class Settings:
         max_connections: the size of each of their tables.
         agents: agents on other hosts, and the file with the key that is shared with them.
         queries: whether agents ask by message bus; otherwise first packets come as packet-ins.
+        monitor_scripts: the directory of external checks.
         ryu_apps: other Ryu applications to run beside.
     """
 
@@ -68,6 +69,7 @@ class Settings:
     queries: bool = True
     log_level: str = "INFO"
     log_file: Path | None = None
+    monitor_scripts: Path | None = None
     ryu_apps: tuple[str, ...] = ()
 
 

@@ -7,6 +7,7 @@ Reads the control segment, the switches' sessions and the readings; changes noth
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import logging
 import time
@@ -16,10 +17,14 @@ from typing import Any
 
 from lbapp.api.views import (
     ConnectionView,
+    DrainingView,
+    EventView,
     FastPathStatistics,
+    HealthView,
     HostView,
     Lease,
     MemberStatistics,
+    MonitorView,
     RelayStatistics,
     ServerAgentView,
     StatisticsView,
@@ -36,7 +41,8 @@ from lbapp.dataflow.matches import address_text
 from lbapp.dataflow.ovs import OvsError
 from lbapp.fastpaths import Link, Reading
 from lbapp.handoffs import LEASE_SECONDS
-from lbapp.readings import Readings
+from lbapp.health import HealthService
+from lbapp.readings import CLOSING, Readings
 
 LOG = logging.getLogger("lbapp.runtime")
 
@@ -56,6 +62,10 @@ def _named(reading: Reading, names: Iterable[str]) -> dict[str, int]:
     return {name: reading.counters[name] for name in names if name in reading.counters}
 
 
+def _utc(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")
+
+
 def endpoint(address: str, port: int) -> str:
     """``address:port``, an IPv6 address in brackets."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
@@ -71,10 +81,12 @@ class ControllerRuntime:
     Args:
         application: the Ryu application.
         readings: what is read from the switches on demand.
+        health: what is known of the members.
     """
 
-    def __init__(self, application: Any, readings: Readings) -> None:
+    def __init__(self, application: Any, readings: Readings, health: HealthService) -> None:
         self._application = application
+        self._health = health
         self._readings = readings
         self._started = time.monotonic()
         self._routes: tuple[Configuration | None, Routes] = (None, Routes())
@@ -118,7 +130,7 @@ class ControllerRuntime:
         if not pool.admin_state_up:
             return "DISABLED"
         wanted = [member for member in pool.members if member.takes_new]
-        online = sum(self._reachable(member, hops) for member in wanted)
+        online = sum(self._usable(member, hops) for member in wanted)
         if not online:
             return "OFFLINE"
         return "ONLINE" if online == len(wanted) else "DEGRADED"
@@ -129,7 +141,57 @@ class ControllerRuntime:
             return "ACTIVE", "DISABLED"
         if member.draining or not member.weight:
             return "ACTIVE", "DRAINING"
-        return "ACTIVE", "ONLINE" if self._reachable(member, self._next_hops(pool)) else "OFFLINE"
+        return "ACTIVE", "ONLINE" if self._usable(member, self._next_hops(pool)) else "OFFLINE"
+
+    def member_health(self, member: Member) -> HealthView | None:
+        """What is known of a member's health."""
+        report = self._health.report(member)
+        if report is None:
+            return None
+        return HealthView(
+            state=report.state.value, reason=report.reason, share=report.share,
+            since=None if report.since is None else _utc(self._health.wall(report.since)),
+            monitors={name: MonitorView(state=state.value, reason=why)
+                      for name, (state, why) in report.monitors.items()})
+
+    def events(self, after: int) -> Iterator[EventView]:
+        """What happened after an event's number."""
+        for event in self._health.since(after):
+            yield EventView(number=event.number, at=_utc(self._health.wall(event.at)), kind=event.kind.value,
+                            pool=event.pool, member=event.member, text=event.text)
+
+    def draining(self) -> list[DrainingView]:
+        """Every member that is draining, with the connections that switches and fast paths hold for it."""
+        found = [(pool, member, report) for pool in self._health.wanted.pools.values() for member in pool.members
+                 if member.draining and (report := self._health.report(member)) is not None]
+        held = self._held() if found else Counter()
+        return [DrainingView(
+            pool=pool.name, member=endpoint(member.address, member.protocol_port), name=member.name,
+            seconds=round(self._health.elapsed(report.draining_since or 0.0), 1), drain_timeout=member.drain_timeout,
+            connections=held[member.number]) for pool, member, report in found]
+
+    def _held(self) -> Counter[int]:
+        """How many connections there are, by member: those that are in the data flow segment, and those of rules."""
+        held: Counter[int] = Counter()
+        application = self._application
+        rules = {server.number for server in self._configuration.virtual_servers.values()
+                 if server.state is State.RULES}
+        for connection in list(application.control.connections()):
+            elsewhere = connection.virtual_server in rules or not (
+                self._readings.is_local(connection.switch) or connection.switch in application.fastpaths)
+            held[connection.member] += elsewhere
+        for switch in list(application.switches):
+            for paths in (application.fastpaths, application.relays):
+                reading = paths.read(switch)
+                for (_, member), traffic in reading.members.items() if reading is not None else ():
+                    held[member] += max(0, traffic.opened - traffic.closed)
+            try:
+                if self._readings.is_local(switch):
+                    for entry in self._readings.conntrack(switch):
+                        held[entry.member] += entry.state not in CLOSING
+            except OvsError as error:
+                LOG.warning("switch %016x: its connections cannot be counted: %s", switch, error)
+        return held
 
     def _compiled(self) -> Routes:
         """The configuration's routes, and the next hops of its pools' virtual servers, made once for each."""
@@ -146,6 +208,9 @@ class ControllerRuntime:
         """The next hops of the virtual servers that use a pool and have one of their own."""
         self._compiled()
         return self._hops.get(pool.id, set())
+
+    def _usable(self, member: Member, hops: set[str]) -> bool:
+        return not self._health.down(member) and self._reachable(member, hops)
 
     def _reachable(self, member: Member, hops: set[str]) -> bool:
         """Whether some switch knows a way: by one of these next hops, or where there are none, by its address."""

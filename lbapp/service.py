@@ -24,6 +24,8 @@ from lbapp.config.database import EmbeddedDatabase
 from lbapp.config.store import Store
 from lbapp.dataflow.ovs import Ovs
 from lbapp.dataflow.ryu_shim import tls_context
+from lbapp.health import HealthService
+from lbapp.monitors.supervisor import Monitors
 from lbapp.readings import Readings
 from lbapp.runtime import ControllerRuntime
 
@@ -46,6 +48,7 @@ class Service:
         self._store: Store | None = None
         self._tokens: Tokens | None = None
         self._server: Server | None = None
+        self._health: HealthService | None = None
         self._close_fastpaths: Callable[[], None] = lambda: None
 
     def open(self) -> None:
@@ -103,6 +106,8 @@ class Service:
 
     def close(self) -> None:
         """Stop what was started here."""
+        if self._health is not None:
+            self._health.close()
         self._close_fastpaths()
         if self._server is not None:
             self._server.stop()
@@ -110,6 +115,9 @@ class Service:
             self._store.stop()
         if self._database is not None:
             self._database.stop()
+
+    def _monitors(self, on_changed: Callable[..., None], on_latencies: Callable[..., None]) -> Monitors:
+        return Monitors(on_changed, on_latencies, self._settings.monitor_scripts)
 
     def start_rest(self, _manager: Any) -> None:
         """Put application, store and REST together; stands in for Ryu's own REST server."""
@@ -119,9 +127,11 @@ class Service:
         readings = Readings(application)
         application.on_connect = readings.prepare
         self._fastpaths(application)
-        guard = register(application.wsgi, self._store, ControllerRuntime(application, readings), self._tokens)
-        application.configure(self._store.configuration)
-        self._store.subscribe(application.configure)
+        self._health = health = HealthService(application.configure, self._monitors)
+        guard = register(application.wsgi, self._store, ControllerRuntime(application, readings, health), self._tokens)
+        health.configure(self._store.configuration)
+        self._store.subscribe(health.configure)
+        health.start()
         hub.spawn(readings.watch)
         certificate, key = (None if path is None else str(path)
                             for path in (settings.tls_certificate, settings.tls_key))

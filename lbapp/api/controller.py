@@ -22,6 +22,7 @@ from ryu.app.wsgi import ControllerBase, WSGIApplication, route
 
 from lbapp.api.auth import Tokens
 from lbapp.api.errors import ApiError, Problem, from_store, invalid
+from lbapp.api.happenings import Happenings
 from lbapp.api.live import Live
 from lbapp.api.members import Members
 from lbapp.api.openapi import document
@@ -66,6 +67,7 @@ class Api:
         self.members = Members(store, runtime)
         self.sites = Sites(store)
         self.live = Live(runtime)
+        self.happenings = Happenings(runtime)
         self.openapi = msgspec.json.encode(document())
 
 
@@ -182,6 +184,16 @@ class ApiController(ControllerBase):
     def server_agent(self, req: webob.Request, name: str, **_: str) -> webob.Response:
         """One of them, for itself."""
         return _answered(req, {"PUT": self.api.live.announce, "DELETE": self.api.live.withdraw}, name)
+
+    @route("lbapp", "/v1/events")
+    def events(self, req: webob.Request, **_: str) -> webob.Response:
+        """What happened."""
+        return _answered(req, {"GET": self.api.happenings.events})
+
+    @route("lbapp", "/v1/draining")
+    def draining(self, req: webob.Request, **_: str) -> webob.Response:
+        """Who is draining."""
+        return _answered(req, {"GET": self.api.happenings.draining})
 
     @route("lbapp", "/v1/stats")
     def stats(self, req: webob.Request, **_: str) -> webob.Response:

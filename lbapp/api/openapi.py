@@ -10,6 +10,7 @@ import msgspec
 
 from lbapp.api import views
 from lbapp.api.errors import ErrorAnswer, Problem
+from lbapp.api.happenings import FILTERS as HAPPENINGS
 from lbapp.api.live import FILTERS, Announcement
 from lbapp.api.requests import DEFAULT_LIMIT, JSON, MAX_LIMIT, MERGE_PATCH
 from lbapp.api.sites import Difference
@@ -34,10 +35,13 @@ def _content(schema: JsonObject, *types: str) -> JsonObject:
 
 def _schemas() -> JsonObject:
     kinds = [VirtualServer, Pool, Member, Network, views.SwitchView, views.ConnectionView, views.StatisticsView,
-             views.ServerAgentView, views.Lease, Announcement, ErrorAnswer, Difference]
+             views.ServerAgentView, views.Lease, views.HealthView,
+             views.EventView, views.DrainingView, Announcement, ErrorAnswer, Difference]
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_TEMPLATE)
     for kind in (VirtualServer, Pool, Member, Network):
         _with_read_only(schemas[kind.__name__]["properties"])
+    schemas["Member"]["properties"]["health_status"] = {"readOnly": True, "anyOf": [_ref("HealthView"),
+                                                                                    {"type": "null"}]}
     schemas["VirtualServer"]["properties"]["pool"] = {
         "description": "Instead of default_pool_id: a pool's name, or in POST a whole pool, made in the same step.",
         "writeOnly": True, "anyOf": [{"type": "string"}, _ref("Pool"), {"type": "null"}]}
@@ -161,6 +165,12 @@ def document() -> JsonObject:
             "put": _operation("An agent beside servers announces itself", "200", _ref("Lease"),
                               _path_parameters("{id}"), _content(_ref("Announcement")), ("400", "409")),
             "delete": _operation("It ends", "204", None, _path_parameters("{id}"))},
+        "/v1/events": {"get": _operation("What happened, oldest first", "200", _listing("events", "EventView"), [
+            *(_parameter(name, "query", {"type": "string"}, "Only such") for name in HAPPENINGS), *_PAGING],
+            None, ("400",))},
+        "/v1/draining": {"get": _operation("The members that are draining", "200", {
+            "type": "object", "properties": {"draining": {"type": "array", "items": _ref("DrainingView")}}},
+            [_parameter("pool", "query", {"type": "string"}, "Only of this")], None, ("400",))},
         "/v1/stats": {"get": _operation("The counters", "200", _ref("StatisticsView"), only, None, ("400",))},
         "/v1/openapi.json": {"get": _operation("This description", "200", {"type": "object"}, [], None, ())},
         "/healthz": {"get": {"summary": "Whether it lives", "security": [], "responses": {

@@ -285,4 +285,5 @@ def member_view(snapshot: Snapshot, runtime: Runtime, pool: Pool, member: Member
     view = msgspec.to_builtins(member)
     view["revision"] = snapshot.revisions.get(member.id, 0)
     view["provisioning_status"], view["operating_status"] = runtime.member_status(pool, member)
+    view["health_status"] = runtime.member_health(member)
     return {"id": view.pop("id"), **view}

@@ -259,6 +259,51 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     lease_seconds: float
 
 
+class MonitorView(msgspec.Struct, frozen=True, kw_only=True):
+    """What one monitor says of a member."""
+
+    state: str
+    reason: str
+
+
+class HealthView(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a member's health.
+
+    Attributes:
+        state: ``unknown``, ``up`` or ``down``; what an operator said in ``health`` is not considered.
+        since: when it became that (UTC); null: since it is watched.
+        share: how much of its weight a slow start leaves, 0 to 1.
+    """
+
+    state: str
+    since: str | None
+    reason: str
+    monitors: dict[str, MonitorView]
+    share: float
+
+
+class EventView(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that happened. ``at`` is UTC."""
+
+    number: int
+    at: str
+    kind: str
+    pool: str
+    member: str
+    text: str
+
+
+class DrainingView(msgspec.Struct, frozen=True, kw_only=True):
+    """A member that is draining, and how many connections it still has."""
+
+    pool: str
+    member: str
+    name: str
+    seconds: float
+    drain_timeout: int
+    connections: int
+
+
 class Runtime(Protocol):
     """What the API asks the running controller. Statuses are (provisioning, operating), Octavia's words."""
 
@@ -272,6 +317,18 @@ class Runtime(Protocol):
 
     def member_status(self, pool: Pool, member: Member) -> tuple[str, str]:
         """Of a member of a pool."""
+        ...
+
+    def member_health(self, member: Member) -> HealthView | None:
+        """What is known of a member's health; None where nobody watches it."""
+        ...
+
+    def events(self, after: int) -> Iterable[EventView]:
+        """What happened after an event's number, oldest first."""
+        ...
+
+    def draining(self) -> list[DrainingView]:
+        """Every member that is draining."""
         ...
 
     def switches(self) -> list[SwitchView]:

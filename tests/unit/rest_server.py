@@ -50,6 +50,21 @@ class Runtime:
     def member_status(self, pool: Pool, member: Member) -> tuple[str, str]:
         return ("ACTIVE", "DRAINING" if member.draining else "NO_MONITOR")
 
+    def member_health(self, member: Member) -> views.HealthView | None:
+        if member.draining:
+            return None
+        return views.HealthView(state="up", since="2026-01-01T00:00:00.000+00:00", reason="", share=1.0,
+                                monitors={"tcp": views.MonitorView(state="up", reason="")})
+
+    def events(self, after: int) -> Iterator[views.EventView]:
+        for number in range(after + 1, 6):
+            yield views.EventView(number=number, at="2026-01-01T00:00:00.000+00:00", kind="member_down", text="why",
+                                  pool="odd" if number % 2 else "even", member="10.0.0.1:80")
+
+    def draining(self) -> list[views.DrainingView]:
+        return [views.DrainingView(pool=name, member="10.0.0.1:80", name="one", seconds=1.5, drain_timeout=30,
+                                   connections=3) for name in ("odd", "even")]
+
     def switches(self) -> list[views.SwitchView]:
         hosts = {"10.0.0.2": views.HostView(mac="02:00:00:00:00:02", port=2)}
         return [views.SwitchView(dpid=f"{number:016x}", address=f"127.0.0.1:{40000 + number}", connected=True,

@@ -411,3 +411,21 @@ def test_answers_match_the_description(rest):
              "StatisticsView": rest.ask("GET", "/v1/stats").json()}
     for name, value in shown.items():
         assert set(value) == set(schemas[name]["properties"])
+
+
+# ------------------------------------------------------------------ what happened
+
+
+def test_events_page_by_page(rest):
+    first = rest.ask("GET", "/v1/events?limit=3").json()
+    assert [one["number"] for one in first["events"]] == [1, 2, 3]
+    assert first["next"] == "/v1/events?limit=3&marker=3"
+    second = rest.ask("GET", first["next"]).json()
+    assert ([one["number"] for one in second["events"]], second["next"]) == ([4, 5], None)
+    assert [one["number"] for one in rest.ask("GET", "/v1/events?pool=even").json()["events"]] == [2, 4]
+    assert rest.ask("GET", "/v1/events?marker=x").status_code == 400
+
+
+def test_who_is_draining(rest):
+    assert [one["pool"] for one in rest.ask("GET", "/v1/draining").json()["draining"]] == ["odd", "even"]
+    assert [one["connections"] for one in rest.ask("GET", "/v1/draining?pool=odd").json()["draining"]] == [3]

@@ -21,6 +21,7 @@ from lbapp.readings import Readings as RealReadings
 from lbapp.runtime import ControllerRuntime, endpoint
 from tests import sites
 from tests.fake_frames import frame, parse
+from tests.fake_monitors import Watched
 from tests.unit.test_app import Bench
 
 
@@ -47,7 +48,9 @@ class Readings:
 
 def made(site: Configuration, readings: Readings | None = None) -> tuple[Bench, ControllerRuntime]:
     bench = Bench(site)
-    return bench, ControllerRuntime(bench.app, cast(RealReadings, readings or Readings()))
+    watched = Watched()
+    watched.service.configure(site)
+    return bench, ControllerRuntime(bench.app, cast(RealReadings, readings or Readings()), watched.service)
 
 
 def commit(bench: Bench) -> None:
