@@ -61,7 +61,7 @@ from lbapp.control.messages import (
 from lbapp.control.neighbours import Neighbours
 from lbapp.control.selection import ALGORITHMS, Candidate, Selector
 from lbapp.control.services import Service, Services, Way
-from lbapp.control.statistics import REFUSALS, Counters, Counts, Ledger, Refusal, Statistics
+from lbapp.control.statistics import REFUSALS, Counters, Counts, Endings, Ledger, Refusal, Statistics
 
 __all__ = ["ControlSegment", "Limits"]
 
@@ -342,12 +342,15 @@ class ControlSegment:
 
     def _on_delete(self, delete: Delete, now: float) -> Iterable[ToSwitch]:
         followed = self._connections.of(delete.switch)
+        endings = Endings()
         # Most are not followed: they are added up first, for few virtual servers and members.
         sums: dict[tuple[int, int], list[int]] = {}
         for closed in delete.closed:
             serial, virtual_server, member, _, _, _, packets, size, _ = closed
             entry = followed.get(serial)
             if entry is not None:
+                known = entry.signature is not None  # an older one than this controller was not opened just now
+                endings.add(entry.counts[1], closed, entry.rules, now - entry.opened if known else None)
                 self._connections.closed(entry, closed, now)
                 continue
             total = sums.get((virtual_server, member))
@@ -358,6 +361,7 @@ class ControlSegment:
             total[2] += size
         for (virtual_server, member), total in sums.items():
             self._count_closed(delete.switch, virtual_server, member, *total)
+        endings.settle(now)
         return ()
 
     def _count_closed(self, switch: int, virtual_server: int, member: int, number: int, packets: int,
@@ -534,6 +538,12 @@ class ControlSegment:
         """The connections of a member, among those that are known."""
         counts = self._ledger.members.get(member)
         return counts.active if counts is not None else 0
+
+    def response_times(self, pairs: Iterable[tuple[int, float]], now: float) -> None:
+        """How many seconds members (by number) took to answer a check; who is not configured is passed over."""
+        for number, seconds in pairs:
+            if number in self._services.members and 0 <= seconds < float("inf"):
+                self._ledger.member(number).observed(seconds, now, checked=True)
 
     def virtual_server_counters(self, number: int) -> Counters:
         """The counters of one virtual server."""

@@ -2,17 +2,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was counted: connections and traffic by virtual server, member and switch, and refusals.
 
-Owns the counters. Never decides anything from them. Counters exist from their first use and
-are forgotten with what they count, so there are never more than resources configured.
+Owns the counters, and the estimates made of them: how long a member takes, and what it carried
+lately. Never decides anything from them. Counters exist from their first use and are forgotten
+with what they count, so there are never more than resources configured.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
+from math import exp
 from typing import NamedTuple
 
-from lbapp.control.messages import Error
+from lbapp.control.messages import Closed, Error, Reason
+
+DECAY = 10.0
+"""Seconds in which what was measured loses 1 - 1/e of its weight."""
+
+LEAST_SECONDS = 0.001
+"""Response times below are taken as this one: the fast path's clock ticks every 1.05 ms, and what differs there is the
+network rather than the members."""
+
+CHECKED_SECONDS = 120.0
+"""After a check was heard of, connections tell nothing of response times for so long (or three times as long as the
+check before it was ago)."""
+
+REFUSED_PACKETS = 2
+"""A connection with no more than these (SYN and RST) was refused: that is fast, but no response."""
 
 
 class Refusal(enum.Enum):
@@ -42,7 +58,8 @@ class Counters(NamedTuple):
 class Counts:
     """Counters that go on counting."""
 
-    __slots__ = ("active", "bytes", "closed", "opened", "packets")
+    __slots__ = ("_checked_at", "_checked_until", "active", "bytes", "closed", "ended_lately", "lately", "lately_at",
+                 "latency", "latency_at", "opened", "packets")
 
     def __init__(self) -> None:
         self.opened = 0
@@ -50,10 +67,85 @@ class Counts:
         self.active = 0
         self.packets = 0
         self.bytes = 0
+        self.latency = self.latency_at = 0.0
+        self._checked_at = self._checked_until = 0.0
+        self.lately = self.ended_lately = self.lately_at = 0.0
+
+    def observed(self, seconds: float, now: float, checked: bool = False) -> None:
+        """A response time was measured: a longer one counts at once, a shorter one as time goes by (peak EWMA).
+
+        Args:
+            seconds: how long it took.
+            now: when that became known.
+            checked: a monitor measured it. Then connections are not asked, whose durations are also clients' doing.
+        """
+        if checked:
+            since = 0.0
+            if now < self._checked_until:
+                since = now - self._checked_at
+            else:
+                self.latency = 0.0  # what connections told is not comparable
+            self._checked_until = max(self._checked_until, now + CHECKED_SECONDS, now + 3 * since)
+            self._checked_at = now
+        elif now < self._checked_until:
+            return
+        if seconds < LEAST_SECONDS:
+            seconds = LEAST_SECONDS
+        if seconds < self.latency:
+            seconds += (self.latency - seconds) * exp((self.latency_at - now) / DECAY)
+        self.latency = seconds
+        self.latency_at = now
+
+    def ended(self, connections: int, size: int, now: float) -> None:
+        """Connections ended, and had so many bytes: what came lately counts most."""
+        keep = exp((self.lately_at - now) / DECAY)
+        self.lately = self.lately * keep + size
+        self.ended_lately = self.ended_lately * keep + connections
+        self.lately_at = now
 
     def copy(self) -> Counters:
         """The counters as they are now."""
         return Counters(self.opened, self.closed, self.active, self.packets, self.bytes)
+
+
+class Endings:
+    """What one batch of DELETE tells of its members, added up: a response time and a size for each.
+
+    The batch's mean is what is observed: in a single moment, a peak would be all that counts.
+    """
+
+    __slots__ = ("_sums",)
+
+    def __init__(self) -> None:
+        self._sums: dict[Counts, list[float]] = {}
+
+    def add(self, load: Counts, closed: Closed, rules: bool, held: float | None) -> None:
+        """Take one closed connection, or one direction of it.
+
+        Args:
+            load: its member's counters.
+            closed: what the switch told.
+            rules: each direction is told of by itself, seconds after its end: its duration says nothing.
+            held: seconds since it was opened; None where that is not known.
+        """
+        total = self._sums.get(load)
+        if total is None:
+            total = self._sums[load] = [0.0, 0, 0, 0]
+        if closed.counted:
+            total[2] += closed.outbound or not rules
+            total[3] += closed.bytes
+            held = closed.duration if closed.packets > REFUSED_PACKETS else None
+        if held is not None and not rules and closed.reason is Reason.SHUTDOWN:
+            total[0] += held
+            total[1] += 1
+
+    def settle(self, now: float) -> None:
+        """The batch is complete."""
+        for load, (seconds, timed, ended, size) in self._sums.items():
+            if timed:
+                load.observed(seconds / timed, now)
+            if ended or size:
+                load.ended(int(ended), int(size), now)
 
 
 class Statistics(NamedTuple):

@@ -5,13 +5,14 @@
 Owns the state that an algorithm needs between two connections. Never knows whether a member
 can be reached: it is given those that can (:class:`Candidate`), anew whenever they change, and
 keeps its place across such a change. :mod:`plain` has what goes by turn, hash or number of
-connections.
+connections, :mod:`measured` what goes by statistics.
 """
 
 from __future__ import annotations
 
 from lbapp.config.model import Algorithm
 from lbapp.control.selection.candidates import Candidate, Load, Selector
+from lbapp.control.selection.measured import BoundedLoadHash, Fastest, LeastBytes, LeastResponseTime
 from lbapp.control.selection.plain import (
     ConsistentHash,
     LeastConnections,
@@ -31,9 +32,9 @@ from lbapp.control.selection.tables import (
 )
 
 __all__ = [
-    "ALGORITHMS", "COUNTING", "SLOT_BITS", "Candidate", "ConsistentHash", "LeastConnections", "Load",
-    "RandomTwoChoices", "RoundRobin", "Selector", "SourceIP", "WeightedRoundRobin", "flow_hash", "maglev_table", "mix",
-    "slot_blocks", "source_hash", "table_size",
+    "ALGORITHMS", "COUNTING", "SLOT_BITS", "BoundedLoadHash", "Candidate", "ConsistentHash", "Fastest", "LeastBytes",
+    "LeastConnections", "LeastResponseTime", "Load", "RandomTwoChoices", "RoundRobin", "Selector", "SourceIP",
+    "WeightedRoundRobin", "flow_hash", "maglev_table", "mix", "slot_blocks", "source_hash", "table_size",
 ]
 
 ALGORITHMS: dict[Algorithm, type[Selector]] = {
@@ -43,7 +44,14 @@ ALGORITHMS: dict[Algorithm, type[Selector]] = {
     Algorithm.SOURCE_IP: SourceIP,
     Algorithm.CONSISTENT_HASH: ConsistentHash,
     Algorithm.RANDOM_TWO_CHOICES: RandomTwoChoices,
+    Algorithm.LEAST_RESPONSE_TIME: LeastResponseTime,
+    Algorithm.LEAST_BYTES: LeastBytes,
+    Algorithm.FASTEST: Fastest,
+    Algorithm.BOUNDED_LOAD_HASH: BoundedLoadHash,
 }
 
-COUNTING = frozenset({Algorithm.LEAST_CONNECTIONS, Algorithm.RANDOM_TWO_CHOICES})
-"""Algorithms that need to know how many connections a member has."""
+COUNTING = frozenset({
+    Algorithm.LEAST_CONNECTIONS, Algorithm.RANDOM_TWO_CHOICES, Algorithm.LEAST_RESPONSE_TIME, Algorithm.LEAST_BYTES,
+    Algorithm.FASTEST, Algorithm.BOUNDED_LOAD_HASH,
+})
+"""Algorithms that need to know how many connections a member has, and what became of them."""

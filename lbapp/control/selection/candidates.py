@@ -11,9 +11,21 @@ from lbapp.control.messages import FlowSignature
 
 
 class Load(Protocol):
-    """Something that knows how many connections a member has."""
+    """What is known of a member's load. Times are those of the statistics that told (``now``).
+
+    Attributes:
+        active: connections it has.
+        latency: seconds it takes, as estimated at ``latency_at``; 0: not known.
+        lately: bytes of connections that ended, older ones counting less, as of ``lately_at``.
+        ended_lately: those connections.
+    """
 
     active: int
+    latency: float
+    latency_at: float
+    lately: float
+    ended_lately: float
+    lately_at: float
 
 
 class Candidate(NamedTuple):
