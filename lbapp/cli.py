@@ -233,7 +233,8 @@ def show(access: Access, kind: str | None, name: str | None, output: str, limit:
          filters: tuple[str, ...]) -> None:
     """Show resources of a KIND, or one by NAME; without KIND an overview.
 
-    KIND: virtual-servers, pools, members (NAME: their pool), networks, switches, connections, stats, config.
+    KIND: virtual-servers, pools, members (NAME: their pool), networks, switches, connections, events, stats,
+    config.
     """
     from lbapp import showing
 
@@ -406,6 +407,26 @@ def set_(access: Access, kind: str, words: tuple[str, ...]) -> None:
         client.update(kind, reference, changes, pool)
     showing.done(f"{kind.removesuffix('s').replace('-', ' ')} {reference}{f' of pool {pool}' if pool else ''}: "
                  + ", ".join(rest))
+
+
+@cli.command()
+@click.argument("pool")
+@click.argument("member", required=False, metavar="[ADDRESS:PORT]")
+@click.option("--timeout", type=click.IntRange(1, 65535), metavar="SECONDS",
+              help="After so long, what is left is reset.  [default: the member's drain_timeout]")
+@click.option("--wait", is_flag=True, help="Until nothing is left, with a progress bar.")
+@click.option("--patience", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait no longer than that.")
+@click.option("--undo", is_flag=True, help="Take them back instead.")
+@click.pass_obj
+def drain(access: Access, pool: str, member: str | None, timeout: int | None, wait: bool, patience: float | None,
+          undo: bool) -> None:
+    """Give a member of POOL (or all of them) no new connections; those it has go on."""
+    if undo and (timeout is not None or wait or patience is not None):
+        raise click.UsageError("--undo stands alone")
+    from lbapp import drains
+
+    with access.client() as client:
+        drains.drain(client, pool, member, timeout, wait or patience is not None, patience, undo)
 
 
 @cli.command()

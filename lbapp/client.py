@@ -30,6 +30,7 @@ COLLECTIONS = {
     "networks": "networks",
     "switches": "switches",
     "connections": "connections",
+    "events": "events",
 }
 """Paths below /v1 (members: below their pool) and the key of the list in the answer."""
 UNPAGED = frozenset({"switches"})

@@ -18,6 +18,8 @@ from lbapp.site import from_config
 OVERVIEW = 40
 """Resources of a kind in the overview."""
 CONNECTIONS = 50
+EVENTS = 50
+"""The latest ones."""
 
 Row = Sequence[Any]
 
@@ -35,7 +37,7 @@ def show(client: Client, kind: str | None, name: str | None, output: str, limit:
         _one_or_dump(_stats(client, name), output, _show_stats)
     elif kind == "config":
         display.dump(from_config(client.config().document).document(), "yaml" if output == "table" else output)
-    elif kind in ("switches", "connections"):
+    elif kind in ("switches", "connections", "events"):
         _observed(client, kind, name, output, limit, filters)
     elif kind == "members":
         _members(client, name, output, limit, filters)
@@ -98,10 +100,10 @@ TABLES = {
         ("name", "cidr", "address", "gateway"),
         lambda one, context: tuple(one.get(field) for field in ("name", "cidr", "address", "gateway"))),
     "members": Table(
-        ("pool", "member", "name", ">weight", "status", "admin up", "draining", ">active"),
+        ("pool", "member", "name", ">weight", "status", "health", "admin up", "draining", ">active"),
         lambda one, context: (
             one.get("pool"), endpoint(one.get("address"), one.get("protocol_port")), one.get("name") or None,
-            one.get("weight"), one.get("operating_status"), one.get("admin_state_up"), one.get("draining"),
+            one.get("weight"), one.get("operating_status"), health(one), one.get("admin_state_up"), one.get("draining"),
             _active(one, context))),
     "switches": Table(
         ("datapath", "address", "status", "for", ">rules", ">groups", ">hosts", "features"),
@@ -109,6 +111,11 @@ TABLES = {
             one.get("dpid"), one.get("address"), "connected" if one.get("connected") else "disconnected",
             duration(one.get("connected_seconds")), one.get("flows"), one.get("groups"), len(one.get("hosts") or ()),
             one.get("features"))),
+    "events": Table(
+        (">number", "time (UTC)", "kind", "pool", "member", "what"),
+        lambda one, context: (
+            one.get("number"), str(one.get("at", ""))[:23].replace("T", " "), one.get("kind"), one.get("pool") or None,
+            one.get("member") or None, one.get("text"))),
     "connections": Table(
         ("virtual server", "client", "destination", "member", "state", ">age", ">idle", ">packets", ">bytes", "by"),
         lambda one, context: (
@@ -116,6 +123,21 @@ TABLES = {
             duration(one.get("age_seconds")), duration(one.get("idle_seconds")), one.get("packets"),
             size(one.get("bytes")), one.get("decided_by"))),
 }
+
+
+def health(member: Json) -> str | None:
+    """What is known of a member's health, in a line; None where nobody watches it."""
+    if member.get("health", "auto") != "auto":
+        return f"{member['health']} (an operator's word)"
+    known = member.get("health_status")
+    if not known:
+        return None
+    words = [known.get("state", "")]
+    if known.get("state") == "down":
+        words.append(known.get("reason", ""))
+    if known.get("share", 1) < 1:
+        words.append(f"slow start {known['share']:.0%}")
+    return ", ".join(word for word in words if word)
 
 
 def members_up(pool: Json) -> str:
@@ -185,28 +207,46 @@ def _members(client: Client, pool: str | None, output: str, limit: int | None, f
 
 def _observed(client: Client, kind: str, name: str | None, output: str, limit: int | None,
               filters: dict[str, str]) -> None:
-    """Switches and connections: nothing that was configured. A name is a datapath, or a virtual server."""
+    """Nothing that was configured. A name is a datapath, or a virtual server, or a pool."""
     if kind == "switches" and name is not None:
         matching = [one for one in client.list(kind) if one.get("dpid") == name.lower().removeprefix("0x").zfill(16)]
         if not matching:
             raise ClientError(f"no switch {name} was seen")
         _one_or_dump(matching[0], output, _switch)
         return
+    if kind == "events":
+        found = client.list(kind, filters={**filters, **({"pool": name} if name else {})})
+        found = found[-(limit or (EVENTS if output == "table" else len(found) or 1)):]
+        _show_or_dump(kind, found, output)
+        return
     if kind == "connections":
         filters = {**filters, **({"virtual_server": name} if name else {})}
         limit = limit or (CONNECTIONS if output == "table" else None)
     found = client.list(kind, limit=limit, filters=filters)
-    if output != "table":
-        display.dump(found, output)
-        return
-    _print(kind, "", found)
-    if kind == "connections" and len(found) == limit:
+    _show_or_dump(kind, found, output)
+    if output == "table" and kind == "connections" and len(found) == limit:
         console().print(f"the first {limit}; --limit shows more", style="dim")
+
+
+def _show_or_dump(kind: str, found: Sequence[Json], output: str) -> None:
+    if output == "table":
+        _print(kind, "", found)
+    else:
+        display.dump(found, output)
+
+
+def _plainly(value: Any) -> Any:
+    """What lies within a resource, a line each."""
+    parts = value if isinstance(value, list) else [value]
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        return value
+    return "\n".join(", ".join(f"{field} {one}" for field, one in part.items() if one not in ("", [], None))
+                     for part in parts)
 
 
 def _detail(client: Client, kind: str, resource: Json) -> None:
     context = _context(client, kind)
-    values = [(field, value) for field, value in resource.items() if field != "members"]
+    values = [(field, _plainly(value)) for field, value in resource.items() if field != "members"]
     if kind == "virtual-servers":
         values = [("pool", _pool_name(resource, context)) if field == "default_pool_id" else (field, value)
                   for field, value in values]

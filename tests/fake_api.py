@@ -39,6 +39,9 @@ class FakeApi:
         self.serial = 0
         self.switches: list[dict[str, Any]] = []
         self.connections: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
+        self.draining: list[list[dict[str, Any]]] = []
+        """What is answered, one after the other; the last one again and again."""
         self.stats: dict[str, Any] = {"uptime_seconds": 61.0, "virtual_servers": [], "members": [], "switches": []}
         self.transport = httpx.MockTransport(self.answer)
 
@@ -69,6 +72,11 @@ class FakeApi:
             if query:
                 raise Refused(400, "unknown query parameter", next(iter(query)))
             return 200, {"switches": self.switches}, {}
+        if parts == ["events"]:
+            wanted = [one for one in self.events if query.get("pool") in (None, one["pool"])]
+            return self._page("/v1/events", "events", wanted, query)
+        if parts == ["draining"]:
+            return 200, {"draining": self.draining.pop(0) if len(self.draining) > 1 else self.draining[0]}, {}
         if parts == ["connections"]:
             found = [one for one in self.connections
                      if all(one[key] == value for key, value in query.items() if key not in ("limit", "marker"))]

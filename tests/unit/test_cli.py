@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: The lbapp authors
 # SPDX-License-Identifier: Apache-2.0
 """The command as it is typed: lbapp/cli.py with lbapp/command_line.py, lbapp/assignments.py, lbapp/applying.py,
-lbapp/showing.py, lbapp/display.py and lbapp/tokens.py behind it."""
+lbapp/showing.py, lbapp/drains.py, lbapp/display.py and lbapp/tokens.py behind it."""
 
 from __future__ import annotations
 
@@ -281,6 +281,49 @@ def test_connections_are_filtered_and_limited(running):
     assert len(lines(shown, "web ")) == 25 and "--limit shows more" in shown and "1h01m" in shown and "2.0 KiB" in shown
     assert len(json.loads(running("show", "connections", "web", "-o", "json"))) == 150
     assert len(lines(running("show", "connections", "--filter", "virtual_server=web", "--limit", "7"), "web ")) == 7
+
+
+def test_the_latest_events(running, api):
+    api.events += [{"number": number, "at": "2026-01-01T10:00:00.000+00:00", "kind": "member_down", "pool": "web",
+                    "member": "10.0.0.51:80", "text": f"tcp: refused {number}"} for number in range(1, 81)]
+    shown = running("show", "events", "web")
+    assert "refused 80" in shown and "refused 31" in shown and "refused 30" not in shown
+    assert [one["number"] for one in json.loads(running("show", "events", "--limit", "2", "-o", "json"))] == [79, 80]
+
+
+def test_a_members_health_is_shown(running, api):
+    one, two, three = api.resources["pools"]["web"]["members"]
+    one["health_status"] = {"state": "down", "reason": "http: status 500, expected 200", "share": 1.0}
+    two["health_status"] = {"state": "up", "reason": "", "share": 0.35}
+    three["health"] = "down"
+    shown = running("show", "members", "web")
+    assert "down, http: status 500, expected 200" in shown
+    assert "up, slow start 35%" in shown
+    assert "down (an operator's word)" in shown
+
+
+def left(*counts):
+    return [[{"pool": "web", "member": "10.0.0.51:80", "connections": count}] for count in counts]
+
+
+def test_drain_waits_until_nothing_is_left(running, api, monkeypatch):
+    from lbapp import drains
+
+    monkeypatch.setattr(drains, "EVERY_S", 0.01)
+    api.draining = left(7, 3, 0)
+    assert "pool web: 10.0.0.51:80 drained" in running("drain", "web", "10.0.0.51:80", "--wait", "--timeout", "60")
+    assert (members(api)["10.0.0.51:80"]["draining"], members(api)["10.0.0.51:80"]["drain_timeout"]) == (True, 60)
+    assert not members(api)["10.0.0.52:80"]["draining"]
+    running("drain", "web", "s1", "--undo")
+    assert not members(api)["10.0.0.51:80"]["draining"]
+
+
+def test_drain_may_be_impatient(running, api):
+    api.draining = left(5)
+    assert "5 connections are left; they go on draining" in running("drain", "web", "--patience", "0", code=1)
+    assert all(one["draining"] for one in members(api).values())
+    assert "no member 10.0.0.99:80" in running("drain", "web", "10.0.0.99:80", code=1)
+    assert "--undo stands alone" in running("drain", "web", "--undo", "--wait", code=2)
 
 
 def test_the_shown_configuration_can_be_applied(running):
