@@ -58,7 +58,7 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-MODEL = tuple(f"lbapp.config.{one}" for one in ("fields", "monitor", "pool", "model"))
+MODEL = tuple(f"lbapp.config.{one}" for one in ("fields", "formula", "monitor", "pool", "model"))
 """What describes resources: no more than types and checks."""
 
 

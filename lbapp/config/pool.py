@@ -24,6 +24,7 @@ from lbapp.config.fields import (
     address_field,
     unicast_field,
 )
+from lbapp.config.formula import FormulaError, parse
 from lbapp.config.monitor import Damping, Monitor, MonitorRule, Passive
 
 
@@ -152,6 +153,11 @@ class Distribution(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         if (self.algorithm is Synthesis.FORMULA) != bool(self.formula):
             raise ValueError("formula: expected a formula with algorithm FORMULA, and none without")
+        if self.formula:
+            try:
+                parse(self.formula)
+            except FormulaError as error:
+                raise ValueError(f"formula: {error}") from None
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
