@@ -136,6 +136,8 @@ class LoadBalancer(app_manager.RyuApp):
         self._ticker: Any = None
         self.on_connect: Callable[[int], None] = lambda _: None
         self.on_ready: Callable[[int], None] = lambda _: None
+        self.on_change: Callable[[str], None] = lambda _: None
+        """Told in a line when a switch comes or goes."""
         # A restarted controller must not give a living connection's serial away again. Agents' serials are odd.
         self._serials = itertools.count(secrets.randbits(31) * 2, 2)
         self._punts: dict[int, Callable[[Switch, carrier.PacketIn], bytes]] = {
@@ -327,12 +329,14 @@ class LoadBalancer(app_manager.RyuApp):
             self.reconnects[datapath.id] += datapath.id in self.reconnects
             switch = self.switches[datapath.id] = Switch(datapath, self.control, self.configuration, self.relayed)
             LOG.info("switch %016x connected from %s", switch.id, datapath.address[0])
+            self.on_change(f"switch {switch.id:016x} connected")
             switch.worker = hub.spawn(self._work, switch)
             switch.session.read()
         elif datapath.id is not None:
             gone = self.switches.get(datapath.id)
             if gone is not None and gone.datapath is datapath:
                 LOG.info("switch %016x disconnected; it goes on forwarding", gone.id)
+                self.on_change(f"switch {gone.id:016x} disconnected; it goes on forwarding")
                 del self.switches[datapath.id]
                 self._forget(gone)
 

@@ -203,9 +203,11 @@ class HealthService:
         for event in self.events.since(self._told):
             where = " ".join(part for part in (f"pool {event.pool}:" if event.pool else "",
                                                f"{event.member}:" if event.member else "") if part)
+            self._told = event.number
+            if event.kind is EventKind.SWITCH:
+                continue  # who noticed it has logged it
             level = logging.WARNING if event.kind in (EventKind.MEMBER_DOWN, EventKind.MEMBER_FAILED) else logging.INFO
             LOG.log(level, "%s %s %s", event.kind.value, where, event.text)
-            self._told = event.number
 
     # -------------------------------------------------------------- out
 

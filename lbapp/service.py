@@ -22,6 +22,7 @@ from lbapp.api.controller import register
 from lbapp.api.server import Server, serve
 from lbapp.config.database import EmbeddedDatabase
 from lbapp.config.store import Store
+from lbapp.control.events import EventKind
 from lbapp.dataflow.ovs import Ovs
 from lbapp.dataflow.ryu_shim import tls_context
 from lbapp.health import HealthService
@@ -131,6 +132,7 @@ class Service:
         guard = register(application.wsgi, self._store, ControllerRuntime(application, readings, health), self._tokens)
         health.configure(self._store.configuration)
         self._store.subscribe(health.configure)
+        application.on_change = lambda text: health.happened(EventKind.SWITCH, text)
         health.start()
         hub.spawn(readings.watch)
         certificate, key = (None if path is None else str(path)
