@@ -26,7 +26,7 @@ from lbapp.bus.records import (
     pack_flow,
     read_translation,
 )
-from lbapp.control.messages import AppQuery, AppReply, Binding, Error, FlowSignature, Query, Reply
+from lbapp.control.messages import AppQuery, AppReply, Binding, Edit, Error, FlowSignature, Query, Reply
 
 MOST_DATA = 72 << 10
 """What a client said, or is answered: more than is ever read of it (64 KiB), or than may be configured."""
@@ -40,7 +40,8 @@ _QUERIES = {size: Struct("!" + FLOW.format(size) + "IIBBBI") for size in (4, 16)
 _REPLIES = {size: Struct("!" + FLOW.format(size) + ANSWER.format(size) + "BI") for size in (4, 16)}
 _MEMBER = Struct("!I")
 _TIMED_OUT = 0x01
-_MORE, _HANDOFF = 0x01, 0x02
+_EDIT = Struct("!II")
+_MORE, _HANDOFF, _EDITED = 0x01, 0x02, 0x04
 _ERRORS = tuple(Error)
 _NOTHING = Error.OK
 
@@ -77,7 +78,12 @@ def pack_reply(message: AppReply, size: int) -> bytes:
     Raises:
         EncodeError: it cannot be carried.
     """
-    query, reply, binding, answer = message
+    query, reply, binding, answer, edit = message
+    what = _HANDOFF if binding is Binding.HANDOFF else 0
+    if edit is not None:
+        if answer or what or reply is None or reply.error is not Error.OK:
+            raise EncodeError(Fault.VALUE, "a change of what no member is told, or not from here")
+        what, answer = _EDITED, _EDIT.pack(edit.at, edit.removed) + edit.text
     if len(answer) > MOST_DATA:
         raise EncodeError(Fault.LONG, f"an answer of {len(answer)} bytes, expected at most {MOST_DATA}")
     if reply is None:
@@ -89,7 +95,7 @@ def pack_reply(message: AppReply, size: int) -> bytes:
     flags, address, port, mac, out_port = pack_answer(
         size, reply.translation, reply.install * INSTALL | reply.tracked * TRACKED)
     return pack_flow(_REPLIES[size], size, query, reply.error, flags, reply.member, address, port, mac, out_port,
-                     _HANDOFF if binding is Binding.HANDOFF else 0, len(answer)) + answer
+                     what, len(answer)) + answer
 
 
 def _unanswered(size: int) -> tuple[Any, ...]:
@@ -143,8 +149,9 @@ def read_replies(records: bytes, size: int, switch: int, count: int) -> list[App
     for _ in range(count):
         (serial, in_port, number, tcp, protocol, tos, mac, source, destination, source_port, destination_port, error,
          flags, member, address, port, host, out_port, what, length) = cursor.take(_REPLIES[size])
-        if (flags & ~(INSTALL | TRACKED | TRANSLATE | TRANSLATE_ADDRESS | ROUTED) or what & ~(_MORE | _HANDOFF)
-                or what == _MORE | _HANDOFF or length > MOST_DATA or error >= len(_ERRORS)):
+        if (flags & ~(INSTALL | TRACKED | TRANSLATE | TRANSLATE_ADDRESS | ROUTED)
+                or what not in (0, _MORE, _HANDOFF, _EDITED) or length > MOST_DATA or error >= len(_ERRORS)
+                or (what == _EDITED and (error or length < _EDIT.size))):
             raise DecodeError(Fault.VALUE, f"REPLY with error {error}, flags {flags:#x} and {what:#x}, {length} bytes")
         query = Query(serial, switch, in_port, mac, FlowSignature(source, source_port, destination, destination_port,
                                                                   protocol, tos), number, tcp)
@@ -155,7 +162,12 @@ def read_replies(records: bytes, size: int, switch: int, count: int) -> list[App
             continue
         reply = Reply(query, _ERRORS[error], member, read_translation(flags, address, port, host, out_port),
                       flags & INSTALL != 0, flags & TRACKED != 0)
-        out.append(AppReply(query, reply, Binding.HANDOFF if what & _HANDOFF else Binding.SPLICE, cursor.raw(length)))
+        text = cursor.raw(length)
+        if what & _EDITED:
+            place, removed = _EDIT.unpack_from(text)
+            out.append(AppReply(query, reply, edit=Edit(place, removed, text[_EDIT.size:])))
+        else:
+            out.append(AppReply(query, reply, Binding.HANDOFF if what & _HANDOFF else Binding.SPLICE, text))
     cursor.end()
     return out
 

@@ -257,6 +257,8 @@ class VirtualServer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         l7_policies: in their order; where none matches, ``default_pool_id`` it is.
         inspect_bytes: with ``application: raw``, how much of it decides.
         inspect_timeout: seconds a client may take to say enough.
+        close_after_first: with ``application: http``, members are told to close each connection after its first
+            answer, so that every request is balanced by itself.
         rate_limit, rate_burst: new connections a second, and how many at once (0: a second's worth); -1: no limit.
         client_rate_limit, client_rate_burst: the same for each client network of ``client_prefix_v4`` or ``_v6`` bits.
     """
@@ -287,6 +289,7 @@ class VirtualServer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     l7_policies: Annotated[tuple[L7Policy, ...], msgspec.Meta(max_length=256)] = ()
     inspect_bytes: Annotated[int, msgspec.Meta(ge=1, le=INSPECT_MOST)] = 64
     inspect_timeout: Annotated[int, msgspec.Meta(ge=1, le=60)] = 10
+    close_after_first: bool = False
     rate_limit: Rate = UNLIMITED
     rate_burst: Burst = 0
     client_rate_limit: Rate = UNLIMITED
@@ -322,6 +325,12 @@ class VirtualServer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
                              "(a connection's rules must end)")
         if self.l7_policies or self.application is not Application.L4:
             self._check_application()
+        if self.close_after_first:
+            if self.application is not Application.HTTP:
+                raise ValueError("application: expected http with close_after_first")
+            if self.binding is Binding.HANDOFF:
+                raise ValueError("binding: expected auto, splice, hybrid or relay with close_after_first "
+                                 "(what is handed over is the client's own request)")
 
     def _check_application(self) -> None:
         if self.application is Application.L4:

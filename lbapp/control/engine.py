@@ -8,6 +8,8 @@ Owns all state of the control segment, by way of its parts: the compiled configu
 the members that can be reached and the state of selection among them. Never does I/O and never
 reads a clock: each method that needs the time is given it, in seconds that only grow.
 
+Which member it is, is :mod:`choosing`'s; who is known again, :mod:`persistence`'s; who waits, :mod:`waiting`'s.
+
 What is answered to a QUERY (003 FIGURES 8, 22), in this order:
 
     virtual server 0 (a port nobody serves)           NOTAVAIL
@@ -16,24 +18,29 @@ What is answered to a QUERY (003 FIGURES 8, 22), in this order:
     a connection that is known                        its member, again
     TCP, and not the beginning of a connection        UNKNOWN
     disabled, in maintenance, or without a pool       NOTAVAIL
-    as many connections as its limit allows           CONNLIMIT
+    as many connections as its limit allows           CONNLIMIT, or it waits
     no member that takes connections can be reached   NOTAVAIL
-    otherwise                                         the member that the pool's algorithm selects
+    those that can be are full                        CONNLIMIT, or it waits
+    otherwise                                         the member that its client is known to, or the algorithm selects
 
 An APP_QUERY is answered in the same order; the pool is the one that the virtual server's L7 policies name for what
-the client said, unless they answer it themselves.
+the client said, unless they answer it themselves. Who waits (the pool has a line) is answered later, by a REPLY that
+leaves with some other message's commands: whenever anything happened, those first in line are tried again.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from lbapp.config.model import Algorithm, Configuration, Member, Pool, VirtualServer
+from lbapp.config.model import Configuration, Member, Pool, VirtualServer
 from lbapp.config.model import Binding as Wanted
+from lbapp.config.pool import READ_PERSISTENCE
+from lbapp.control.choosing import Choice, Choosing, Chosen, Full, SwitchState
 from lbapp.control.connections import Connection, Connections
 from lbapp.control.l7 import Answer, More, Reject
+from lbapp.control.l7.values import missing, value
 from lbapp.control.limits import DEFAULTS, Limits
 from lbapp.control.messages import (
     AppQuery,
@@ -56,14 +63,14 @@ from lbapp.control.messages import (
     SwitchDown,
     SwitchUp,
     ToSwitch,
-    Translation,
 )
 from lbapp.control.neighbours import Neighbours
-from lbapp.control.selection import ALGORITHMS, Candidate, Selector
+from lbapp.control.persistence import Clients
 from lbapp.control.services import Service, Services, Way
 from lbapp.control.statistics import REFUSALS, Counters, Counts, Endings, Ledger, Refusal, Statistics
+from lbapp.control.waiting import Lines, LineView, Told, Waiter
 
-__all__ = ["ControlSegment", "Limits"]
+__all__ = ["Chosen", "ControlSegment", "Limits"]
 
 EMPTY = Configuration()
 
@@ -71,47 +78,6 @@ _HANDSHAKE = 0x17
 """FIN, SYN, RST and ACK: what decides whether a segment opens a connection. ECN's bits may be there as well."""
 
 _SYN = 0x02
-
-Choice = tuple[int, Translation, Way, tuple[Counts, Counts, Counts]]
-
-
-class _Group:
-    """The members one virtual server can reach from one switch, and the selection among them.
-
-    ``stale``: something changed; to be filled again when the next connection needs it.
-    """
-
-    __slots__ = ("algorithm", "choices", "selector", "stale")
-
-    def __init__(self) -> None:
-        self.stale = True
-        self.choices: list[Choice] = []
-        self.algorithm: Algorithm | None = None
-        self.selector: Selector | None = None
-
-
-class Chosen(NamedTuple):
-    """Why a connection went where it went: the policy that matched ("": none), what was read, and the binding."""
-
-    policy: str
-    key: str
-    binding: Binding
-
-
-class _Switch:
-    """What the engine keeps for a switch."""
-
-    __slots__ = ("chosen", "counts", "groups")
-
-    def __init__(self, counts: Counts) -> None:
-        self.counts = counts
-        self.groups: dict[int, dict[str, _Group]] = {}
-        self.chosen: OrderedDict[int, Chosen] = OrderedDict()
-
-    def stale(self, number: int) -> None:
-        """What a virtual server selects from has changed."""
-        for group in self.groups.get(number, {}).values():
-            group.stale = True
 
 
 class ControlSegment:
@@ -123,6 +89,7 @@ class ControlSegment:
 
     Attributes:
         adopting: addresses and ports of members whose hosts adopt connections (handoff), whoever knows of them.
+        clients: who is known again; whoever keeps and shows them may.
     """
 
     def __init__(self, configuration: Configuration = EMPTY, limits: Limits = DEFAULTS) -> None:
@@ -131,7 +98,10 @@ class ControlSegment:
         self._neighbours = Neighbours(limits)
         self._connections = Connections(limits)
         self._ledger = Ledger()
-        self._switches: dict[int, _Switch] = {}
+        self.clients = Clients(limits)
+        self._choosing = Choosing(self._neighbours, self._ledger, self.clients)
+        self._lines = Lines(limits)
+        self._switches: dict[int, SwitchState] = {}
         self._up: set[int] = set()
         # Queries are answered one reply each; what else they cause leaves with the next message.
         self.adopting: frozenset[tuple[str, int]] = frozenset()
@@ -160,16 +130,20 @@ class ControlSegment:
         handler = self._handlers.get(type(message))
         if handler is None:
             raise TypeError(f"expected a message from the data flow segment, got {type(message).__name__}")
-        return self._out(handler(message, now))
+        return self._out(handler(message, now), now)
 
     def tick(self, now: float) -> list[ToSwitch]:
         """Do what it is time for; to be called ten times a second."""
         commands: list[ToSwitch] = []
         commands += self._located(self._neighbours.tick(now))
         commands += self._connections.tick(now, self._up)
-        return self._out(commands)
+        self.clients.tick(now)
+        commands += [self._give_up(one) for one in self._lines.overdue(now)]
+        return self._out(commands, now)
 
-    def _out(self, commands: Iterable[ToSwitch]) -> list[ToSwitch]:
+    def _out(self, commands: Iterable[ToSwitch], now: float) -> list[ToSwitch]:
+        if self._lines.size:
+            commands = [*commands, *self._lines.serve(lambda one: self._serve(one, now))]
         if not self._outbox:
             return list(commands)
         result = [*self._outbox, *commands]
@@ -178,8 +152,11 @@ class ControlSegment:
 
     # -------------------------------------------------------------- queries
 
-    def query(self, query: Query, now: float) -> Reply:
-        """Answer for a flow that no rule covers (QUERY). The order of the checks: see the module's text."""
+    def query(self, query: Query, now: float) -> Reply | None:
+        """Answer for a flow that no rule covers (QUERY). The order of the checks: see the module's text.
+
+        None: it waits; its REPLY comes later. Who asks again meanwhile keeps its place.
+        """
         number = query.virtual_server
         service = self._services.by_number.get(number)
         if service is None:
@@ -196,22 +173,36 @@ class ControlSegment:
         switch = self._switches.get(query.switch)
         if switch is None or not service.accepts:
             return self._refuse(query, number, Error.NOTAVAIL)
+        pool = service.virtual_server.default_pool_id or ""
         if 0 <= service.limit <= self._ledger.virtual_server(number).active:
-            return self._refuse(query, number, Error.CONNLIMIT)
-        return self._select(switch, service, service.virtual_server.default_pool_id or "", query, now)
+            return self._stand(service, pool, query, 0, now)
+        return self._select(switch, service, pool, query, now)
 
-    def _select(self, switch: _Switch, service: Service, pool: str, query: Query, now: float) -> Reply:
+    def _select(self, switch: SwitchState, service: Service, pool: str, query: Query, now: float,
+                told: Told | None = None, said: bytes | None = None, failed: tuple[int, ...] = ()) -> Reply | None:
         groups = switch.groups.get(service.number)
         group = groups.get(pool) if groups is not None else None
         if group is None or group.stale:
-            group = self._fill(switch, query.switch, service, pool)
-        if not group.choices:
+            group = self._choosing.fill(switch, query.switch, service, pool)
+        if not group.special and not failed:
+            if not group.choices:
+                return self._refuse(query, service.number, Error.NOTAVAIL)
+            assert group.selector is not None
+            return self._opened(service, query, group.choices[group.selector.pick(query.signature, query.serial)], now)
+        key = self._choosing.key(group, query, said)
+        found = self._choosing.choose(group, pool, query, key, now, failed)
+        if found is None:
             return self._refuse(query, service.number, Error.NOTAVAIL)
-        assert group.selector is not None
-        return self._opened(service, query, group.choices[group.selector.pick(query.signature, query.serial)], now)
+        if isinstance(found, Full):
+            if failed:
+                return self._refuse(query, service.number, Error.CONNLIMIT)
+            return self._stand(service, pool, query, found.member, now, told, said)
+        return self._opened(service, query, found, now)
 
     def _opened(self, service: Service, query: Query, choice: Choice, now: float) -> Reply:
         member, translation, way, counts = choice
+        if self._lines.size:
+            self._lines.leave(query)
         if service.follows:
             self._connections.open(query, member, service.rules, way, counts, service.idle, now)
         else:
@@ -234,7 +225,8 @@ class ControlSegment:
             known = self._connections.find(query.switch, query.signature)
             if known is not None:
                 self._replace(known)
-        if 0 <= service.limit <= self._ledger.virtual_server(number).active:
+        no_more = 0 <= service.limit <= self._ledger.virtual_server(number).active
+        if no_more and not service.waits:
             return self._turned_away(service, asked, Error.CONNLIMIT)
         reader = service.reader
         read = reader.timed_out(asked.data) if asked.timed_out else reader.read(asked.data)
@@ -247,16 +239,33 @@ class ControlSegment:
             self._ledger.refuse(number, Refusal.REJECTED)
             return AppReply(query, Reply(query, Error.NOTAVAIL))
         pool = service.names.get(read.pool, "") if read.pool else service.virtual_server.default_pool_id or ""
-        reply = self._again(switch, service, pool, asked, now) if asked.failed else \
-            self._select(switch, service, pool, query, now)
+        farm = service.farms.get(pool)
+        persistence = farm.pool.persistence if farm is not None else None
+        said = None
+        if persistence is not None and persistence.type in READ_PERSISTENCE:
+            if missing(persistence, asked.data) and not asked.timed_out:
+                return AppReply(query)
+            said = value(persistence, asked.data)
+        told = Told(read.policy, read.key, reader.unavailable(asked.data), read.edit)
+        if len(asked.failed) >= self._limits.attempts:
+            reply: Reply | None = self._refuse(query, number, Error.NOTAVAIL)
+        elif no_more:
+            reply = self._stand(service, pool, query, 0, now, told, said)
+        else:
+            reply = self._select(switch, service, pool, query, now, told, said, asked.failed)
+        # Who waits is told that its words have arrived, as if more of them were needed.
+        return AppReply(query) if reply is None else self._app_reply(switch, service, reply, told)
+
+    def _app_reply(self, switch: SwitchState, service: Service, reply: Reply, told: Told) -> AppReply:
+        query = reply.query
         if reply.error is not Error.OK:
-            return AppReply(query, reply, answer=service.reader.unavailable(asked.data))
-        binding = self._binding(service, reply.member)
+            return AppReply(query, reply, answer=told.unavailable)
+        binding = Binding.SPLICE if told.edit is not None else self._binding(service, reply.member)
         chosen = switch.chosen
-        chosen[query.serial] = Chosen(read.policy, read.key, binding)
+        chosen[query.serial] = Chosen(told.policy, told.read, binding)
         if len(chosen) > self._limits.chosen:
             chosen.popitem(last=False)
-        return AppReply(query, reply, binding)
+        return AppReply(query, reply, binding, edit=told.edit)
 
     def _binding(self, service: Service, number: int) -> Binding:
         """Handoff where the member's host can do it and nobody said otherwise."""
@@ -269,13 +278,45 @@ class ControlSegment:
         return AppReply(asked.query, self._refuse(asked.query, service.number, error),
                         answer=service.reader.unavailable(asked.data))
 
-    def _again(self, switch: _Switch, service: Service, pool: str, asked: AppQuery, now: float) -> Reply:
-        """Another member than those that failed: the pool's next one."""
-        group = self._fill(switch, asked.query.switch, service, pool)
-        left = [choice for choice in group.choices if choice[0] not in asked.failed]
-        if not left or len(asked.failed) >= self._limits.attempts:
-            return self._refuse(asked.query, service.number, Error.NOTAVAIL)
-        return self._opened(service, asked.query, left[asked.query.serial // 2 % len(left)], now)
+    # -------------------------------------------------------------- who waits
+
+    def _stand(self, service: Service, pool: str, query: Query, member: int, now: float, told: Told | None = None,
+               said: bytes | None = None) -> Reply | None:
+        """Stand in the pool's line, for one member or (0) any; CONNLIMIT where there is none, or no room in it."""
+        farm = service.farms.get(pool)
+        waiting = farm.pool.waiting if farm is not None else None
+        if waiting is not None and self._lines.stand(waiting, query, pool, said, told, member, now):
+            return None
+        return self._refuse(query, service.number, Error.CONNLIMIT)
+
+    def _serve(self, waiter: Waiter, now: float) -> Reply | AppReply | None:
+        """Try one that waits again; None: it goes on waiting."""
+        query = waiter.query
+        number = query.virtual_server
+        service, switch = self._services.by_number.get(number), self._switches.get(query.switch)
+        if service is None or switch is None or not service.accepts or (service.reader is None) != (
+                waiter.told is None):
+            return self._late(waiter, self._refuse(query, number if service is not None else 0, Error.NOTAVAIL))
+        if 0 <= service.limit <= self._ledger.virtual_server(number).active:
+            return None
+        reply = self._select(switch, service, waiter.pool, query, now, waiter.told, waiter.said)
+        return None if reply is None else self._late(waiter, reply)
+
+    def _give_up(self, waiter: Waiter) -> Reply | AppReply:
+        number = waiter.query.virtual_server
+        return self._late(waiter, self._refuse(waiter.query, number if number in self._services.by_number else 0,
+                                               Error.CONNLIMIT))
+
+    def _late(self, waiter: Waiter, reply: Reply) -> Reply | AppReply:
+        if waiter.told is None:
+            return reply
+        service, switch = self._services.by_number.get(reply.query.virtual_server), self._switches.get(
+            reply.query.switch)
+        if service is None or switch is None:
+            return AppReply(reply.query, reply, answer=waiter.told.unavailable)
+        return self._app_reply(switch, service, reply, waiter.told)
+
+    # -------------------------------------------------------------- connections that are known
 
     def _known(self, service: Service, query: Query, now: float) -> Reply | None:
         """The answer for a packet of a connection that exists; None where it opens another one."""
@@ -309,36 +350,11 @@ class ControlSegment:
         self._ledger.refuse(number, REFUSALS[error])
         return Reply(query, error)
 
-    def _fill(self, switch: _Switch, switch_id: int, service: Service, pool_id: str) -> _Group:
-        """Find out again which members of a pool can be reached, and tell the selection."""
-        group = switch.groups.setdefault(service.number, {}).setdefault(pool_id, _Group())
-        group.stale = False
-        farm = service.farms.get(pool_id)
-        pool = farm.pool if farm is not None and farm.pool.admin_state_up else None
-        hosts = self._neighbours.hosts(switch_id)
-        here = self._ledger.virtual_server(service.number)
-        group.choices = []
-        candidates = []
-        for way in farm.ways if farm is not None and pool is not None else ():
-            member = way.member
-            host = hosts.get(way.next_hop)
-            if host is None or not member.takes_new:
-                continue
-            load = self._ledger.member(member.number)
-            candidates.append(Candidate(member.number, member.weight, load))
-            group.choices.append((member.number, way.translation(host), way, (here, load, switch.counts)))
-        if pool is not None and (group.selector is None or group.algorithm is not pool.lb_algorithm):
-            group.algorithm = pool.lb_algorithm
-            group.selector = ALGORITHMS[pool.lb_algorithm]()
-        if group.selector is not None and candidates:
-            # Nobody to be reached is no reason to forget whose turn it is.
-            group.selector.update(candidates)
-        return group
-
     # -------------------------------------------------------------- other messages
 
     def _on_query(self, query: Query, now: float) -> Iterable[ToSwitch]:
-        return (self.query(query, now),)
+        reply = self.query(query, now)
+        return () if reply is None else (reply,)
 
     def _on_delete(self, delete: Delete, now: float) -> Iterable[ToSwitch]:
         followed = self._connections.of(delete.switch)
@@ -410,7 +426,7 @@ class ControlSegment:
         switch = message.switch
         if switch not in self._switches:
             self._make_room()
-            self._switches[switch] = _Switch(self._ledger.switch(switch))
+            self._switches[switch] = SwitchState(self._ledger.switch(switch))
         self._up.add(switch)
         for number in self._switches[switch].groups:
             self._switches[switch].stale(number)
@@ -429,6 +445,7 @@ class ControlSegment:
 
     def _on_switch_down(self, message: SwitchDown, now: float) -> Iterable[ToSwitch]:
         self._up.discard(message.switch)
+        self._lines.forget(message.switch)
         self._neighbours.switch_down(message.switch)
         return ()
 
@@ -458,6 +475,8 @@ class ControlSegment:
             ValueError: a virtual server or member has no number, or one twice; nothing changed.
         """
         change = self._services.update(configuration)
+        self.clients.configure(configuration.pools)
+        self._lines.keep(configuration.pools)
         commands: list[ToSwitch] = []
         removed = set(change.removed)
         if (removed or change.gone_members or change.uncounted) and len(self._connections):
@@ -469,7 +488,7 @@ class ControlSegment:
             for number in change.changed:
                 switch.stale(number)
         commands += self._located(self._neighbours.configure(change.wanted, change.unwanted, now))
-        return self._out(commands)
+        return self._out(commands, now)
 
     def _cut(self, virtual_servers: set[int], members: set[int], uncounted: set[int]) -> list[Reap]:
         gone = self._connections.take(
@@ -481,7 +500,7 @@ class ControlSegment:
 
     def want(self, switch: int, address: str, now: float) -> list[ToSwitch]:
         """Look up a host of our networks that is no member, so as to route to it."""
-        return self._out(self._located(self._neighbours.want(switch, address, now)))
+        return self._out(self._located(self._neighbours.want(switch, address, now)), now)
 
     def host(self, switch: int, address: str) -> Host | None:
         """Where an address is, seen from a switch; None where that is not known."""
@@ -533,6 +552,10 @@ class ControlSegment:
         """Why a connection whose client was read went where it went; None where that is not known (any more)."""
         known = self._switches.get(switch)
         return known.chosen.get(serial) if known is not None else None
+
+    def line(self, pool: str, now: float) -> LineView:
+        """Who waits for members of a pool (its id)."""
+        return self._lines.view(pool, now)
 
     def active(self, member: int) -> int:
         """The connections of a member, among those that are known."""

@@ -209,17 +209,29 @@ class Binding(enum.Enum):
     HANDOFF = "handoff"
 
 
+class Edit(NamedTuple):
+    """What the member is told instead of a part of what the client said: for ``removed`` bytes from ``at``, ``text``.
+
+    All of it is in what the control segment was asked with. What follows keeps the client's sequence numbers.
+    """
+
+    at: int
+    removed: int
+    text: bytes
+
+
 class AppReply(NamedTuple):
     """What to do with a flow whose client has spoken (REPLY to APP_QUERY).
 
     ``reply`` None: more bytes are needed. Its ``error`` not OK: the client gets ``answer`` and is then closed; with no
-    ``answer`` it is reset.
+    ``answer`` it is reset. ``edit``, with binding SPLICE: what the client said is passed on with this change.
     """
 
     query: Query
     reply: Reply | None = None
     binding: Binding = Binding.SPLICE
     answer: bytes = b""
+    edit: Edit | None = None
 
 
 class NewFlow(NamedTuple):

@@ -15,11 +15,14 @@ Who acknowledges and who repeats: nobody here, as long as one flight of segments
 are passed on once the member is there, and the client repeats what is lost. Only if more is needed to know, the
 client is told that its bytes have arrived (it would not send more); from then on they are repeated here until the
 member has acknowledged the last of them, and only then the fast path takes over.
+
+The same where the member is told something else than the client said (``Edit``): what is changed is ours to deliver.
+The member's SYN then carries the client's initial sequence number less what was put in, so that all that follows the
+change has the client's own numbers, and nobody has to translate them.
 """
 
 from __future__ import annotations
 
-import enum
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -31,18 +34,15 @@ from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.cookies import Options
 from lbapp.dataflow.frames import ACK, FIN, RST, SYN, Segment
+from lbapp.dataflow.handshake import Handshake, Phase
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 
 LOG = logging.getLogger("lbapp.agent")
 
 MAX_HANDSHAKES = 16_384
 """Connections on their way to a member; the oldest that is still being read makes room."""
-MAX_DATA = 68 << 10
-"""What of one connection's data is kept: more than the 64 KiB that are read, so that what is too long is seen to be."""
 MAX_TOTAL = 64 << 20
 """The same of all of them together."""
-MAX_AHEAD = 32
-"""Segments of one connection that wait for one before them."""
 WINDOW = 14_600
 """What a client may send beyond what it was told has arrived, and what a member is sent at once."""
 ASK_AGAIN_SECONDS = 0.5
@@ -59,92 +59,6 @@ REPEATS = 5
 PASSED_ON = 4096
 """Connections whose late segments, read from the ring when they were complete already, are still passed on."""
 PSH = 8
-
-
-class Phase(enum.Enum):
-    """See the module's text."""
-
-    READING = "reading"
-    OPENING = "opening"
-    SENDING = "sending"
-    ANSWERING = "answering"
-
-
-class Handshake:
-    """A connection on its way."""
-
-    __slots__ = ("acked", "ahead", "asked", "asks", "challenges", "cookie", "data", "due", "failed", "first",
-                 "flights", "greeting", "ifindex", "isn", "member", "member_isn", "mss", "options", "phase", "query",
-                 "reply", "shift", "since", "size_asked", "timed_out", "tries", "una", "unanswered", "window")
-
-    def __init__(self, query: Query, ifindex: int, first: Segment, options: Options, greeting: Greeting,
-                 now: float) -> None:
-        self.query = query
-        self.ifindex = ifindex
-        self.isn = first.seq - 1 & 0xFFFFFFFF
-        self.cookie = first.ack - 1 & 0xFFFFFFFF
-        self.options = options
-        self.greeting = greeting
-        self.phase = Phase.READING
-        self.data = bytearray()
-        self.ahead: dict[int, bytes] = {}
-        self.flights: dict[int, bytes] = {}
-        self.acked = 0
-        self.window = first.window
-        self.first = now
-        self.asked = now
-        self.asks = 0
-        self.since = 0.0  # since when questions are not answered; 0: all are
-        self.unanswered = 0
-        self.challenges = 0
-        self.size_asked = -1
-        self.timed_out = False
-        self.failed: tuple[int, ...] = ()
-        self.reply: Reply | None = None
-        self.member: tuple[bytes, int, int] | None = None
-        self.member_isn = 0
-        self.mss = options.mss
-        self.shift = 0
-        self.due = 0.0
-        self.tries = 0
-        self.una = 0
-
-    @property
-    def app_query(self) -> AppQuery:
-        """What to ask."""
-        return AppQuery(self.query, self.isn + 1 & 0xFFFFFFFF, self.cookie + 1 & 0xFFFFFFFF, b"", bytes(self.data),
-                        self.failed, self.timed_out)
-
-    def take(self, part: Segment, frame: bytes) -> bool:
-        """Take a segment of the client over; returns whether there is more to read than before."""
-        self.window = part.window
-        offset = part.seq - self.isn - 1 & 0xFFFFFFFF
-        if offset >= 1 << 31:
-            offset -= 1 << 32
-        before = len(self.data)
-        if not self.acked and offset >= 0 and offset + len(part.payload) <= MAX_DATA:
-            known = self.flights.get(offset)
-            if known is None or len(known) <= len(frame):
-                self.flights[offset] = frame
-        if part.payload and offset + len(part.payload) > before:
-            if offset > before:
-                if len(self.ahead) < MAX_AHEAD and offset + len(part.payload) <= MAX_DATA:
-                    self.ahead[offset] = part.payload
-            else:
-                self.data += part.payload[before - offset:]
-                self._close_gaps()
-        del self.data[MAX_DATA:]
-        return len(self.data) > before
-
-    def ends(self, last: Segment) -> bool:
-        """Whether everything before this FIN is here."""
-        return last.seq + len(last.payload) - self.isn - 1 & 0xFFFFFFFF == len(self.data)
-
-    def _close_gaps(self) -> None:
-        for offset in sorted(self.ahead):
-            if offset > len(self.data):
-                break
-            self.data += self.ahead.pop(offset)[len(self.data) - offset:]
 
 
 Flows = Callable[[Reply, int], "tuple[tuple[layout.FlowKey, layout.Flow], tuple[layout.FlowKey, layout.Flow]] | None"]
@@ -178,6 +92,7 @@ class Proxy:
         self._late: dict[tuple[int, int], list[bytes]] = {}
         self._asking: dict[FlowSignature, Handshake] = {}
         self._passed: OrderedDict[FlowSignature, int] = OrderedDict()
+        self._passed_back: OrderedDict[tuple[bytes, int, bytes, int], int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._all)
@@ -210,7 +125,7 @@ class Proxy:
             if known is None:
                 return
         if part.flags & SYN:
-            if part.seq != known.isn:
+            if not known.begins(part.seq):
                 self._abandon(known)  # it has begun anew, and comes again
             return
         if part.flags & RST:
@@ -218,6 +133,10 @@ class Proxy:
             return
         if known.phase is Phase.ANSWERING:
             self._answered(known, part)
+            return
+        if known.ready and known.ours:
+            # The member has all that was delivered from here.
+            self._late.setdefault((record.ifindex, min(known.mss, known.greeting.mss)), []).append(frame)
             return
         before = len(known.data)
         grown = known.take(part, frame)
@@ -268,9 +187,15 @@ class Proxy:
         packet = frames.parse(record.frame)
         frame = frames.with_checksum(record.frame, packet)
         part, it = frames.segment(frame, packet), packet.signature
-        one = self._members.get((it.source, it.source_port, it.destination, it.destination_port))
+        ends = (it.source, it.source_port, it.destination, it.destination_port)
+        one = self._members.get(ends)
         if one is None:
-            self._counters["proxy_stray"] += 1
+            if ends in self._passed_back:
+                self._late.setdefault((record.ifindex, self._passed_back[ends]), []).append(frame)
+            else:
+                self._counters["proxy_stray"] += 1
+        elif one.ready and one.ours:
+            one.flights[len(one.flights)] = frame
         elif part.flags & RST:
             if one.phase is Phase.SENDING:
                 self._reset(one)
@@ -293,8 +218,8 @@ class Proxy:
         one.mss = min(one.mss, offered.mss)
         if one.options.window_scale is not None:
             one.shift = (offered.window_scale or 0) - one.greeting.window_scale
-        if not one.acked:
-            self._ready.append(one)
+        if not one.ours:
+            self._pass_soon(one)
             return
         one.phase, one.una, one.tries = Phase.SENDING, 0, 0
         self._send(one, now)
@@ -306,7 +231,7 @@ class Proxy:
         if arrived == len(one.data):
             one.flights = {0: frame}
             one.ifindex = ifindex  # the member's packet, which the fast path translates
-            self._ready.append(one)
+            self._pass_soon(one)
         elif arrived > one.una:
             one.una, one.tries = arrived, 0
             self._send(one, now)
@@ -317,12 +242,12 @@ class Proxy:
         Returns:
             What is to be asked after all that has come: one question a connection.
         """
-        if self._ready:
+        ready, self._ready = [one for one in self._ready if self._all.get(one.query.signature) is one], []
+        if ready:
             self._fastpath.set_splices({one.query.serial: layout.Splice(one.member_isn - one.cookie & 0xFFFFFFFF,
-                                                                        one.shift) for one in self._ready})
-            for one in self._ready:
+                                                                        one.shift) for one in ready})
+            for one in ready:
                 self._pass_on(one)
-            self._ready.clear()
         if self._late:
             for (ifindex, mss), late in self._late.items():
                 for frame in joining.join(late, mss):
@@ -332,14 +257,20 @@ class Proxy:
         return [question for question in (self._ask(one, now) for signature, one in asking.items()
                                           if self._all.get(signature) is one) if question is not None]
 
+    def _pass_soon(self, one: Handshake) -> None:
+        if not one.ready:
+            one.ready = True
+            self._ready.append(one)
+
     def _pass_on(self, one: Handshake) -> None:
         mss = min(one.mss, one.greeting.mss)
+        if one.ours and one.member is not None:
+            signature = one.query.signature
+            _remember(self._passed_back, (*one.member[:2], signature.source, signature.source_port), mss)
         for frame in joining.join([one.flights[offset] for offset in sorted(one.flights)], mss):
             self._fastpath.inject(one.ifindex, frame)
         self._forget(one)
-        self._passed[one.query.signature] = mss
-        if len(self._passed) > PASSED_ON:
-            self._passed.popitem(last=False)
+        _remember(self._passed, one.query.signature, mss)
 
     # -------------------------------------------------------------- what the control segment says
 
@@ -361,8 +292,11 @@ class Proxy:
             elif one.reply.error is not Error.OK:
                 self._finish(known, one.answer, now)
             else:
-                splice = one.binding is Binding.SPLICE or known.acked
-                pair = self._flows(one.reply, layout.SPLICE if splice else 0)
+                size = len(known.data)
+                changed = one.edit is None or known.change(one.edit)
+                self._bytes += len(known.data) - size
+                splice = one.binding is Binding.SPLICE or known.ours
+                pair = self._flows(one.reply, layout.SPLICE if splice else 0) if changed else None
                 if pair is None:
                     self._counters["reply_unknown_port"] += 1
                     refused.append(Refused(self._switch, one.query.serial, one.query.virtual_server))
@@ -375,7 +309,7 @@ class Proxy:
             if result is not layout.Result.OPENED:
                 refused.append(Refused(self._switch, one.query.serial, one.query.virtual_server))
                 self._reset(known)
-            elif one.binding is Binding.SPLICE or known.acked:
+            elif one.binding is Binding.SPLICE or known.ours:
                 self._open(known, told, now)
             else:
                 self._pass_on(known)
@@ -482,6 +416,9 @@ class Proxy:
         assert one.reply is not None
         self._counters["proxy_member_failed"] += 1
         self._close(one)
+        self._bytes -= len(one.data)
+        one.change_back()
+        self._bytes += len(one.data)
         one.failed = (*one.failed, one.reply.member)
         one.phase, one.reply = Phase.READING, None
         # Another flow, with a serial of its own: the ledger will tell that this one has ended.
@@ -548,6 +485,13 @@ class Proxy:
         self._fastpath.send(one.member[2], frames.tcp(
             translation.host.mac, VIRTUAL_MAC if translation.routed else one.query.client_mac,
             (it.source, it.source_port), one.member[:2], part))
+
+
+def _remember(table: OrderedDict[Any, int], key: Any, mss: int) -> None:
+    table.pop(key, None)
+    table[key] = mss
+    if len(table) > PASSED_ON:
+        table.popitem(last=False)
 
 
 def _key(signature: FlowSignature) -> layout.FlowKey:

@@ -12,7 +12,18 @@ from lbapp.bus import application, ssmb
 from lbapp.bus.application import MOST_DATA, MOST_FAILED, Assembly, Part
 from lbapp.bus.errors import DecodeError, EncodeError, Fault
 from lbapp.bus.ssmb import Kind
-from lbapp.control.messages import AppQuery, AppReply, Binding, Error, FlowSignature, Host, Query, Reply, Translation
+from lbapp.control.messages import (
+    AppQuery,
+    AppReply,
+    Binding,
+    Edit,
+    Error,
+    FlowSignature,
+    Host,
+    Query,
+    Reply,
+    Translation,
+)
 
 SWITCH = 0x2A
 ROOM = ssmb.room()
@@ -41,7 +52,10 @@ def app_replies(size):
             query, Reply(query, error, member, translation, install, tracked), binding, answer),
         queries(size), st.sampled_from(Error), u32, st.none() | translation, st.booleans(), st.booleans(),
         st.sampled_from(Binding), some)
-    return decided | queries(size).map(AppReply)
+    edits = st.builds(Edit, u32, u32, some.filter(lambda text: len(text) <= MOST_DATA - 8))
+    edited = st.builds(lambda query, member, translation, edit: AppReply(query, Reply(
+        query, Error.OK, member, translation), edit=edit), queries(size), u32, translation, edits)
+    return decided | edited | queries(size).map(AppReply)
 
 
 anything = st.sampled_from([4, 16]).flatmap(lambda size: st.tuples(
@@ -130,6 +144,9 @@ FIXTURES = [
      QUERY_HEX + "00" "1d" "00000009" "0a000009" "1f90" "020202020202" "00000004" "02" "00000000"),
     (Kind.APP_REPLY, AppReply(QUERY, Reply(QUERY, Error.NOTAVAIL, install=False), answer=b"503"),
      QUERY_HEX + "02" "00" "00000000" + NOWHERE + "00" "00000003" "353033"),
+    (Kind.APP_REPLY, AppReply(QUERY, REPLY, edit=Edit(258, 3, b"close")),
+     QUERY_HEX + "00" "1d" "00000009" "0a000009" "1f90" "020202020202" "00000004" "04" "0000000d" "00000102" "00000003"
+     "636c6f7365"),
     (Kind.APP_REPLY, AppReply(QUERY), QUERY_HEX + "00" "00" "00000000" + NOWHERE + "01" "00000000"),
 ]
 
@@ -168,6 +185,10 @@ def test_the_most_that_is_kept_of_a_client_fits_whatever_the_limit_is():
     (Kind.APP_REPLY, AppReply(QUERY, REPLY, Binding.SPLICE, bytes(MOST_DATA + 1)), Fault.LONG),
     (Kind.APP_REPLY, AppReply(QUERY, answer=b"too early"), Fault.VALUE),
     (Kind.APP_REPLY, AppReply(QUERY._replace(serial=8), REPLY), Fault.VALUE),
+    (Kind.APP_REPLY, AppReply(QUERY, REPLY, Binding.HANDOFF, edit=Edit(0, 0, b"x")), Fault.VALUE),
+    (Kind.APP_REPLY, AppReply(QUERY, REPLY, answer=b"x", edit=Edit(0, 0, b"x")), Fault.VALUE),
+    (Kind.APP_REPLY, AppReply(QUERY, edit=Edit(0, 0, b"x")), Fault.VALUE),
+    (Kind.APP_REPLY, AppReply(QUERY, REPLY, edit=Edit(0, 0, bytes(MOST_DATA))), Fault.LONG),
     (Kind.APP_REPLY, REPLY, Fault.VALUE),
 ])
 def test_what_cannot_be_carried_is_an_encode_error(kind, message, fault):
@@ -184,6 +205,10 @@ def test_what_cannot_be_carried_is_an_encode_error(kind, message, fault):
     (Kind.APP_REPLY, QUERY_HEX + "00" "20" "00000000" + NOWHERE + "00" "00000000", Fault.VALUE),
     (Kind.APP_REPLY, QUERY_HEX + "00" "00" "00000000" + NOWHERE + "03" "00000000", Fault.VALUE),
     (Kind.APP_REPLY, QUERY_HEX + "02" "00" "00000000" + NOWHERE + "01" "00000000", Fault.VALUE),
+    (Kind.APP_REPLY, QUERY_HEX + "00" "00" "00000000" + NOWHERE + "05" "00000000", Fault.VALUE),
+    (Kind.APP_REPLY, QUERY_HEX + "00" "00" "00000000" + NOWHERE + "08" "00000000", Fault.VALUE),
+    (Kind.APP_REPLY, QUERY_HEX + "00" "00" "00000000" + NOWHERE + "04" "00000007" "00000000000000", Fault.VALUE),
+    (Kind.APP_REPLY, QUERY_HEX + "02" "00" "00000000" + NOWHERE + "04" "00000008" "0000000000000000", Fault.VALUE),
     (Kind.APP_REPLY, QUERY_HEX + "09" "00" "00000000" + NOWHERE + "00" "00000000", Fault.VALUE),
     (Kind.APP_REPLY, QUERY_HEX + "00" "00" "00000000" + NOWHERE + "00" "00000001", Fault.SHORT),
     (Kind.PART, "020002", Fault.SHORT), (Kind.PART, "02020200", Fault.VALUE), (Kind.PART, "02000100", Fault.VALUE),

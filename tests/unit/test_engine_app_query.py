@@ -24,7 +24,7 @@ from lbapp.config.model import (
 from lbapp.config.model import Binding as Wanted
 from lbapp.control.engine import Chosen, ControlSegment
 from lbapp.control.limits import DEFAULTS
-from lbapp.control.messages import AppQuery, AppReply, Binding, Closed, Delete, Error, Reason, SwitchUp
+from lbapp.control.messages import AppQuery, AppReply, Binding, Closed, Delete, Edit, Error, Reason, SwitchUp
 from lbapp.control.statistics import Refusal
 from tests.playbook import host, member, query, seen, up
 
@@ -103,6 +103,17 @@ def test_members_whose_hosts_adopt_connections_are_handed_them() -> None:
     told_otherwise = control(configuration(binding=Wanted.SPLICE))
     told_otherwise.adopting = segment.adopting
     assert {told_otherwise.app_query(said(number), 0.0).binding for number in (1, 3)} == {Binding.SPLICE}
+
+
+def test_who_closes_after_the_first_answer_gets_a_changed_request_and_is_spliced() -> None:
+    segment = control(configuration(close_after_first=True))
+    segment.adopting = frozenset({("10.0.0.1", 80), ("10.0.0.2", 80), ("10.0.0.2", 8080), ("10.0.0.1", 8080)})
+    found = segment.app_query(said(1), 0.0)
+    assert (found.binding, found.edit) == (Binding.SPLICE, Edit(len(GET % b"/") - 2, 0, b"Connection: close\r\n"))
+    assert segment.chosen(1, 1) == Chosen("", "GET shop.example/", Binding.SPLICE)
+    found = segment.app_query(said(3, data=b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"), 0.0)
+    assert (found.binding, found.edit) == (Binding.HANDOFF, None), "nothing is to be changed"
+    assert segment.app_query(said(5, b"/away"), 0.0).edit is None
 
 
 def test_answers_and_rejections_reach_no_member() -> None:

@@ -45,6 +45,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (changed(translate_address=False), "translate_address", "expected true"),
     (changed(decision="switch"), "decision", "expected auto or controller"),
     (changed(inspect_bytes=0), "inspect_bytes", ">= 1"),
+    (changed(close_after_first=True, binding="handoff"), "binding", "expected auto, splice, hybrid or relay"),
     (changed(l7_policies=[POLICY, POLICY]), "l7_policies[1].name", "images is there already"),
     (with_policy(redirect_pool="imgs"), "l7_policies[0].redirect_pool", "expected the name of a pool"),
     (with_policy(redirect_pool=None), "l7_policies[0].redirect_pool", "expected a value"),

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from lbapp.control.messages import Edit
+
 KEY_MOST = 200
 """Characters of the text that says what decided."""
 
@@ -24,11 +26,13 @@ class ToPool(NamedTuple):
         pool: the pool's name; None is the virtual server's default pool.
         policy: the policy that decided; empty with the default pool.
         key: what decided, short and printable: ``GET shop.example/img/a.png``, ``sni shop.example``.
+        edit: how what the client said is changed for the member.
     """
 
     pool: str | None
     policy: str
     key: str
+    edit: Edit | None = None
 
 
 class Answer(NamedTuple):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from lbapp.config.model import Application, L7Policy, PolicyAction, VirtualServer
 from lbapp.control.l7 import http1, http2, tls
+from lbapp.control.l7.closing import closing
 from lbapp.control.l7.outcomes import MORE, Answer, More, Outcome, Reject, ToPool, printable, refusal, response
 from lbapp.control.l7.request import Received, Request
 from lbapp.control.l7.rules import Compiled, Holds, PolicyTrace, compile_rule, matcher, trace
@@ -33,11 +34,12 @@ class Reader:
     a policy has a redirect or a fixed response, or whose request is at fault, is reset.
     """
 
-    __slots__ = ("_application", "_inspect", "_policies", "_steps", "_unavailable")
+    __slots__ = ("_application", "_closes", "_inspect", "_policies", "_steps", "_unavailable")
 
     def __init__(self, server: VirtualServer) -> None:
         self._application = server.application
         self._inspect = server.inspect_bytes
+        self._closes = server.close_after_first
         self._policies: tuple[tuple[L7Policy, tuple[Compiled, ...]], ...] = tuple(
             (policy, tuple(compile_rule(rule) for rule in policy.rules)) for policy in server.l7_policies)
         self._steps: tuple[tuple[Holds, Act], ...] = tuple(
@@ -56,7 +58,10 @@ class Reader:
             data: all that the client sent so far, from its first byte.
         """
         if self._application is Application.HTTP:
-            return self._http(data)
+            found = self._http(data)
+            if self._closes and isinstance(found, ToPool) and data[:4] != http2.TELLING:
+                return found._replace(edit=closing(data))
+            return found
         if self._application is Application.TLS:
             hello = tls.parse(data)
             if hello is None:

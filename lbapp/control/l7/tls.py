@@ -26,7 +26,7 @@ NAMES_MOST = 64
 """Server names, and ALPN protocols: each costs time, and no client has nearly as many."""
 HANDSHAKE = 22
 CLIENT_HELLO = 1
-SERVER_NAME, ALPN, ENCRYPTED_HELLO = 0, 16, 0xFE0D
+SERVER_NAME, ALPN, SESSION_TICKET, ENCRYPTED_HELLO = 0, 16, 35, 0xFE0D
 GREASE = frozenset(high << 8 | high for high in range(0x0A, 0x100, 0x10))
 """Values that mean nothing, so that servers stay used to unknown ones (RFC 8701)."""
 _EXTENSION = struct.Struct("!HH")
@@ -41,12 +41,14 @@ class ClientHello(NamedTuple):
         alpn: in the client's order, GREASE left out.
         session_id: as sent; rules compare its hexadecimal digits, lower case.
         encrypted: whether an ECH extension is there (which may be GREASE).
+        ticket: of a session that the client wants to resume (RFC 5077; TLS 1.2 and before).
     """
 
     sni: str | None = None
     alpn: tuple[bytes, ...] = ()
     session_id: bytes = b""
     encrypted: bool = False
+    ticket: bytes = b""
 
     def describe(self) -> str:
         """``sni shop.example``: what is told of it in logs."""
@@ -154,6 +156,7 @@ def _hello(body: bytes) -> ClientHello:
         raise _Broken("no compression methods")
     name: str | None = None
     protocols: tuple[bytes, ...] = ()
+    ticket = b""
     seen: set[int] = set()
     if hello.left:
         extensions = hello.vector(2)
@@ -169,7 +172,9 @@ def _hello(body: bytes) -> ClientHello:
                 name = _server_name(value)
             elif kind == ALPN:
                 protocols = _protocols(value)
-    return ClientHello(name, protocols, session_id, ENCRYPTED_HELLO in seen)
+            elif kind == SESSION_TICKET:
+                ticket = value
+    return ClientHello(name, protocols, session_id, ENCRYPTED_HELLO in seen, ticket)
 
 
 def _extensions(data: bytes) -> Iterator[tuple[int, bytes]]:

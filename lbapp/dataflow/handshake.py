@@ -1,0 +1,136 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""One connection between the client's first data and its member: where it is on its way, and what the client said.
+
+Owns the bytes, in order, and what is changed in them for the member. Sends nothing, knows no table and no clock: that
+is :mod:`lbapp.dataflow.proxy`'s.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from lbapp.control.messages import AppQuery, Edit, Query, Reply
+from lbapp.dataflow.distribution import Greeting
+from lbapp.dataflow.fastpath.cookies import Options
+from lbapp.dataflow.frames import Segment
+
+MAX_DATA = 68 << 10
+"""What of one connection's data is kept: more than the 64 KiB that are read, so that what is too long is seen to be."""
+MAX_AHEAD = 32
+"""Segments of one connection that wait for one before them."""
+
+
+class Phase(enum.Enum):
+    """See :mod:`lbapp.dataflow.proxy`."""
+
+    READING = "reading"
+    OPENING = "opening"
+    SENDING = "sending"
+    ANSWERING = "answering"
+
+
+class Handshake:
+    """A connection on its way."""
+
+    __slots__ = ("acked", "ahead", "asked", "asks", "challenges", "cookie", "data", "due", "failed", "first",
+                 "flights", "greeting", "ifindex", "isn", "member", "member_isn", "mss", "options", "phase", "query",
+                 "ready", "reply", "shift", "since", "size_asked", "timed_out", "tries", "una", "unanswered", "undo",
+                 "window")
+
+    def __init__(self, query: Query, ifindex: int, first: Segment, options: Options, greeting: Greeting,
+                 now: float) -> None:
+        self.query = query
+        self.ifindex = ifindex
+        self.isn = first.seq - 1 & 0xFFFFFFFF
+        self.cookie = first.ack - 1 & 0xFFFFFFFF
+        self.options = options
+        self.greeting = greeting
+        self.phase = Phase.READING
+        self.data = bytearray()
+        self.ahead: dict[int, bytes] = {}
+        self.flights: dict[int, bytes] = {}
+        self.acked = 0
+        self.window = first.window
+        self.first = now
+        self.asked = now
+        self.asks = 0
+        self.since = 0.0  # since when questions are not answered; 0: all are
+        self.unanswered = 0
+        self.challenges = 0
+        self.size_asked = -1
+        self.timed_out = False
+        self.failed: tuple[int, ...] = ()
+        self.reply: Reply | None = None
+        self.member: tuple[bytes, int, int] | None = None
+        self.member_isn = 0
+        self.mss = options.mss
+        self.shift = 0
+        self.due = 0.0
+        self.tries = 0
+        self.una = 0
+        self.undo: Edit | None = None  # what makes the data what the client said
+        self.ready = False
+
+    @property
+    def ours(self) -> bool:
+        """Whether what the client said is delivered from here, not by the client's own segments."""
+        return self.acked > 0 or self.undo is not None
+
+    def begins(self, isn: int) -> bool:
+        """Whether that is the client's own initial sequence number."""
+        more = 0 if self.undo is None else self.undo.removed - len(self.undo.text)
+        return isn == self.isn + more & 0xFFFFFFFF
+
+    def change(self, edit: Edit) -> bool:
+        """Have the member told something else, before it is told anything; returns whether that can be."""
+        if edit.at + edit.removed > len(self.data):
+            return False
+        end = edit.at + edit.removed
+        self.undo = Edit(edit.at, len(edit.text), bytes(self.data[edit.at:end]))
+        self.data[edit.at:end] = edit.text
+        self.isn = self.isn - len(edit.text) + edit.removed & 0xFFFFFFFF
+        return True
+
+    def change_back(self) -> None:
+        """What the client said, as it said it."""
+        if self.undo is not None:
+            self.change(self.undo)
+            self.undo = None
+
+    @property
+    def app_query(self) -> AppQuery:
+        """What to ask."""
+        return AppQuery(self.query, self.isn + 1 & 0xFFFFFFFF, self.cookie + 1 & 0xFFFFFFFF, b"", bytes(self.data),
+                        self.failed, self.timed_out)
+
+    def take(self, part: Segment, frame: bytes) -> bool:
+        """Take a segment of the client over; returns whether there is more to read than before."""
+        self.window = part.window
+        offset = part.seq - self.isn - 1 & 0xFFFFFFFF
+        if offset >= 1 << 31:
+            offset -= 1 << 32
+        before = len(self.data)
+        if not self.ours and offset >= 0 and offset + len(part.payload) <= MAX_DATA:
+            known = self.flights.get(offset)
+            if known is None or len(known) <= len(frame):
+                self.flights[offset] = frame
+        if part.payload and offset + len(part.payload) > before:
+            if offset > before:
+                if len(self.ahead) < MAX_AHEAD and offset + len(part.payload) <= MAX_DATA:
+                    self.ahead[offset] = part.payload
+            else:
+                self.data += part.payload[before - offset:]
+                self._close_gaps()
+        del self.data[max(before, MAX_DATA):]
+        return len(self.data) > before
+
+    def ends(self, last: Segment) -> bool:
+        """Whether everything before this FIN is here."""
+        return last.seq + len(last.payload) - self.isn - 1 & 0xFFFFFFFF == len(self.data)
+
+    def _close_gaps(self) -> None:
+        for offset in sorted(self.ahead):
+            if offset > len(self.data):
+                break
+            self.data += self.ahead.pop(offset)[len(self.data) - offset:]
