@@ -65,10 +65,19 @@ def started(configuration: Configuration) -> ControlSegment:
     return control
 
 
+def busy(number: int) -> Counts:
+    """A member's load with everything in it that an algorithm may look at."""
+    counts = Counts()
+    counts.active = 3 + number % 2
+    counts.observed(0.01 * (1 + number % 4), number)
+    counts.ended(50, 50_000, number)
+    return counts
+
+
 def picks(algorithm: Algorithm, members: int, asked: Sequence[Query]) -> float:
     """Microseconds of a pick among so many members."""
     selector = ALGORITHMS[algorithm]()
-    selector.update([Candidate(number, 1 + number % 3, Counts()) for number in range(1, members + 1)])
+    selector.update([Candidate(number, 1 + number % 3, busy(number)) for number in range(1, members + 1)])
     selector.pick(asked[0].signature, 0)  # tables are built at the first
     pick = selector.pick
 

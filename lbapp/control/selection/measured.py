@@ -207,14 +207,14 @@ class BoundedLoadHash(ConsistentHash):
         load, weight = loads[index]
         if not load.active:
             return index
-        # Fewer than this times its weight: rounding up, as the paper does, lets in the same ones.
-        most = BOUND * (sum([load.active for load, _ in loads]) + 1) / self._weight
-        if load.active < most * weight:
+        # Fewer than its share of this, in whole numbers: rounding shares up, as the paper does, lets in the same ones.
+        most, total = BOUND * (sum([load.active for load, _ in loads]) + 1), self._weight
+        if load.active * total < most * weight:
             return index
         for step in range(at + 1, at + 1 + 2 * len(loads)):
             index = table[step if step < size else step - size]
             load, weight = loads[index]
-            if load.active < most * weight:
+            if load.active * total < most * weight:
                 return index
         # Those that have room have few slots.
         return min(range(len(loads)), key=lambda index: loads[index][0].active / loads[index][1])
