@@ -28,9 +28,11 @@ from lbapp.config.model import Application, Binding, Configuration, VirtualServe
 from lbapp.config.routing import Routes
 from lbapp.control.engine import ControlSegment
 from lbapp.control.messages import (
+    AppReply,
     Closed,
     Delete,
     Error,
+    FlowSignature,
     FromSwitch,
     Host,
     HostChanged,
@@ -67,6 +69,8 @@ HELD_HOSTS, HELD_PACKETS, HELD_SECONDS = 64, 4, 3.0
 makes room), how many of each, and for how long they are of use."""
 RECENT_RULES = 4096
 """Connections whose rules may still turn out not to fit in the switch's table."""
+LINED_PACKETS = 16_384
+"""Packets that are held for connections that stand in line, of each switch; the oldest makes room."""
 WORK_QUEUE = 100_000
 LAST_REPAIR_SECONDS = 60.0
 """A switch that keeps refusing a rule is read again after 1, 2, 4, ... seconds, at most this."""
@@ -109,6 +113,7 @@ class Switch:
         self.closed: list[Closed] = []
         self.held: OrderedDict[str, deque[tuple[float, bytes]]] = OrderedDict()
         self.recent: OrderedDict[int, tuple[carrier.PacketIn, frames.Packet]] = OrderedDict()
+        self.lined: OrderedDict[FlowSignature, tuple[carrier.PacketIn, bytes, frames.Packet]] = OrderedDict()
 
 
 class LoadBalancer(app_manager.RyuApp):
@@ -211,13 +216,22 @@ class LoadBalancer(app_manager.RyuApp):
         if query.virtual_server:
             switch.punts[query.virtual_server] += 1
         reply = self.control.query(query, time.monotonic())
+        if reply is None:
+            switch.lined[packet.signature] = punted, frame, packet
+            if len(switch.lined) > LINED_PACKETS:
+                switch.lined.popitem(last=False)
+            return b""
+        return self._answer(switch, reply, punted, frame, packet)
+
+    def _answer(self, switch: Switch, reply: Reply, punted: carrier.PacketIn, frame: bytes,
+                packet: frames.Packet) -> bytes:
         if self.fastpaths.takes(switch.id, reply, frame, packet):
             return b""
         answer = switch.encoder.encode(reply, frame, packet)
         if answer is None:
             return b""
         switch.counters["packet_outs"] += 1
-        if reply.install and switch.encoder.is_rules(query.virtual_server) and not reply.error:
+        if reply.install and switch.encoder.is_rules(reply.query.virtual_server) and not reply.error:
             switch.counters["flow_mods"] += 2
             switch.recent[reply.query.serial] = punted, packet
             if len(switch.recent) > RECENT_RULES:
@@ -232,6 +246,17 @@ class LoadBalancer(app_manager.RyuApp):
         switch = self.switches[datapath.id]
         switch.counters["packet_outs"] += len(left)
         return b"".join([switch.encoder.encode(*one) or b"" for one in left])
+
+    def _late(self, switch: Switch, reply: Reply | AppReply) -> None:
+        """One that stood in line is answered."""
+        server = self._by_number.get(reply.query.virtual_server)
+        if reply.query.serial & 1 or isinstance(reply, AppReply):
+            relayed = isinstance(reply, AppReply) and server is not None and self.relayed(switch.id, server)
+            (self.relays if relayed else self.fastpaths).late(reply)
+            return
+        held = switch.lined.pop(reply.query.signature, None)
+        if held is not None:  # else its client repeats what had to make room
+            switch.datapath.send(self._answer(switch, reply, *held) + self.flush(switch.datapath))
 
     def _no_room(self, switch: Switch, punted: carrier.PacketIn) -> bytes:
         """Conntrack took no more, or a connection's member is gone: refuse at once."""
@@ -492,10 +517,13 @@ class LoadBalancer(app_manager.RyuApp):
             TypeError: a command that nobody here knows how to do.
         """
         for command in commands:
-            switch = self.switches.get(command.query.switch if isinstance(command, Reply) else command.switch)
+            switch = self.switches.get(command.query.switch if isinstance(command, (Reply, AppReply)) else
+                                       command.switch)
             if switch is None:
                 continue
-            if isinstance(command, Probe):
+            if isinstance(command, (Reply, AppReply)):
+                self._late(switch, command)
+            elif isinstance(command, Probe):
                 switch.counters["probes"] += 1
                 # No sender address: hosts would take the balancer's address to be at the probe's MAC.
                 switch.datapath.send(carrier.probe(switch.id, command.address, None))

@@ -286,30 +286,49 @@ class FastPaths:
                            for one in queries])
         side.counters["queries"] += len(queries)
         side.counters["query_messages"] += 1
-        side.link.reply([self._answer(side, one, now) if isinstance(one, Query) else
-                         self._decide(side, one, now) for one in queries])
+        answers = [self._answer(side, one, now) if isinstance(one, Query) else
+                   self._decide(side, one, now) for one in queries]
+        side.link.reply([one for one in answers if one is not None])
 
-    def _answer(self, side: _Side, query: Query, now: float) -> Reply:
-        """One that is asked again has lost its REPLY: it is the same flow still, and counts once."""
+    def late(self, reply: Reply | AppReply) -> None:
+        """The answer for one that stood in line."""
+        side = self._sides.get(reply.query.switch)
+        if side is not None:
+            if isinstance(reply, Reply):
+                self._answered(side, reply, time.monotonic())
+            else:
+                self._decided(side, reply, time.monotonic())
+            side.link.reply([reply])
+
+    def _answer(self, side: _Side, query: Query, now: float) -> Reply | None:
+        """One that is asked again has lost its REPLY: it is the same flow still, and counts once. None: it stands in
+        line."""
         recent = side.recent
         known = recent.get(query.serial)
         if known is not None and known[1].query == query and now - known[0] < ASKED_AGAIN_SECONDS:
             return known[1]
         reply = self._control.query(query, now)
-        recent[query.serial] = (now, reply)
-        if len(recent) > RECENT:
-            recent.popitem(last=False)
+        return self._answered(side, reply, now) if reply is not None else None
+
+    @staticmethod
+    def _answered(side: _Side, reply: Reply, now: float) -> Reply:
+        side.recent[reply.query.serial] = (now, reply)
+        if len(side.recent) > RECENT:
+            side.recent.popitem(last=False)
         return reply
 
     def _decide(self, side: _Side, asked: AppQuery, now: float) -> AppReply:
         """The same for APP_QUERY. What was decided stays so, whatever the client has said since."""
-        decided, serial = side.decided, asked.query.serial
-        known = decided.get(serial)
+        known = side.decided.get(asked.query.serial)
         if known is not None and known[1].query == asked.query and now - known[0] < ASKED_AGAIN_SECONDS:
             return known[1]
         reply = self._control.app_query(asked, now)
-        if reply.reply is None:
-            return reply
+        return reply if reply.reply is None else self._decided(side, reply, now)
+
+    @staticmethod
+    def _decided(side: _Side, reply: AppReply, now: float) -> AppReply:
+        decided, serial = side.decided, reply.query.serial
+        known = decided.get(serial)
         side.size += len(reply.answer) - (len(decided.pop(serial)[1].answer) if known is not None else 0)
         decided[serial] = (now, reply)
         while len(decided) > RECENT or side.size > RECENT_BYTES:

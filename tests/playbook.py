@@ -71,6 +71,13 @@ def _address(packed: bytes) -> str:
     return "[" + ":".join(packed[i:i + 2].hex() for i in range(0, 16, 2)) + "]"
 
 
+def replied(control: ControlSegment, asked: Query, now: float) -> Reply:
+    """The answer to one that does not have to wait for it."""
+    reply = control.query(asked, now)
+    assert reply is not None
+    return reply
+
+
 class Playbook:
     """A control segment, a clock, and what was said so far.
 

@@ -34,9 +34,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from lbapp.config.model import Configuration, Member, Pool, VirtualServer
 from lbapp.config.model import Binding as Wanted
-from lbapp.config.pool import READ_PERSISTENCE
+from lbapp.config.model import Configuration, Member, Pool, VirtualServer
 from lbapp.control.choosing import Choice, Choosing, Chosen, Full, SwitchState
 from lbapp.control.connections import Connection, Connections
 from lbapp.control.l7 import Answer, More, Reject
@@ -143,7 +142,8 @@ class ControlSegment:
 
     def _out(self, commands: Iterable[ToSwitch], now: float) -> list[ToSwitch]:
         if self._lines.size:
-            commands = [*commands, *self._lines.serve(lambda one: self._serve(one, now))]
+            served: list[Reply | AppReply] = self._lines.serve(lambda one: self._serve(one, now))
+            commands = [*commands, *served]
         if not self._outbox:
             return list(commands)
         result = [*self._outbox, *commands]
@@ -189,8 +189,7 @@ class ControlSegment:
                 return self._refuse(query, service.number, Error.NOTAVAIL)
             assert group.selector is not None
             return self._opened(service, query, group.choices[group.selector.pick(query.signature, query.serial)], now)
-        key = self._choosing.key(group, query, said)
-        found = self._choosing.choose(group, pool, query, key, now, failed)
+        found = self._choosing.choose(group, pool, query, said, now, failed)
         if found is None:
             return self._refuse(query, service.number, Error.NOTAVAIL)
         if isinstance(found, Full):
@@ -239,13 +238,11 @@ class ControlSegment:
             self._ledger.refuse(number, Refusal.REJECTED)
             return AppReply(query, Reply(query, Error.NOTAVAIL))
         pool = service.names.get(read.pool, "") if read.pool else service.virtual_server.default_pool_id or ""
-        farm = service.farms.get(pool)
-        persistence = farm.pool.persistence if farm is not None else None
-        said = None
-        if persistence is not None and persistence.type in READ_PERSISTENCE:
-            if missing(persistence, asked.data) and not asked.timed_out:
+        keys, said = self.clients.keys(pool), None
+        if keys is not None and keys.spoken:
+            if missing(keys.persistence, asked.data) and not asked.timed_out:
                 return AppReply(query)
-            said = value(persistence, asked.data)
+            said = keys.said(value(keys.persistence, asked.data))
         told = Told(read.policy, read.key, reader.unavailable(asked.data), read.edit)
         if len(asked.failed) >= self._limits.attempts:
             reply: Reply | None = self._refuse(query, number, Error.NOTAVAIL)

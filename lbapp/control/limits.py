@@ -21,6 +21,9 @@ class Limits(NamedTuple):
         reaps_per_tick: connections whose idle timer is looked after in one tick.
         chosen: per switch, connections whose reason is remembered (why that pool); the oldest makes room.
         attempts: members that are tried for one connection, at most.
+        clients: clients remembered (persistence), over all pools; one of the largest pool's makes room.
+        changes: of those, changes that wait to be kept; the oldest makes room, and is lost at the next restart.
+        waiting: connections that wait in lines, over all pools; more are refused.
         live_interval: seconds between two :class:`~lbapp.control.messages.Live` snapshots of a
             switch. A younger connection may be missing from one without being dead.
     """
@@ -33,6 +36,9 @@ class Limits(NamedTuple):
     live_interval: float = 10.0
     chosen: int = 65_536
     attempts: int = 3
+    clients: int = 1_048_576
+    changes: int = 262_144
+    waiting: int = 65_536
 
 
 DEFAULTS = Limits()

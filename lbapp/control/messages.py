@@ -294,4 +294,4 @@ class HostChanged(NamedTuple):
 
 
 FromSwitch = Query | Delete | Stats | Refused | SwitchUp | SwitchDown | NeighbourSeen | PortDown | Live
-ToSwitch = Reply | Reap | Probe | HostChanged
+ToSwitch = Reply | AppReply | Reap | Probe | HostChanged

@@ -56,13 +56,14 @@ class Service:
         endpoints: where its members are, by number, where it reads what clients say.
         reader: reads what clients say first; None where it does not matter.
         counts: whether its connections are to be counted (`tracked` in a REPLY).
+        waits: whether one of its pools has a line to wait in.
         follows: whether the control segment has to know its connections at all.
         accepts: whether it takes new connections.
         idle: seconds without news after which to ask about a connection.
     """
 
     __slots__ = ("accepts", "counts", "endpoints", "farms", "follows", "id", "idle", "limit", "names", "next_hops",
-                 "number", "pool", "reader", "rules", "tcp", "virtual_server", "ways")
+                 "number", "pool", "reader", "rules", "tcp", "virtual_server", "waits", "ways")
 
     def __init__(self, resource_id: str, virtual_server: VirtualServer, pools: Mapping[str, Pool],
                  next_hops: Mapping[str, str], routes: Routes) -> None:
@@ -75,7 +76,10 @@ class Service:
         self.rules = virtual_server.state is State.RULES
         self.limit = virtual_server.connection_limit
         self.reader = Reader.of(virtual_server)
-        self.counts = self.limit != UNLIMITED or any(one.lb_algorithm in COUNTING for one in pools.values())
+        self.counts = self.limit != UNLIMITED or any(
+            one.lb_algorithm in COUNTING or any(member.connection_limit != UNLIMITED for member in one.members)
+            for one in pools.values())
+        self.waits = any(one.waiting is not None for one in pools.values())
         self.follows = self.rules or self.counts
         self.accepts = (virtual_server.admin_state_up and not virtual_server.maintenance
                         and (self.reader is not None or (pool is not None and pool.admin_state_up)))

@@ -37,6 +37,7 @@ from tests.playbook import (
     no_room,
     query,
     refused,
+    replied,
     seen,
     site,
     up,
@@ -133,7 +134,7 @@ def test_the_same_query_twice_is_never_another_session():
 def test_query_can_leave_a_message_for_later():
     play = rules()
     play >> query(1) << accepted(1, 1)
-    assert play.control.query(query(2, client=1), 4.0).member == 2
+    assert replied(play.control, query(2, client=1), 4.0).member == 2
     play.tick(4.0)
     play << REAP
     play.ignore()

@@ -29,6 +29,7 @@ from tests.playbook import (
     no_room,
     query,
     refused,
+    replied,
     seen,
     site,
     text,
@@ -72,7 +73,7 @@ def test_query_and_handle_are_the_same():
 ])
 def test_every_algorithm_serves_with_everybody_and_says_whether_it_counts(algorithm, tracked):
     play = started(site(3, algorithm=algorithm))
-    replies = [play.control.query(query(serial), 0.0) for serial in range(1, 301)]
+    replies = [replied(play.control, query(serial), 0.0) for serial in range(1, 301)]
     assert all(reply.error is Error.OK and reply.tracked is tracked and reply.install for reply in replies)
     shares = Counter(reply.member for reply in replies)
     assert set(shares) == {1, 2, 3}
@@ -83,7 +84,7 @@ def test_every_algorithm_serves_with_everybody_and_says_whether_it_counts(algori
 
 def test_weighted_round_robin():
     play = started(site(members=[member(1, weight=3), member(2)], algorithm=Algorithm.WEIGHTED_ROUND_ROBIN))
-    assert "".join(str(play.control.query(query(s), 0.0).member) for s in range(8)) == "11211121"
+    assert "".join(str(replied(play.control, query(s), 0.0).member) for s in range(8)) == "11211121"
 
 
 def test_least_connections_follows_what_opens_and_closes():
@@ -184,7 +185,7 @@ def test_members_of_the_other_family_cannot_be_translated_to():
 def test_ipv6():
     play = Playbook(site(members=[member(1, address="2001:db8::1")], vip_address="2001:db8:ffff::1"))
     (play >> SwitchUp(1, {"2001:db8::1": host(1)})).ignore()
-    reply = play.control.query(query(1), 0.0)
+    reply = replied(play.control, query(1), 0.0)
     assert reply.translation == Translation(bytes.fromhex("20010db8000000000000000000000001"), 8080, host(1))
     assert "[2001:0db8:0000:0000:0000:0000:0000:0001]:8080" in text(reply)
 

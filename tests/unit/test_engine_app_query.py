@@ -26,7 +26,7 @@ from lbapp.control.engine import Chosen, ControlSegment
 from lbapp.control.limits import DEFAULTS
 from lbapp.control.messages import AppQuery, AppReply, Binding, Closed, Delete, Edit, Error, Reason, SwitchUp
 from lbapp.control.statistics import Refusal
-from tests.playbook import host, member, query, seen, up
+from tests.playbook import host, member, query, replied, seen, up
 
 GET = b"GET %s HTTP/1.1\r\nHost: shop.example\r\n\r\n"
 IMAGES = L7Policy(name="images", action=PolicyAction.REDIRECT_TO_POOL, redirect_pool="img", rules=(
@@ -158,9 +158,9 @@ def test_unknown_virtual_servers_and_those_that_do_not_read() -> None:
     segment = control(configuration(application=Application.L4, l7_policies=()))
     reply = segment.app_query(said(1), 0.0)
     assert reply.reply is not None and reply.reply.error is Error.UNKNOWN
-    assert segment.query(query(3), 0.0).error is Error.OK
+    assert replied(segment, query(3), 0.0).error is Error.OK
     # And a first packet alone is no answer where the request decides.
-    assert control().query(query(1), 0.0).error is Error.NOTAVAIL
+    assert replied(control(), query(1), 0.0).error is Error.NOTAVAIL
     unknown = control().app_query(said(1)._replace(query=query(1, virtual_server=9)), 0.0)
     assert unknown.reply is not None and unknown.reply.error is Error.UNKNOWN
 

@@ -34,6 +34,7 @@ from lbapp.dataflow.distribution import Distribution
 from lbapp.dataflow.fastpath.layout import Mode
 from lbapp.fastpaths import FastPaths, MemberTraffic, Reading
 from tests.fake_frames import frame
+from tests.playbook import replied
 
 SWITCH = 1
 
@@ -235,7 +236,7 @@ def test_whom_an_agent_elsewhere_is_asked_about(world: World) -> None:
 
 def test_packet_ins_are_taken_over_in_batches(world: World) -> None:
     data = frame("10.0.0.9", "10.0.0.100", sport=4000, dport=81)
-    reply = world.control.query(query(), 1.0)
+    reply = replied(world.control, query(), 1.0)
     packet = frames.parse(data)
     assert world.fastpaths.takes(SWITCH, reply, data, packet)
     assert world.link.delivered == []
@@ -248,7 +249,7 @@ def test_packet_ins_are_taken_over_in_batches(world: World) -> None:
 
 def test_what_finds_no_room_comes_back(world: World) -> None:
     data = frame("10.0.0.9", "10.0.0.100", sport=4000, dport=81)
-    one = Answered(world.control.query(query(), 1.0), data, frames.parse(data))
+    one = Answered(replied(world.control, query(), 1.0), data, frames.parse(data))
     world.link.left = [one]
     world.fastpaths.takes(SWITCH, *one)
     assert world.fastpaths.flush(SWITCH) == [one]
