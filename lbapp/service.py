@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +130,9 @@ class Service:
         readings = Readings(application)
         application.on_connect = readings.prepare
         self._fastpaths(application)
-        self._health = health = HealthService(application.configure, self._monitors)
+        self._health = health = HealthService(
+            application.configure, self._monitors, lambda: _drained(application.control.failures),
+            lambda pairs: application.control.response_times(pairs, time.monotonic()))
         guard = register(application.wsgi, self._store, ControllerRuntime(application, readings, health), self._tokens)
         health.configure(self._store.configuration)
         self._store.subscribe(health.configure)
@@ -140,6 +144,11 @@ class Service:
         self._server = serve(guard, *settings.api, certificate, key)
         LOG.info("REST on %s://%s:%d, OpenFlow on %s:%d", "https" if certificate else "http", *settings.api,
                  *settings.openflow)
+
+
+def _drained(queue: deque[Any]) -> Iterator[Any]:
+    while queue:
+        yield queue.popleft()
 
 
 def _check_tls(certificate: Path, key: Path | None, ca: Path | None) -> None:

@@ -56,6 +56,7 @@ from lbapp.control.messages import (
     Probe,
     Query,
     Reap,
+    Reason,
     Refused,
     Reply,
     Stats,
@@ -78,6 +79,9 @@ _HANDSHAKE = 0x17
 
 _SYN = 0x02
 
+REFUSED_PACKETS = 2
+"""Of a connection that a member refused: the SYN and the RST."""
+
 
 class ControlSegment:
     """The control segment of any number of switches.
@@ -88,6 +92,7 @@ class ControlSegment:
 
     Attributes:
         adopting: addresses and ports of members whose hosts adopt connections (handoff), whoever knows of them.
+        failures: members that refused a client's connection, or left it unanswered, for whoever watches them.
         clients: who is known again; whoever keeps and shows them may.
     """
 
@@ -105,6 +110,7 @@ class ControlSegment:
         # Queries are answered one reply each; what else they cause leaves with the next message.
         self.adopting: frozenset[tuple[str, int]] = frozenset()
         self._outbox: deque[ToSwitch] = deque(maxlen=65_536)
+        self.failures: deque[tuple[int, str]] = deque(maxlen=4096)
         self._handlers: dict[type, Callable[[Any, float], Iterable[ToSwitch]]] = {
             Query: self._on_query,
             Delete: self._on_delete,
@@ -227,6 +233,8 @@ class ControlSegment:
         no_more = 0 <= service.limit <= self._ledger.virtual_server(number).active
         if no_more and not service.waits:
             return self._turned_away(service, asked, Error.CONNLIMIT)
+        if asked.failed:
+            self.failures.append((asked.failed[-1], "refused, or no answer"))
         reader = service.reader
         read = reader.timed_out(asked.data) if asked.timed_out else reader.read(asked.data)
         if isinstance(read, More):
@@ -359,11 +367,15 @@ class ControlSegment:
         # Most are not followed: they are added up first, for few virtual servers and members.
         sums: dict[tuple[int, int], list[int]] = {}
         for closed in delete.closed:
-            serial, virtual_server, member, _, _, _, packets, size, _ = closed
+            serial, virtual_server, member, reason, _, counted, packets, size, _ = closed
             entry = followed.get(serial)
+            if packets == REFUSED_PACKETS and counted and reason is Reason.SHUTDOWN and not (entry and entry.rules):
+                self.failures.append((member, "refused"))
             if entry is not None:
-                known = entry.signature is not None  # an older one than this controller was not opened just now
-                endings.add(entry.counts[1], closed, entry.rules, now - entry.opened if known else None)
+                load = entry.counts[1]
+                if load.wanted:
+                    known = entry.signature is not None  # an older one than this controller was not opened just now
+                    endings.add(load, closed, entry.rules, now - entry.opened if known else None)
                 self._connections.closed(entry, closed, now)
                 continue
             total = sums.get((virtual_server, member))

@@ -1,0 +1,233 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""Members that die, drown, refuse and come back: how long it takes to notice, and what clients see (faults 1 to 4)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.integration.probing import probing
+from tests.integration.support import (
+    VIP,
+    VIP6,
+    Held,
+    configure,
+    downloads,
+    members,
+    pool,
+    refused,
+    server,
+)
+from topologies.namespace import wait_until
+
+if TYPE_CHECKING:
+    from topologies.lab import Lab
+
+WITH_FASTPATH = True
+NETWORKS = [
+    {"name": "lan", "cidr": "10.0.0.0/24", "address": "10.0.0.254", "monitor_address": "10.0.0.250"},
+    {"name": "lan6", "cidr": "fd00::/64", "address": "fd00::254", "monitor_address": "fd00::250"},
+]
+HTTP = {"type": "HTTP", "interval": 0.5, "fast_interval": 0.25, "timeout": 0.5, "rise": 2, "fall": 2}
+TCP = {**HTTP, "type": "TCP"}
+BLACKHOLE = "table inet test_fault { chain in { type filter hook input priority 0; tcp dport 80 drop; }; }"
+REJECT = ("table inet test_fault { chain in { type filter hook input priority 0; "
+          "tcp dport 80 reject with tcp reset; }; }")
+
+
+def fault(lab: Lab, name: str, rules: str | None) -> None:
+    """Give a server rules of nftables, or none."""
+    host = lab.server(name)
+    host.run("nft", "delete table inet test_fault", check=False)
+    if rules is not None:
+        host.run("nft", rules)
+
+
+def health(lab: Lab, name: str, of: str = "web") -> dict[str, Any]:
+    """What is known of a member."""
+    listed = lab.rest.get(f"/v1/pools/{of}/members")["members"]
+    answer: dict[str, Any] = next(one for one in listed if one["name"] == name)
+    return answer["health_status"] or {"state": None}
+
+
+def becomes(lab: Lab, name: str, state: str, within: float, of: str = "web") -> float:
+    """Wait until a member has a state; returns the seconds that took."""
+    begun = time.monotonic()
+    wait_until(lambda: health(lab, name, of)["state"] == state, within, f"{name} is {state}", every=0.02)
+    return time.monotonic() - begun
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Any:
+    """Tells a figure on the terminal."""
+    def tell(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n    {request.node.name}: {text}", flush=True)
+    return tell
+
+
+@pytest.fixture
+def watched(lab: Lab) -> Iterator[Lab]:
+    """One pool, whose members are checked: 80 decided by hash, 8080 by the controller, 8081 spliced; 8088 is IPv6."""
+    lab.start_servers()
+    monitored = {"monitors": [HTTP]}
+    configure(lab, [pool("web", "SOURCE_IP", members(lab), **monitored),
+                    pool("least", "LEAST_CONNECTIONS", members(lab), **monitored),
+                    pool("six", "WEIGHTED_ROUND_ROBIN", members(lab, six=True), monitors=[TCP])],
+              [server("web", 80, "web"), server("least", 8080, "least"),
+               server("l7", 8081, "least", application="http", binding="auto"),
+               server("six", 80, "six", VIP6)], NETWORKS)
+    for name in ("s1", "s2", "s3"):
+        for of in ("web", "least", "six"):
+            becomes(lab, name, "up", 15, of)
+    try:
+        yield lab
+    finally:
+        for host in lab.servers:
+            fault(lab, host.name, None)
+        lab.start_servers()
+
+
+def test_members_are_checked_from_the_monitor_address(watched: Lab) -> None:
+    address = watched.server("s1").run("ss", "-tnH", "state", "time-wait", "sport = :80").stdout
+    log = (watched.server("s1").directory / "nginx-80" / "access.log")
+    assert "10.0.0.250" in address or (log.exists() and "10.0.0.250" in log.read_text())
+    told = health(watched, "s1")
+    assert (told["state"], told["monitors"]["http"]["state"]) == ("up", "up")
+
+
+@pytest.mark.parametrize("port", [8080, 8081], ids=["l4", "l7"])
+def test_1_a_member_dies(watched: Lab, port: int, tmp_path: Any, told: Any) -> None:
+    lab = watched
+    digest = lab.make_file("long", 12_000_000)
+    http, _ = lab.services["s2"]
+    # Whoever downloads from s1 or s3 is not to notice anything.
+    with downloads(lab.client("c2"), [f"http://{lab.server(name).address}/long" for name in ("s1", "s3")], tmp_path,
+                   "3M") as others, probing(lab.client("c1"), VIP, port) as probe:
+        probe.quiet(20, 15)
+        begun = time.monotonic()
+        lab.server("s2").kill(http)
+        seconds = becomes(lab, "s2", "down", 3.0, "least")
+        down = time.monotonic()
+        probe.quiet(50, 15)
+        after = probe.since(down + 0.1)
+        assert all(one.error is None for one in after), [one for one in after if one.error]
+        assert {one.name for one in after} == {"s1", "s3"}
+        failed = sum(one.error is not None for one in probe.since(begun))
+        assert [one.digest() for one in others] == [digest] * 2
+        lab.start_servers()
+        back = becomes(lab, "s2", "up", 10, "least")
+        wait_until(lambda: "s2" in probe.names(time.monotonic() - 1.0), 10, "s2 has connections again")
+        assert len(probe.stop()) > 50
+    told(f"detected in {seconds:.2f} s, {failed} requests failed meanwhile; back in {back:.2f} s")
+    kinds = [one["kind"] for one in lab.rest.get("/v1/events?limit=1000&pool=least")["events"]
+             if one["member"] == "10.0.0.52:80"]
+    assert kinds[-2:] == ["member_down", "member_up"]
+
+
+@pytest.mark.parametrize("vip", [VIP, VIP6], ids=["ipv4", "ipv6"])
+def test_2_a_member_drowns(watched: Lab, vip: str, told: Any) -> None:
+    lab, of = watched, "six" if vip == VIP6 else "web"
+    with probing(lab.client("c1"), vip, 80, rate=20) as probe:
+        probe.quiet(10, 15)
+        chosen = probe.names().most_common(1)[0][0]
+        assert chosen is not None
+        fault(lab, chosen, BLACKHOLE)
+        seconds = becomes(lab, chosen, "down", 6.0, of)
+        down = time.monotonic()
+        probe.quiet(30, 20)
+        after = probe.since(down + 0.1)
+        assert chosen not in {one.name for one in after}
+        assert all(one.error is None for one in after)
+        fault(lab, chosen, None)
+        back = becomes(lab, chosen, "up", 10, of)
+    told(f"detected in {seconds:.2f} s; back in {back:.2f} s")
+    assert "no answer within" in next(one["text"] for one in reversed(
+        lab.rest.get(f"/v1/events?limit=1000&pool={of}")["events"]) if one["kind"] == "member_down")
+
+
+def test_3_a_member_refuses_after_the_handshake(watched: Lab, told: Any) -> None:
+    """Nobody waits: who is given to a member that refuses is given to another one, before the monitors have noticed."""
+    lab = watched
+    with probing(lab.client("c1"), VIP, 8081, rate=30) as probe:
+        probe.quiet(10, 15)
+        begun = time.monotonic()
+        fault(lab, "s1", REJECT)
+        seconds = becomes(lab, "s1", "down", 6.0, "least")
+        probe.quiet(20, 15)
+    seen = probe.since(begun)
+    assert all(one.error is None for one in seen), [one for one in seen if one.error]
+    told(f"detected in {seconds:.2f} s; the slowest answer took {max(one.seconds for one in seen):.2f} s")
+
+
+def test_4_all_members_are_down(watched: Lab, told: Any) -> None:
+    lab = watched
+    for http, _ in list(lab.services.values()):
+        lab.server("s1").kill(http)
+    begun = time.monotonic()
+    for name in ("s1", "s2", "s3"):
+        becomes(lab, name, "down", 6.0)
+        becomes(lab, name, "down", 6.0, "least")
+    down = time.monotonic() - begun
+    listed = lab.rest.get("/v1/virtual-servers")["virtual_servers"]
+    wait_until(lambda: {one["operating_status"] for one in lab.rest.get("/v1/virtual-servers")["virtual_servers"]
+                        if one["name"] != "six"} == {"OFFLINE"}, 5, "all are offline")
+    assert listed
+    for port in (80, 8080):
+        assert refused(lab.client("c1"), VIP, port) < 2.0
+    status = lab.client("c1").run("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "--max-time", "5",
+                                  f"http://{VIP}:8081/").stdout
+    assert status == "503"
+    lab.start_servers()
+    begun = time.monotonic()
+    for name in ("s1", "s2", "s3"):
+        becomes(lab, name, "up", 15, "least")
+        becomes(lab, name, "up", 15)
+    told(f"all noticed in {down:.2f} s, refused at once; healed in {time.monotonic() - begun:.2f} s")
+    for port in (80, 8080, 8081):
+        assert lab.client("c1").curl(f"http://{VIP}:{port}/").strip() in ("s1", "s2", "s3")
+
+
+@pytest.mark.parametrize("on_down", ["keep", "reset"])
+@pytest.mark.parametrize("port", [80, 8080])
+def test_what_becomes_of_established_connections(watched: Lab, on_down: str, port: int) -> None:
+    """The monitor is wrong: the member goes on serving. What is established goes on, or is reset, as the pool says."""
+    lab = watched
+    of = "web" if port == 80 else "least"
+    lab.rest.patch(f"/v1/pools/{of}", {"on_down": on_down})
+    connection = Held(lab.client("c1"), VIP, port)
+    try:
+        chosen = connection.ask()
+        lab.rest.patch(f"/v1/pools/{of}", {"monitors": [{**HTTP, "expected_codes": "404"}]})
+        becomes(lab, chosen, "down", 10, of)
+        time.sleep(0.5)
+        if on_down == "keep":
+            assert [connection.ask() for _ in range(3)] == [chosen] * 3
+        else:
+            with pytest.raises(OSError):
+                for _ in range(20):
+                    connection.ask()
+                    time.sleep(0.1)
+    finally:
+        connection.close()
+
+
+def test_an_operator_overrides_and_a_fallback_serves(watched: Lab) -> None:
+    lab = watched
+    lab.rest.post("/v1/pools", {"name": "sorry", "members": members(lab, names=["s3"])})
+    lab.rest.patch("/v1/pools/least", {"fallback_pool": "sorry"})
+    path = "/v1/pools/least/members/10.0.0.51:80"
+    for index in (1, 2, 3):
+        lab.rest.patch(f"/v1/pools/least/members/10.0.0.5{index}:80", {"health": "down"})
+    with probing(lab.client("c1"), VIP, 8080) as probe:
+        wait_until(lambda: len(probe.seen) > 20 and {one.name for one in probe.seen[-10:]} == {"s3"}, 10,
+                   "the fallback serves")
+        lab.rest.patch(path, {"health": "up"})
+        wait_until(lambda: {one.name for one in probe.seen[-10:]} == {"s1"}, 10, "its own member serves again")
+        assert all(one.error is None for one in probe.stop())
+    texts = [one["text"] for one in lab.rest.get("/v1/events?kind=fallback&pool=least")["events"]]
+    assert texts[-2:] == ["pool sorry is used", "its own members are used again"]
