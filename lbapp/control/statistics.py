@@ -59,7 +59,7 @@ class Counts:
     """Counters that go on counting."""
 
     __slots__ = ("_checked_at", "_checked_until", "active", "bytes", "closed", "ended_lately", "lately", "lately_at",
-                 "latency", "latency_at", "opened", "packets")
+                 "latency", "latency_at", "opened", "packets", "wanted")
 
     def __init__(self) -> None:
         self.opened = 0
@@ -70,6 +70,7 @@ class Counts:
         self.latency = self.latency_at = 0.0
         self._checked_at = self._checked_until = 0.0
         self.lately = self.ended_lately = self.lately_at = 0.0
+        self.wanted = False
 
     def observed(self, seconds: float, now: float, checked: bool = False) -> None:
         """A response time was measured: a longer one counts at once, a shorter one as time goes by (peak EWMA).

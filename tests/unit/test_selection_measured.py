@@ -80,6 +80,7 @@ def test_no_switch_can_do_what_needs_statistics():
     assert set(ALGORITHMS) == set(Algorithm)
 
 
+@settings(deadline=None)
 @given(st.data(), st.lists(st.integers(1, 256), min_size=1, max_size=12), st.sampled_from(NEW))
 def test_picks_somebody_there_whatever_was_measured(data, weights, algorithm):
     members = candidates(*weights)
@@ -97,6 +98,7 @@ def test_picks_somebody_there_whatever_was_measured(data, weights, algorithm):
 
 
 @pytest.mark.parametrize("kind", [LeastResponseTime, LeastBytes, Fastest])
+@settings(deadline=None)
 @given(weights=st.lists(st.integers(1, 20), min_size=1, max_size=10), measured=st.booleans())
 def test_equals_are_filled_in_proportion_to_weight(kind, weights, measured):
     members = candidates(*weights, seconds=[0.2] * len(weights) if measured else ())
@@ -265,7 +267,7 @@ def test_least_bytes_expects_of_open_connections_what_others_had():
 # ------------------------------------------------------------------ bounded loads
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 16), min_size=1, max_size=12), st.integers(1, 30), st.randoms(use_true_random=False))
 def test_bounded_load_is_never_above_its_bound(weights, clients, random):
     members = candidates(*weights)

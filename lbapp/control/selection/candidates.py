@@ -18,6 +18,7 @@ class Load(Protocol):
         latency: seconds it takes, as estimated at ``latency_at``; 0: not known.
         lately: bytes of connections that ended, older ones counting less, as of ``lately_at``.
         ended_lately: those connections.
+        wanted: whether anybody goes by that; who does says so, and it is estimated from then on.
     """
 
     active: int
@@ -26,6 +27,7 @@ class Load(Protocol):
     lately: float
     ended_lately: float
     lately_at: float
+    wanted: bool
 
 
 class Candidate(NamedTuple):

@@ -37,6 +37,13 @@ READ_AGAIN = 4
 """Estimates are read again after one pick for so many members."""
 
 
+def wanted(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The same, from whose connections something is to be learnt."""
+    for candidate in candidates:
+        candidate.load.wanted = True
+    return list(candidates)
+
+
 def response_times(loads: Sequence[Load]) -> list[tuple[float, float]]:
     """Seconds each member takes: as it was measured, and faded for the time since.
 
@@ -62,7 +69,7 @@ class LeastResponseTime:
 
     def update(self, candidates: Sequence[Candidate]) -> None:
         """See :class:`Selector`: what was measured stays with the members."""
-        self._candidates = list(candidates)
+        self._candidates = wanted(candidates)
         self._turn = self._turn % len(candidates) if candidates else 0
         self._left = 0
 
@@ -103,7 +110,7 @@ class Fastest:
     def update(self, candidates: Sequence[Candidate]) -> None:
         """See :class:`Selector`."""
         credit = {candidate.number: have for candidate, have in zip(self._candidates, self._credit, strict=True)}
-        self._candidates = list(candidates)
+        self._candidates = wanted(candidates)
         self._credit = [credit.get(candidate.number, 0) for candidate in candidates]
         self._left = 0
 
@@ -147,7 +154,7 @@ class LeastBytes:
 
     def update(self, candidates: Sequence[Candidate]) -> None:
         """See :class:`Selector`: what was counted stays with the members."""
-        self._candidates = list(candidates)
+        self._candidates = wanted(candidates)
         self._turn = self._turn % len(candidates) if candidates else 0
         self._left = 0
 
