@@ -403,7 +403,8 @@ class Proxy:
             self._reset(one)
             return
         if one.timed_out or one.since:
-            if not one.since or now - one.asked < ASK_AGAIN_SECONDS or len(self._asking) >= MOST_AGAIN:
+            # Who has said all and is asked for more stands in line: asked again, it is heard that it is still there.
+            if now - one.asked < ASK_AGAIN_SECONDS or len(self._asking) >= MOST_AGAIN:
                 return
             one.unanswered = 0  # the question or its answer was lost: this one has all that the client said
         elif now - one.first >= one.greeting.seconds:
