@@ -17,14 +17,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 from lbapp.config.model import Configuration
 from lbapp.config.pool import Member, Pool
 from lbapp.control.effective import Effective, needed_priority
 from lbapp.control.events import Event, EventKind, Events
 from lbapp.control.health import Health, Report
-from lbapp.monitors.supervisor import Changed, Monitors, Target
+from lbapp.monitors.supervisor import Changed, Statistics, Target
+from lbapp.vantages import OnChanged, OnLatencies, Vantages
 
 LOG = logging.getLogger("lbapp.health")
 
@@ -55,14 +55,14 @@ class HealthService:
 
     Args:
         in_force: called with each new configuration in force.
-        monitors: makes the process that checks members, given what to call with changes and with response times.
+        vantages: makes what checks members, given what to call with changes and with response times.
         failures: clients' connections that failed since the last call: (member's number, reason).
         response_times: called with (member's number, seconds) as they are measured.
         clock: seconds that only grow.
     """
 
     def __init__(self, in_force: Callable[[Configuration], None],
-                 monitors: Callable[..., Monitors] = Monitors, failures: Passive = tuple,
+                 vantages: Callable[[OnChanged, OnLatencies], Vantages], failures: Passive = tuple,
                  response_times: Callable[[list[tuple[int, float]]], None] = lambda _: None,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self._in_force = in_force
@@ -81,7 +81,7 @@ class HealthService:
         self._thread: threading.Thread | None = None
         self._levels: dict[str, int] = {}
         self._weights: dict[int, int] = {}
-        self._monitors = monitors(self._on_changed, self._on_latencies)
+        self._vantages = vantages(self._on_changed, self._on_latencies)
         self.distribute: Callable[[Configuration, float], tuple[dict[int, int] | None, list[tuple[str, str]]]] = (
             lambda _configuration, _now: (None, []))
         """Asked at each tick for new weights by member number (None: as before), and what to tell: pool and text."""
@@ -98,7 +98,7 @@ class HealthService:
         with self._news:
             self._closed = True
             self._news.notify_all()
-        self._monitors.close()
+        self._vantages.close()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(5.0)
 
@@ -120,7 +120,8 @@ class HealthService:
             now = self._clock()
             self._wanted = configuration
             self._remake(self._health.configure(configuration, now), now, whole=True)
-        self._monitors.update(targets_of(configuration.pools.values()))
+        self._vantages.configure(configuration.networks.values())
+        self._vantages.update(targets_of(configuration.pools.values()))
 
     def step(self) -> None:
         """Take in what became known, and do what it is time for."""
@@ -227,10 +228,14 @@ class HealthService:
         """Events after one."""
         return self.events.since(number)
 
+    def attach(self, bridge: str) -> None:
+        """A bridge of this host is there: members may be checked from it."""
+        self._vantages.attach(bridge)
+
     @property
-    def statistics(self) -> Any:
+    def statistics(self) -> Statistics | None:
         """What the process that checks members says of itself."""
-        return self._monitors.statistics
+        return self._vantages.statistics
 
     @property
     def wanted(self) -> Configuration:

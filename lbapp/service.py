@@ -28,9 +28,11 @@ from lbapp.control.events import EventKind
 from lbapp.dataflow.ovs import Ovs
 from lbapp.dataflow.ryu_shim import tls_context
 from lbapp.health import HealthService
-from lbapp.monitors.supervisor import Monitors
+from lbapp.monitors.place import Place
 from lbapp.readings import Readings
+from lbapp.remote_agents import shared_key
 from lbapp.runtime import ControllerRuntime
+from lbapp.vantages import OnChanged, OnLatencies, Vantages, Wanted
 
 if TYPE_CHECKING:
     from lbapp.launcher import Settings
@@ -52,6 +54,7 @@ class Service:
         self._tokens: Tokens | None = None
         self._server: Server | None = None
         self._health: HealthService | None = None
+        self._report_key: bytes | None = None
         self._close_fastpaths: Callable[[], None] = lambda: None
 
     def open(self) -> None:
@@ -72,6 +75,9 @@ class Service:
             self._database.start()
             remote, revive = self._database.remote, self._database.start
         self._tokens = Tokens(settings.token_file or settings.state_dir / "token")
+        key = settings.bus_key or settings.state_dir / "bus.key"
+        if settings.bus_key is not None or key.exists():
+            self._report_key = shared_key(key)
         self._store = Store(remote, revive)
         self._store.start()
 
@@ -81,7 +87,7 @@ class Service:
         fastpaths.queries = settings.queries
         self._close_fastpaths = fastpaths.close
         if settings.agents:
-            from lbapp.remote_agents import RemoteAgents, own_identity, shared_key
+            from lbapp.remote_agents import RemoteAgents, own_identity
 
             remote = RemoteAgents(fastpaths, shared_key(settings.bus_key or settings.state_dir / "bus.key"),
                                   own_identity(settings.state_dir / "identity"))
@@ -119,8 +125,20 @@ class Service:
         if self._database is not None:
             self._database.stop()
 
-    def _monitors(self, on_changed: Callable[..., None], on_latencies: Callable[..., None]) -> Monitors:
-        return Monitors(on_changed, on_latencies, self._settings.monitor_scripts)
+    def _vantages(self, on_changed: OnChanged, on_latencies: OnLatencies) -> Vantages:
+        return Vantages(on_changed, on_latencies, self._settings.monitor_scripts, _spot)
+
+    def _watch_bridges(self, application: Any, health: HealthService) -> None:
+        """Members are checked from the first bridge of this host that connects."""
+        ovs, ready = Ovs(), application.on_ready
+
+        def on_ready(switch: int) -> None:
+            ready(switch)
+            bridge = ovs.bridge_of(switch)
+            if bridge is not None:
+                health.attach(bridge)
+
+        application.on_ready = on_ready
 
     def start_rest(self, _manager: Any) -> None:
         """Put application, store and REST together; stands in for Ryu's own REST server."""
@@ -129,14 +147,16 @@ class Service:
         application = app_manager.lookup_service_brick("lbapp")
         readings = Readings(application)
         application.on_connect = readings.prepare
+        application.reports.key = self._report_key
         self._fastpaths(application)
         self._health = health = HealthService(
-            application.configure, self._monitors, lambda: _drained(application.control.failures),
+            application.configure, self._vantages, lambda: _drained(application.control.failures),
             lambda pairs: application.control.response_times(pairs, time.monotonic()))
         guard = register(application.wsgi, self._store, ControllerRuntime(application, readings, health), self._tokens)
         health.configure(self._store.configuration)
         self._store.subscribe(health.configure)
         application.on_change = lambda text: health.happened(EventKind.SWITCH, text)
+        self._watch_bridges(application, health)
         health.start()
         hub.spawn(readings.watch)
         certificate, key = (None if path is None else str(path)
@@ -144,6 +164,12 @@ class Service:
         self._server = serve(guard, *settings.api, certificate, key)
         LOG.info("REST on %s://%s:%d, OpenFlow on %s:%d", "https" if certificate else "http", *settings.api,
                  *settings.openflow)
+
+
+def _spot(wanted: Wanted) -> Place:
+    place = Place(Ovs(), wanted.bridge, wanted.addresses)
+    place.ensure()
+    return place
 
 
 def _drained(queue: deque[Any]) -> Iterator[Any]:

@@ -4,16 +4,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from lbapp.config.model import Configuration
+from lbapp.config.model import Configuration, Network
 from lbapp.health import HealthService
 from lbapp.monitors.supervisor import Changed, Target
 
 
 class FakeMonitors:
-    """See :class:`lbapp.monitors.supervisor.Monitors`."""
+    """See :class:`lbapp.vantages.Vantages`."""
 
     def __init__(self, on_changed: Callable[[list[Changed]], None],
                  on_latencies: Callable[[list[tuple[str, float]]], None]) -> None:
@@ -21,6 +21,12 @@ class FakeMonitors:
         self.targets: dict[str, Target] = {}
         self.closed = False
         self.statistics = None
+
+    def configure(self, networks: Iterable[Network]) -> None:
+        self.networks = list(networks)
+
+    def attach(self, bridge: str) -> None:
+        self.bridge = bridge
 
     def update(self, targets: Mapping[str, Target]) -> None:
         self.targets = dict(targets)
@@ -41,7 +47,7 @@ class Watched:
 
     @property
     def monitors(self) -> FakeMonitors:
-        made: Any = self.service._monitors
+        made: Any = self.service._vantages
         assert isinstance(made, FakeMonitors)
         return made
 

@@ -118,7 +118,7 @@ def test_it_runs_by_itself_and_ends() -> None:
                             FakeMonitors)  # type: ignore[arg-type]
     service.configure(site())
     service.start()
-    monitors: Any = service._monitors
+    monitors: Any = service._vantages
     monitors.found("1:tcp", False)
     assert seen.wait(10)
     service.close()
