@@ -27,6 +27,7 @@ from ryu.ofproto import ofproto_v1_3
 from lbapp.config.model import Application, Binding, Configuration, VirtualServer
 from lbapp.config.routing import Routes
 from lbapp.control.engine import ControlSegment
+from lbapp.control.master import Master
 from lbapp.control.messages import (
     AppReply,
     Closed,
@@ -58,6 +59,7 @@ from lbapp.dataflow.session import SwitchSession
 from lbapp.fastpaths import FastPaths
 from lbapp.handoffs import Handoffs
 from lbapp.relays import RelayLink
+from lbapp.reports import Reports
 
 LOG = logging.getLogger("lbapp")
 
@@ -134,6 +136,8 @@ class LoadBalancer(app_manager.RyuApp):
         self.relays = FastPaths(self.control, self.perform, self.relayed, relaying=True,
                                 cookies=self.fastpaths.cookies)
         self.handoffs = Handoffs()
+        self.master = Master()
+        self.reports = Reports(self.master)
         self._configured = hub.Event()
         self.switches: dict[int, Switch] = {}
         self.reconnects: Counter[int] = Counter()

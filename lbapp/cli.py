@@ -171,28 +171,52 @@ def agent(**options: Any) -> None:
 @click.option("--name", help="By which the controller knows it.  [default: the host's name]")
 @click.option("--netns", type=click.Path(exists=True, path_type=Path), metavar="FILE",
               help="Network namespace of the servers: /run/netns/NAME, /proc/PID/ns/net.  [default: this one]")
+@click.option("--report-only", is_flag=True, help="Report how loaded the servers are, and adopt no connections.")
+@click.option("--value", "values", multiple=True, metavar="NAME=SOURCE",
+              help="Report a value of your own: command:PATH, http:URL#KEY or prometheus:URL#METRIC; may be repeated.")
+@click.option("--cpu", type=click.Choice(["host", "servers"]), default="host", show_default=True,
+              help="Whose CPU is reported: the whole host's, or that of the processes which listen.")
+@click.option("--report-interval", type=click.FloatRange(0.2, 300), default=3.0, show_default=True, metavar="SECONDS",
+              help="Between reports.")
+@click.option("--bus-key", type=PATH, envvar="LBAPP_BUS_KEY", show_envvar=True,
+              help="Shared key of the buses, as on the controller: reports are signed with it.")
 @click.option("--remove", is_flag=True, help="Take down what an earlier one left, and do nothing else.")
 @click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False),
               default="INFO", show_default=True)
 @click.option("--log-file", type=PATH, help="Log there instead of to standard error.")
 @click.pass_obj
 def server_agent(access: Access, listeners: tuple[tuple[str, int], ...], ports: tuple[int, ...],
-                 interfaces: tuple[str, ...], name: str | None, netns: Path | None, **options: Any) -> None:
-    """Run the agent beside servers: this host's kernel takes over connections that a fast path has begun."""
+                 interfaces: tuple[str, ...], name: str | None, netns: Path | None, report_only: bool,
+                 values: tuple[str, ...], cpu: str, report_interval: float, bus_key: Path | None,
+                 **options: Any) -> None:
+    """Run the agent beside servers: it reports how loaded they are, and this host's kernel takes over connections that
+    a fast path has begun."""
     import ipaddress
     import socket
 
     from lbapp import launcher
+    from lbapp.bus import keyfile
     from lbapp.client import ClientError
     from lbapp.server_agent.adopt import Listener
     from lbapp.server_agent.process import Settings
+    from lbapp.server_agent.reporter import Reporting
+    from lbapp.server_agent.sources import SourceError, Sources, read
 
-    if not (listeners or ports or options["remove"]):
+    if not (listeners or ports or report_only or options["remove"]):
         raise click.UsageError("give at least one --listener or --listen-port")
     try:
         named = tuple(Listener(str(ipaddress.ip_address(host)), port) for host, port in listeners)
     except ValueError as error:
         raise click.UsageError(f"--listener: {error}") from None
+    try:
+        own = tuple(read(text) for text in values)
+        Sources(own, report_interval)
+    except SourceError as error:
+        raise click.UsageError(f"--value: {error}") from None
+    try:
+        key = None if bus_key is None or options["remove"] else keyfile.read(bus_key)
+    except keyfile.KeyFileError as error:
+        raise Failure(str(error)) from None
 
     def connect() -> Any:
         try:
@@ -202,7 +226,8 @@ def server_agent(access: Access, listeners: tuple[tuple[str, int], ...], ports: 
 
     if not options["remove"]:
         connect().close()  # what is wrong with URL, certificates or token file is said at once
-    settings = Settings(name or socket.gethostname(), named, ports, interfaces, netns)
+    reporting = Reporting(report_only, own, cpu == "servers", report_interval, key)
+    settings = Settings(name or socket.gethostname(), named, ports, interfaces, netns, reporting)
     launcher.run_server_agent(settings=settings, connect=connect, **options)
 
 

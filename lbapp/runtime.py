@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ from lbapp.api.views import (
     MemberStatistics,
     MonitorView,
     RelayStatistics,
+    ReportView,
     ServerAgentView,
     StatisticsView,
     SwitchStatistics,
@@ -43,6 +45,8 @@ from lbapp.fastpaths import Link, Reading
 from lbapp.handoffs import LEASE_SECONDS
 from lbapp.health import HealthService
 from lbapp.readings import CLOSING, Readings
+from lbapp.reports import Heard
+from lbapp.server_agent.report import Told
 
 LOG = logging.getLogger("lbapp.runtime")
 
@@ -73,6 +77,14 @@ def endpoint(address: str, port: int) -> str:
 
 def _share(messages: int, opened: int) -> float | None:
     return round(messages / opened, 4) if opened else None
+
+
+def _report_view(heard: Heard, now: float) -> ReportView:
+    return ReportView(
+        age_seconds=round(now - heard.at, 1), sequence=heard.told.sequence,
+        servers=[endpoint(address, port) if port else address for address, port in heard.told.endpoints],
+        values={name: value for name, value in heard.told.values.items() if math.isfinite(value)},
+        flags=list(heard.flags), signed=heard.signed, refused=heard.refused)
 
 
 class ControllerRuntime:
@@ -432,9 +444,19 @@ class ControllerRuntime:
     def server_agents(self) -> list[ServerAgentView]:
         """Agents beside servers."""
         now = time.monotonic()
-        return [ServerAgentView(name=name, listeners=sorted(endpoint(*one) for one in announced.listeners),
-                                expires_in=round(max(announced.until - now, 0.0), 1))
-                for name, announced in self._application.handoffs.agents().items()]
+        announced = self._application.handoffs.agents()
+        heard = self._application.reports.agents(now)
+        return [ServerAgentView(
+            name=name,
+            listeners=sorted(endpoint(*one) for one in announced[name].listeners) if name in announced else [],
+            expires_in=round(max(announced[name].until - now, 0.0), 1) if name in announced else None,
+            report=_report_view(heard[name], now) if name in heard else None)
+            for name in announced.keys() | heard.keys()]
+
+    def report(self, name: str, told: Told, signature: bytes | None) -> tuple[str, ...]:
+        """An agent beside servers says how loaded they are."""
+        flags: tuple[str, ...] = self._application.reports.take(name, told, signature, time.monotonic(), time.time())
+        return flags
 
     def announce(self, name: str, listeners: list[tuple[str, int]]) -> Lease | None:
         """An agent beside servers says what it adopts connections for."""
@@ -445,8 +467,8 @@ class ControllerRuntime:
 
     def withdraw(self, name: str) -> bool:
         """Such an agent ends."""
-        known: bool = self._application.handoffs.withdraw(name)
-        return known
+        adopted, reported = self._application.handoffs.withdraw(name), self._application.reports.withdraw(name)
+        return bool(adopted or reported)
 
     @property
     def _configuration(self) -> Configuration:

@@ -185,6 +185,11 @@ class ApiController(ControllerBase):
         """One of them, for itself."""
         return _answered(req, {"PUT": self.api.live.announce, "DELETE": self.api.live.withdraw}, name)
 
+    @route("lbapp", "/v1/server-agents/{name}/report")
+    def server_agent_report(self, req: webob.Request, name: str, **_: str) -> webob.Response:
+        """What it says of its servers' load."""
+        return _answered(req, {"PUT": self.api.live.report}, name)
+
     @route("lbapp", "/v1/events")
     def events(self, req: webob.Request, **_: str) -> webob.Response:
         """What happened."""

@@ -15,10 +15,13 @@ import webob
 from lbapp.api.errors import ApiError, Problem, from_validation, invalid
 from lbapp.api.requests import json_object, limit_of, query
 from lbapp.api.resources import Answer, ok
-from lbapp.api.views import ConnectionView, Runtime, StatisticsView
+from lbapp.api.views import ConnectionView, ReportAnswer, Runtime, StatisticsView
 from lbapp.config.fields import canonical_address
 from lbapp.config.snapshot import breathe
 from lbapp.handoffs import MOST_AGENTS, MOST_LISTENERS
+from lbapp.reports import LONGEST_NAME, Outdated, Unsigned
+from lbapp.server_agent import report
+from lbapp.server_agent.report import Told
 
 FILTERS = ("virtual_server", "member", "client", "protocol", "state", "switch")
 
@@ -34,6 +37,35 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What an agent beside servers adopts connections for."""
 
     listeners: Annotated[tuple[Listener, ...], msgspec.Meta(max_length=MOST_LISTENERS)]
+
+
+class ReportedServer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A server that a report is about; port 0: whatever serves at the address."""
+
+    address: str
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+
+
+ValueName = Annotated[str, msgspec.Meta(pattern=f"^{report.NAME.pattern}$(?!\n)")]
+
+
+class LoadReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How loaded the servers beside an agent are.
+
+    Attributes:
+        run: 32 hexadecimal digits, others each time that the agent starts.
+        sequence: from 1, greater in each report of a run.
+        time: the agent's clock, seconds since 1970.
+        values: what was measured, by name.
+        signature: 64 hexadecimal digits, where the controller has the key of the buses.
+    """
+
+    run: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-fA-F]{32}$(?!\n)")]
+    sequence: Annotated[int, msgspec.Meta(ge=1, le=report.MOST_SEQUENCE)]
+    time: float
+    servers: Annotated[tuple[ReportedServer, ...], msgspec.Meta(max_length=report.MOST_ENDPOINTS)]
+    values: Annotated[dict[ValueName, float], msgspec.Meta(max_length=report.MOST_VALUES)]
+    signature: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-fA-F]{64}$(?!\n)")] | None = None
 
 
 class Live:
@@ -108,6 +140,31 @@ class Live:
         if lease is None:
             raise ApiError(Problem.CONFLICT, f"there are {MOST_AGENTS} agents beside servers already")
         return ok(lease)
+
+    def report(self, request: webob.Request, name: str) -> Answer:
+        """PUT of an agent beside servers: how loaded they are."""
+        query(request)
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise invalid(f"expected a printable name of at most {LONGEST_NAME} characters", "name")
+        try:
+            told = msgspec.convert(json_object(request), LoadReport)
+        except msgspec.ValidationError as error:
+            raise from_validation(error, "", ("servers",)) from None
+        servers = []
+        for index, one in enumerate(told.servers):
+            try:
+                servers.append((canonical_address(one.address), one.port))
+            except ValueError as error:
+                raise invalid(str(error), f"servers[{index}].address") from None
+        try:
+            flags = self.runtime.report(
+                name, Told(bytes.fromhex(told.run), told.sequence, told.time, tuple(servers), told.values),
+                None if told.signature is None else bytes.fromhex(told.signature))
+        except Unsigned as refused:
+            raise ApiError(Problem.UNAUTHORIZED, str(refused), "signature") from None
+        except Outdated as refused:
+            raise ApiError(Problem.CONFLICT, str(refused)) from None
+        return ok(ReportAnswer(flags=list(flags)))
 
     def withdraw(self, request: webob.Request, name: str) -> Answer:
         """DELETE of an agent beside servers."""

@@ -11,7 +11,7 @@ import msgspec
 from lbapp.api import views
 from lbapp.api.errors import ErrorAnswer, Problem
 from lbapp.api.happenings import FILTERS as HAPPENINGS
-from lbapp.api.live import FILTERS, Announcement
+from lbapp.api.live import FILTERS, Announcement, LoadReport
 from lbapp.api.requests import DEFAULT_LIMIT, JSON, MAX_LIMIT, MERGE_PATCH
 from lbapp.api.sites import Difference
 from lbapp.config.model import Member, Network, Pool, VirtualServer
@@ -35,7 +35,7 @@ def _content(schema: JsonObject, *types: str) -> JsonObject:
 
 def _schemas() -> JsonObject:
     kinds = [VirtualServer, Pool, Member, Network, views.SwitchView, views.ConnectionView, views.StatisticsView,
-             views.ServerAgentView, views.Lease, views.HealthView,
+             views.ServerAgentView, views.Lease, views.ReportAnswer, LoadReport, views.HealthView,
              views.EventView, views.DrainingView, Announcement, ErrorAnswer, Difference]
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_TEMPLATE)
     for kind in (VirtualServer, Pool, Member, Network):
@@ -165,6 +165,9 @@ def document() -> JsonObject:
             "put": _operation("An agent beside servers announces itself", "200", _ref("Lease"),
                               _path_parameters("{id}"), _content(_ref("Announcement")), ("400", "409")),
             "delete": _operation("It ends", "204", None, _path_parameters("{id}"))},
+        "/v1/server-agents/{id}/report": {
+            "put": _operation("An agent beside servers reports their load", "200", _ref("ReportAnswer"),
+                              _path_parameters("{id}"), _content(_ref("LoadReport")), ("400", "409"))},
         "/v1/events": {"get": _operation("What happened, oldest first", "200", _listing("events", "EventView"), [
             *(_parameter(name, "query", {"type": "string"}, "Only such") for name in HAPPENINGS), *_PAGING],
             None, ("400",))},

@@ -15,6 +15,7 @@ from typing import Annotated, Protocol
 import msgspec
 
 from lbapp.config.model import Member, Pool, VirtualServer
+from lbapp.server_agent.report import Told
 
 
 class ProvisioningStatus(enum.Enum):
@@ -231,18 +232,46 @@ class StatisticsView(msgspec.Struct, frozen=True, kw_only=True):
     switches: list[SwitchStatistics] = []
 
 
+class ReportView(msgspec.Struct, frozen=True, kw_only=True):
+    """The last report of an agent beside servers.
+
+    Attributes:
+        age_seconds: since it came.
+        servers: ``address:port`` of the servers it is about, ``address`` where it is about all that serve there.
+        flags: what is wrong with it; with anything, it does not count.
+        signed: whether its signature was checked.
+        refused: reports in the agent's name that were refused.
+    """
+
+    age_seconds: float
+    sequence: int
+    servers: list[str]
+    values: dict[str, float]
+    flags: list[str]
+    signed: bool
+    refused: int
+
+
+class ReportAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What is wrong with a report that was taken; with anything, it does not count."""
+
+    flags: list[str]
+
+
 class ServerAgentView(msgspec.Struct, frozen=True, kw_only=True):
-    """An agent beside servers, whose kernel adopts connections (handoff).
+    """An agent beside servers, whose kernel adopts connections (handoff), or which reports their load.
 
     Attributes:
         name: which it gave itself.
-        listeners: ``address:port`` of the servers it does that for.
-        expires_in: seconds, unless it announces itself again.
+        listeners: ``address:port`` of the servers it adopts connections for.
+        expires_in: seconds, unless it announces itself again; null: it adopts none.
+        report: what it said last of the servers' load; null: nothing.
     """
 
     name: str
     listeners: list[str]
-    expires_in: float
+    expires_in: float | None
+    report: ReportView | None = None
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
@@ -352,6 +381,14 @@ class Runtime(Protocol):
 
     def announce(self, name: str, listeners: list[tuple[str, int]]) -> Lease | None:
         """An agent beside servers says what it adopts connections for; None: there are too many agents."""
+        ...
+
+    def report(self, name: str, told: Told, signature: bytes | None) -> tuple[str, ...]:
+        """An agent beside servers says how loaded they are; returns what is wrong with that.
+
+        Raises:
+            lbapp.reports.Refused: it is not taken.
+        """
         ...
 
     def withdraw(self, name: str) -> bool:

@@ -4,7 +4,7 @@
 
 Owns the loop that tells the controller over REST what is adopted here, takes the keys of cookies from its answers, and
 keeps the program on the interfaces. What the program does is in ``adopt.bpf.c``; whether a connection is handed over is
-the controller's decision.
+the controller's decision. Beside it, or alone, runs the loop that reports how loaded the servers are (``reporter.py``).
 
 Nothing is ever announced whose cookies could not be told: at first, and after every failure (it may be another
 controller by now, with other keys), it announces that it adopts nothing, and takes the keys from the answer. Without an
@@ -23,7 +23,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -34,7 +34,10 @@ from lbapp.dataflow.fastpath.kernel import KernelError
 from lbapp.dataflow.fastpath.netlink import Netlink, NetlinkError
 from lbapp.server_agent import adopt
 from lbapp.server_agent.adopt import Adopter, AdoptError, Listener
+from lbapp.server_agent.measure import Meter
 from lbapp.server_agent.namespaces import Outside, inside
+from lbapp.server_agent.reporter import Reporter, Reporting, beside
+from lbapp.server_agent.sources import Sources
 
 LOG = logging.getLogger("lbapp.server_agent")
 
@@ -56,6 +59,7 @@ class Settings:
         ports: of servers at any address of this host.
         interfaces: where clients' packets come in; none: all that are up, but for loopback.
         namespace: the network namespace of the servers; None: this one.
+        reporting: what is reported of their load.
     """
 
     name: str
@@ -63,11 +67,27 @@ class Settings:
     ports: tuple[int, ...] = ()
     interfaces: tuple[str, ...] = ()
     namespace: Path | None = None
+    reporting: Reporting = field(default_factory=Reporting)
 
     @property
     def wanted(self) -> tuple[Listener, ...]:
         """What connections are adopted for."""
         return *self.listeners, *(Listener(None, port) for port in self.ports)
+
+    def served(self, addresses: Callable[[], list[str]]) -> list[Listener]:
+        """The addresses and ports of the servers here.
+
+        Args:
+            addresses: this host's.
+        """
+        own = addresses() if self.ports else []
+        return list(dict.fromkeys([*self.listeners, *(
+            Listener(address, port) for address in own for port in self.ports)]))
+
+    def reported(self, addresses: Callable[[], list[str]]) -> list[tuple[str, int]]:
+        """The same, as reports name them; where no server is named, whatever serves at this host's addresses."""
+        served = [(one.address, one.port) for one in self.served(addresses) if one.address is not None]
+        return served or [(address, 0) for address in addresses()]
 
 
 class Lease(NamedTuple):
@@ -162,8 +182,7 @@ class ServerAgent:
                 self.attach()
             else:
                 self.attach()
-            announced = self._announced()
-            lease = self._announce(announced)
+            lease = self._announce(self.settings.served(self._addresses))
         except (ClientError, AdoptError, KernelError, NetlinkError) as error:
             self._lease = None
             if isinstance(error, ApiError) and error.status == 401:
@@ -197,11 +216,6 @@ class ServerAgent:
                 LOG.info("connections are adopted at %s", link.name)
         self._attached = {link.name for link in wanted}
         adopt.detach(self._netlink, keep=self._attached)
-
-    def _announced(self) -> list[Listener]:
-        own = self._addresses() if self.settings.ports else []
-        return list(dict.fromkeys([*self.settings.listeners, *(
-            Listener(address, port) for address in own for port in self.settings.ports)]))
 
     def _announce(self, listeners: Collection[Listener]) -> Lease:
         lease = Lease.read(self._call("PUT", {"listeners": [one.document() for one in listeners]}))
@@ -274,6 +288,19 @@ def run(settings: Settings, connect: Callable[[], Client]) -> None:
 
     with contextlib.ExitStack() as stack:
         outside = stack.enter_context(inside(settings.namespace))
+        reporting = settings.reporting
+        sources = Sources(reporting.values, reporting.interval)
+        reporter = Reporter(settings.name, reporting, lambda: settings.reported(own_addresses), connect,
+                            Meter(reporting.of_servers), sources, outside)
+        if reporting.only:
+            stack.callback(reporter.close)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, stopping)
+            LOG.info("agent %s: this server's load is reported", settings.name)
+            sources.start(stop)
+            reporter.run(stop)
+            reporter.withdraw()
+            return
         lacking = adopt.lacking()
         if lacking:
             raise AdoptError("; ".join(lacking))
@@ -289,8 +316,9 @@ def run(settings: Settings, connect: Callable[[], Client]) -> None:
         try:
             LOG.info("agent %s: connections are adopted for %s", settings.name, ", ".join(
                 f"{one.address or 'any address'} port {one.port}" for one in settings.wanted))
-            while not stop.wait(agent.step()):
-                pass
+            with beside(reporter, sources):  # ends before the agent says that it is over
+                while not stop.wait(agent.step()):
+                    pass
             if agent.withdraw():
                 stop.clear()  # a second signal ends the pause
                 stop.wait(GRACE_S)

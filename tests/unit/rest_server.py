@@ -20,6 +20,7 @@ eventlet.wsgi.ALREADY_HANDLED = []
 
 import argparse  # noqa: E402
 import logging  # noqa: E402
+import time  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -30,6 +31,9 @@ from lbapp.api.auth import Tokens  # noqa: E402
 from lbapp.config.database import EmbeddedDatabase  # noqa: E402
 from lbapp.config.model import Member, Pool, VirtualServer  # noqa: E402
 from lbapp.config.store import Store  # noqa: E402
+from lbapp.control.master import Master  # noqa: E402
+from lbapp.reports import Reports  # noqa: E402
+from lbapp.server_agent.report import Told  # noqa: E402
 
 
 class Runtime:
@@ -38,6 +42,8 @@ class Runtime:
     def __init__(self, connections: int) -> None:
         self._connections = connections
         self._agents: dict[str, list[tuple[str, int]]] = {}
+        self._reports = Reports(Master())
+        self._reports.key = b"the key of the buses, 32 bytes.."
 
     def virtual_server_status(self, vs: VirtualServer) -> tuple[str, str]:
         return ("ACTIVE", "ONLINE" if vs.admin_state_up else "DISABLED")
@@ -86,6 +92,9 @@ class Runtime:
             return None
         self._agents[name] = listeners
         return views.Lease(cookie_keys=("00" * 16, None), window_scale=7, lease_seconds=10.0)
+
+    def report(self, name: str, told: Told, signature: bytes | None) -> tuple[str, ...]:
+        return self._reports.take(name, told, signature, time.monotonic(), time.time())
 
     def withdraw(self, name: str) -> bool:
         return self._agents.pop(name, None) is not None

@@ -29,7 +29,7 @@ def test_an_agent_announces_itself_and_gets_the_keys(rest: Any) -> None:
     assert answer.status_code == 200, answer.text
     assert answer.json() == {"cookie_keys": ["00" * 16, None], "window_scale": 7, "lease_seconds": 10.0}
     assert rest.ask("GET", "/v1/server-agents").json() == {
-        "server_agents": [{"name": "s1", "listeners": ["fd00::51:8080"], "expires_in": 9.0}]}
+        "server_agents": [{"name": "s1", "listeners": ["fd00::51:8080"], "expires_in": 9.0, "report": None}]}
     assert rest.ask("PUT", "/v1/server-agents/s2", announcement()).status_code == 200
     error_of(rest.ask("PUT", "/v1/server-agents/s3", announcement()), 409)
     assert rest.ask("DELETE", "/v1/server-agents/s2").status_code == 204
