@@ -251,7 +251,7 @@ class ControlSegment:
             if missing(keys.persistence, asked.data) and not asked.timed_out:
                 return AppReply(query)
             said = keys.said(value(keys.persistence, asked.data))
-        told = Told(read.policy, read.key, reader.unavailable(asked.data), read.edit)
+        told = Told(read.policy, read.key, reader.unavailable(asked.data, service.sorries.get(pool, b"")), read.edit)
         if len(asked.failed) >= self._limits.attempts:
             reply: Reply | None = self._refuse(query, number, Error.NOTAVAIL)
         elif no_more:
@@ -280,8 +280,9 @@ class ControlSegment:
 
     def _turned_away(self, service: Service, asked: AppQuery, error: Error) -> AppReply:
         assert service.reader is not None
+        sorry = service.sorries.get(service.virtual_server.default_pool_id or "", b"")
         return AppReply(asked.query, self._refuse(asked.query, service.number, error),
-                        answer=service.reader.unavailable(asked.data))
+                        answer=service.reader.unavailable(asked.data, sorry))
 
     # -------------------------------------------------------------- who waits
 

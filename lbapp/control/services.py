@@ -56,6 +56,7 @@ class Service:
         endpoints: where its members are, by number, where it reads what clients say.
         reader: reads what clients say first; None where it does not matter.
         counts: whether its connections are to be counted (`tracked` in a REPLY).
+        sorries: what its pools have HTTP clients told while no member can take them, by the pool's id.
         waits: whether one of its pools has a line to wait in.
         follows: whether the control segment has to know its connections at all.
         accepts: whether it takes new connections.
@@ -63,7 +64,7 @@ class Service:
     """
 
     __slots__ = ("accepts", "counts", "endpoints", "farms", "follows", "id", "idle", "limit", "names", "next_hops",
-                 "number", "pool", "reader", "rules", "tcp", "virtual_server", "waits", "ways")
+                 "number", "pool", "reader", "rules", "sorries", "tcp", "virtual_server", "waits", "ways")
 
     def __init__(self, resource_id: str, virtual_server: VirtualServer, pools: Mapping[str, Pool],
                  next_hops: Mapping[str, str], routes: Routes) -> None:
@@ -79,6 +80,8 @@ class Service:
         self.counts = self.limit != UNLIMITED or any(
             one.lb_algorithm in COUNTING or any(member.connection_limit != UNLIMITED for member in one.members)
             for one in pools.values())
+        self.sorries = {} if self.reader is None else {
+            key: said for key, one in pools.items() if (said := self.reader.sorry(one))}
         self.waits = any(one.waiting is not None for one in pools.values())
         self.follows = self.rules or self.counts
         self.accepts = (virtual_server.admin_state_up and not virtual_server.maintenance

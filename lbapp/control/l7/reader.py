@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lbapp.config.model import Application, L7Policy, PolicyAction, VirtualServer
+from lbapp.config.model import Application, L7Policy, PolicyAction, Pool, VirtualServer
 from lbapp.control.l7 import http1, http2, tls
 from lbapp.control.l7.closing import closing
 from lbapp.control.l7.outcomes import MORE, Answer, More, Outcome, Reject, ToPool, printable, refusal, response
@@ -87,15 +87,24 @@ class Reader:
             return ToPool(None, "", "no ClientHello in time")
         return self._decide(data)
 
-    def unavailable(self, data: bytes = b"") -> bytes:
+    def sorry(self, pool: Pool | None) -> bytes:
+        """What a pool has its clients told when no member is there; empty where that is nothing of its own."""
+        if self._application is not Application.HTTP or pool is None or pool.sorry is None:
+            return b""
+        told = pool.sorry
+        return response(told.status, body=told.body.encode(), content_type=told.content_type)
+
+    def unavailable(self, data: bytes = b"", sorry: bytes = b"") -> bytes:
         """What a client is told when no member is there: 503 of HTTP, else nothing (a reset it is).
 
         Args:
             data: what the client said, where that is known: HEAD gets no body, HTTP/2 no answer.
+            sorry: what its pool has it told, see :meth:`sorry`.
         """
         if data[:4] == http2.TELLING:
             return b""
-        return _without_body(self._unavailable) if _asks_head(data) else self._unavailable
+        whole = sorry or self._unavailable
+        return _without_body(whole) if _asks_head(data) else whole
 
     def explain(self, request: Request | ClientHello | bytes) -> list[PolicyTrace]:
         """Tell of each policy and each rule whether it held, and what was compared; nothing is decided.
