@@ -16,13 +16,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from lbapp.config.model import Configuration
 from lbapp.config.pool import Member, Pool
 from lbapp.control.effective import Effective, needed_priority
 from lbapp.control.events import Event, EventKind, Events
 from lbapp.control.health import Health, Report
+from lbapp.control.master import Master
 from lbapp.monitors.supervisor import Changed, Statistics, Target
 from lbapp.vantages import OnChanged, OnLatencies, Vantages
 
@@ -58,13 +59,14 @@ class HealthService:
         vantages: makes what checks members, given what to call with changes and with response times.
         failures: clients' connections that failed since the last call: (member's number, reason).
         response_times: called with (member's number, seconds) as they are measured.
+        master: makes weights of what servers report.
         clock: seconds that only grow.
     """
 
     def __init__(self, in_force: Callable[[Configuration], None],
                  vantages: Callable[[OnChanged, OnLatencies], Vantages], failures: Passive = tuple,
                  response_times: Callable[[list[tuple[int, float]]], None] = lambda _: None,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 master: Master | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._in_force = in_force
         self._failures, self._response_times = failures, response_times
         self._clock = clock
@@ -80,11 +82,10 @@ class HealthService:
         self._closed = False
         self._thread: threading.Thread | None = None
         self._levels: dict[str, int] = {}
-        self._weights: dict[int, int] = {}
+        self._weights: Mapping[int, int] = {}
+        self._master = master
+        self._distributed = False
         self._vantages = vantages(self._on_changed, self._on_latencies)
-        self.distribute: Callable[[Configuration, float], tuple[dict[int, int] | None, list[tuple[str, str]]]] = (
-            lambda _configuration, _now: (None, []))
-        """Asked at each tick for new weights by member number (None: as before), and what to tell: pool and text."""
 
     # -------------------------------------------------------------- life
 
@@ -119,6 +120,9 @@ class HealthService:
         with self._lock:
             now = self._clock()
             self._wanted = configuration
+            # Once more where there is none any more: the weights are to go.
+            self._distributed = self._distributed or any(
+                one.distribution is not None for one in configuration.pools.values())
             self._remake(self._health.configure(configuration, now), now, whole=True)
         self._vantages.configure(configuration.networks.values())
         self._vantages.update(targets_of(configuration.pools.values()))
@@ -135,23 +139,27 @@ class HealthService:
             for member, reason in self._failures():
                 touched.add(self._health.failed(member, reason, now) or "")
             touched.discard("")
-            weights, notes = self.distribute(self._wanted, now)
-            for pool, text in notes:
-                self.events.add(now, EventKind.DISTRIBUTION, text, pool)
-            if weights is not None and weights != self._weights:
-                touched.update(self._weighed(weights))
-                self._weights = weights
+            touched.update(self._distribute(now))
             if touched:
                 self._remake(touched, now)
             self._log()
 
-    def _weighed(self, weights: dict[int, int]) -> Iterator[str]:
-        """The pools in which members get other weights."""
-        different = {number for number in weights.keys() | self._weights.keys()
-                     if weights.get(number) != self._weights.get(number)}
-        for key, pool in self._wanted.pools.items():
-            if pool.distribution is not None and not different.isdisjoint(one.number for one in pool.members):
-                yield key
+    def _distribute(self, now: float) -> set[str]:
+        """Take over what the master distributes; returns the pools in which members get other weights."""
+        if self._master is None or not self._distributed:
+            return set()
+        resting = {member.number for pool in self._wanted.pools.values() if pool.distribution is not None
+                   for member in pool.members if self._health.condition(member).down}
+        weights = self._master.distribute(self._wanted, now, resting)
+        for text in self._master.take_events():
+            self.events.add(now, EventKind.DISTRIBUTION, text)
+        if weights is self._weights:
+            return set()
+        before, self._weights = self._weights, weights
+        different = {number for number in weights.keys() | before.keys() if weights.get(number) != before.get(number)}
+        self._distributed = bool(weights) or any(one.distribution is not None for one in self._wanted.pools.values())
+        return {key for key, pool in self._wanted.pools.items()
+                if not different.isdisjoint(member.number for member in pool.members)}
 
     def _on_changed(self, changed: list[Changed]) -> None:
         with self._news:

@@ -151,7 +151,8 @@ class Service:
         self._fastpaths(application)
         self._health = health = HealthService(
             application.configure, self._vantages, lambda: _drained(application.control.failures),
-            lambda pairs: application.control.response_times(pairs, time.monotonic()))
+            lambda pairs: application.control.response_times(pairs, time.monotonic()),
+            application.master)
         guard = register(application.wsgi, self._store, ControllerRuntime(application, readings, health), self._tokens)
         health.configure(self._store.configuration)
         self._store.subscribe(health.configure)

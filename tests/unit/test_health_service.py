@@ -13,6 +13,7 @@ import msgspec
 from lbapp.config.model import Configuration, VirtualServer
 from lbapp.config.pool import Pool
 from lbapp.control.events import EventKind
+from lbapp.control.master import Master
 from lbapp.health import HealthService, targets_of
 from tests.fake_monitors import FakeMonitors, Watched
 
@@ -77,16 +78,26 @@ def test_many_results_are_one_change() -> None:
 def test_clients_failures_and_weights() -> None:
     told: list[Configuration] = []
     failures: list[tuple[int, str]] = [(1, "refused")] * 3
-    watched = Watched(told.append, failures=lambda: tuple(failures))
+    master = Master()
+    watched = Watched(told.append, failures=lambda: tuple(failures), master=master)
     watched.service.configure(site(monitors=[], passive={}, distribution={}))
     watched.service.step()
     failures.clear()
     assert taking(told[-1]) == [2]
-    watched.service.distribute = lambda _configuration, _now: ({1: 7, 2: 9}, [("p", "weights follow reports")])
+    watched.now += 60
     watched.service.step()
-    assert [member.weight for member in told[-1].pools["p"].members] == [7, 9]
-    assert [event.text for event in watched.service.since(0) if event.kind is EventKind.DISTRIBUTION] == [
-        "weights follow reports"]
+    assert taking(told[-1]) == [1, 2]
+    assert [member.weight for member in told[-1].pools["p"].members] == [1, 1], "nobody has reported"
+    for number, share in ((1, 30.0), (2, 10.0)):
+        master.report(f"a{number}", [(f"10.0.0.{number}", 0)], {"share": share}, watched.now)
+    watched.service.configure(site(monitors=[], distribution={"algorithm": "FORMULA", "formula": "share"}))
+    watched.now += 10
+    watched.service.step()
+    assert [member.weight for member in told[-1].pools["p"].members] == [30, 10]
+    watched.service.configure(site(monitors=[]))
+    watched.now += 10
+    watched.service.step()
+    assert [member.weight for member in told[-1].pools["p"].members] == [1, 1]
 
 
 def test_events_tell_of_fallbacks_and_priorities() -> None:
