@@ -166,6 +166,11 @@ class ControllerRuntime:
             monitors={name: MonitorView(state=state.value, reason=why)
                       for name, (state, why) in report.monitors.items()})
 
+    def effective_weight(self, pool: Pool, member: Member) -> int:
+        """The weight that counts now; 0 while it takes no new connections."""
+        here = self._configuration.pools.get(pool.id, pool)
+        return next((one.weight for one in here.members if one.number == member.number and one.takes_new), 0)
+
     def events(self, after: int) -> Iterator[EventView]:
         """What happened after an event's number."""
         for event in self._health.since(after):

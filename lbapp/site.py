@@ -32,7 +32,8 @@ R = TypeVar("R", Network, Pool, VirtualServer)
 
 GIVEN_BY_STORE = ("id", "number")
 READ_ONLY = frozenset({
-    *GIVEN_BY_STORE, "revision", "provisioning_status", "operating_status", "health_status", "created_at", "updated_at",
+    *GIVEN_BY_STORE, "revision", "provisioning_status", "operating_status", "health_status", "effective_weight",
+    "created_at", "updated_at",
 })
 """Accepted and ignored, so that what the controller shows can be edited and applied again."""
 

@@ -172,7 +172,8 @@ def from_store(error: StoreError, prefixes: Mapping[int, str] | None = None) -> 
     return ApiError(problem, message, field, headers)
 
 
-READ_ONLY = ("id", "number", "revision", "provisioning_status", "operating_status", "health_status")
+READ_ONLY = ("id", "number", "revision", "provisioning_status", "operating_status", "health_status",
+             "effective_weight")
 """What answers have and requests must not."""
 
 

@@ -40,6 +40,9 @@ def _schemas() -> JsonObject:
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_TEMPLATE)
     for kind in (VirtualServer, Pool, Member, Network):
         _with_read_only(schemas[kind.__name__]["properties"])
+    schemas["Member"]["properties"]["effective_weight"] = {
+        "type": "integer", "readOnly": True,
+        "description": "With slow start and distribution; 0 while it takes no new connections."}
     schemas["Member"]["properties"]["health_status"] = {"readOnly": True, "anyOf": [_ref("HealthView"),
                                                                                     {"type": "null"}]}
     schemas["VirtualServer"]["properties"]["pool"] = {

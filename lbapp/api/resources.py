@@ -286,4 +286,5 @@ def member_view(snapshot: Snapshot, runtime: Runtime, pool: Pool, member: Member
     view["revision"] = snapshot.revisions.get(member.id, 0)
     view["provisioning_status"], view["operating_status"] = runtime.member_status(pool, member)
     view["health_status"] = runtime.member_health(member)
+    view["effective_weight"] = runtime.effective_weight(pool, member)
     return {"id": view.pop("id"), **view}

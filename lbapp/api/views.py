@@ -352,6 +352,10 @@ class Runtime(Protocol):
         """What is known of a member's health; None where nobody watches it."""
         ...
 
+    def effective_weight(self, pool: Pool, member: Member) -> int:
+        """The weight that counts now: with slow start and distribution; 0 while it takes no new connections."""
+        ...
+
     def events(self, after: int) -> Iterable[EventView]:
         """What happened after an event's number, oldest first."""
         ...

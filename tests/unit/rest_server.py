@@ -62,6 +62,9 @@ class Runtime:
         return views.HealthView(state="up", since="2026-01-01T00:00:00.000+00:00", reason="", share=1.0,
                                 monitors={"tcp": views.MonitorView(state="up", reason="")})
 
+    def effective_weight(self, pool: Pool, member: Member) -> int:
+        return member.weight
+
     def events(self, after: int) -> Iterator[views.EventView]:
         for number in range(after + 1, 6):
             yield views.EventView(number=number, at="2026-01-01T00:00:00.000+00:00", kind="member_down", text="why",

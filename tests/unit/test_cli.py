@@ -257,7 +257,7 @@ def test_each_kind_as_a_table(running):
     assert lines(running("show", "virtual-servers"), "web-rules")[0][-3:] == ["rules", "-", "-"]
     assert "10.0.0.51:80, 10.0.0.52:80, 10.0.0.53:80" in running("show", "pools")
     assert len(lines(running("show", "members"), "web ")) == 3
-    assert lines(running("show", "members", "web"), "web ")[0][:5] == ["web", "10.0.0.51:80", "s1", "3", "OFFLINE"]
+    assert lines(running("show", "members", "web"), "web ")[0][:5] == ["web", "10.0.0.51:80", "s1", "3", "-"]
     assert lines(running("show", "networks"), "lan ") == [["lan", "10.0.0.0/24", "10.0.0.254", "-"]]
     assert lines(running("show", "switches"), DPID)[0][4:7] == ["42", "3", "1"]
     assert "02:00:00:00:00:01" in running("show", "switch", "a1")
