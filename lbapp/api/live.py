@@ -149,7 +149,9 @@ class Live:
         try:
             told = msgspec.convert(json_object(request), LoadReport)
         except msgspec.ValidationError as error:
-            raise from_validation(error, "", ("servers",)) from None
+            if "`key` in" in str(error):
+                raise invalid("expected names of small letters, digits and _, at most 64 of them", "values") from None
+            raise from_validation(error, "", LoadReport.__struct_fields__) from None
         servers = []
         for index, one in enumerate(told.servers):
             try:

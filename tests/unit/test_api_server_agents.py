@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from lbapp.server_agent.report import Told, document, sign
 from tests.unit.rest_process import error_of, rest_process
 
 PATH = "/v1/server-agents/s1"
@@ -42,6 +45,69 @@ def test_an_agent_announces_itself_and_gets_the_keys(rest: Any) -> None:
     ({"listeners": [{"address": "10.0.0.1", "port": 80}] * 257}, "listeners")])
 def test_a_bad_announcement_is_a_400_that_names_the_field(rest: Any, body: dict[str, Any], field: str) -> None:
     assert error_of(rest.ask("PUT", PATH, body), 400)["field"] == field
+
+
+# ------------------------------------------------------------------ how loaded their servers are
+
+KEY = b"the key of the buses, 32 bytes.."  # the server's in rest_server.py
+RUN = bytes(16)
+
+
+def loads(sequence: int = 1, name: str = "s1", key: bytes | None = KEY, **values: float) -> dict[str, Any]:
+    told = Told(RUN, sequence, time.time(), (("10.0.0.51", 80), ("fd00::51", 0)), values or {"cpu": 0.5})
+    return document(told, None if key is None else sign(key, name, told))
+
+
+def test_reports_are_taken_signed_and_once(rest: Any) -> None:
+    error = error_of(rest.ask("PUT", f"{PATH}/report", loads(key=None)), 401)
+    assert error["field"] == "signature" and "key of the buses" in error["message"]
+    error_of(rest.ask("PUT", f"{PATH}/report", loads(key=KEY[::-1])), 401)
+    error_of(rest.ask("PUT", "/v1/server-agents/s2/report", loads()), 401)
+    first = loads()
+    answer = rest.ask("PUT", f"{PATH}/report", first)
+    assert answer.status_code == 200 and answer.json() == {"flags": []}
+    assert "greater than 1" in error_of(rest.ask("PUT", f"{PATH}/report", first), 409)["message"]
+    assert rest.ask("PUT", f"{PATH}/report", loads(2, cpu=7.0)).json() == {"flags": ["cpu: expected 0 to 1, got 7"]}
+    error_of(rest.ask("GET", f"{PATH}/report"), 405)
+
+
+def test_the_token_is_asked_for_first(rest: Any) -> None:
+    assert rest.ask("PUT", f"{PATH}/report", loads(9), Authorization="Bearer no").status_code == 401
+    assert rest.ask("PUT", f"{PATH}/report", loads(9)).status_code == 200  # the number was not used up
+
+
+def without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in loads(100).items() if key != name}
+
+
+@pytest.mark.parametrize(("body", "field"), [
+    ({}, "run"), *((without(name), name) for name in ("run", "sequence", "time", "servers", "values")),
+    ({**loads(), "run": "0" * 31}, "run"), ({**loads(), "sequence": 0}, "sequence"),
+    ({**loads(), "sequence": 2**53}, "sequence"), ({**loads(), "sequence": 1.5}, "sequence"),
+    ({**loads(), "time": "now"}, "time"), ({**loads(), "signature": "0"}, "signature"),
+    ({**loads(), "more": 1}, "more"),
+    ({**loads(), "values": {"CPU": 1}}, "values"), ({**loads(), "values": {"cpu": "much"}}, "values"),
+    ({**loads(), "values": {"cpu": None}}, "values"), ({**loads(), "values": {"cpu\n": 1}}, "values"),
+    ({**loads(), "values": {"a" * 65: 1}}, "values"),
+    ({**loads(), "values": {f"v{n}": 1 for n in range(65)}}, "values"),
+    ({**loads(), "servers": [{"address": "no"}]}, "servers[0].address"),
+    ({**loads(), "servers": [{"address": "10.0.0.1", "port": 65536}]}, "servers[0].port"),
+    ({**loads(), "servers": [{"address": "10.0.0.1"}] * 257}, "servers")])
+def test_a_bad_report_is_a_400_that_names_the_field(rest: Any, body: dict[str, Any], field: str) -> None:
+    found = error_of(rest.ask("PUT", f"{PATH}/report", body), 400)["field"]
+    assert found.startswith(field), found
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "a%0Ab", "%00"])
+def test_names_are_bounded_and_printable(rest: Any, name: str) -> None:
+    assert error_of(rest.ask("PUT", f"/v1/server-agents/{name}/report", loads()), 400)["field"] == "name"
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_what_is_no_number_in_json_is_refused_whole(rest: Any, text: str) -> None:
+    body = json.dumps(loads(200)).replace("0.5", text)
+    answer = rest.client.put(f"{PATH}/report", content=body, headers={"Content-Type": "application/json"})
+    error_of(answer, 400)
 
 
 def test_one_connection(rest: Any) -> None:
