@@ -11,13 +11,19 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
-from math import exp
+from math import exp, log
 from typing import NamedTuple
 
 from lbapp.control.messages import Closed, Error, Reason
 
 DECAY = 10.0
 """Seconds in which what was measured loses 1 - 1/e of its weight."""
+
+RISE, FALL = 8, 32
+"""Connections in which it loses the same: to longer response times, and to shorter ones."""
+
+CHECK = 8
+"""A check, always the same request, tells as much as so many connections."""
 
 LEAST_SECONDS = 0.001
 """Response times below are taken as this one: the fast path's clock ticks every 1.05 ms, and what differs there is the
@@ -72,13 +78,16 @@ class Counts:
         self.lately = self.ended_lately = self.lately_at = 0.0
         self.wanted = False
 
-    def observed(self, seconds: float, now: float, checked: bool = False) -> None:
-        """A response time was measured: a longer one counts at once, a shorter one as time goes by (peak EWMA).
+    def observed(self, seconds: float, now: float, checked: bool = False, connections: int = 1) -> None:
+        """A response time was measured: a moving average that follows peaks faster than calm (after peak EWMA).
+
+        It is the geometric mean that moves: sizes of answers are skewed, and one large one tells little of a member.
 
         Args:
-            seconds: how long it took.
+            seconds: how long it took; of several connections, their geometric mean.
             now: when that became known.
             checked: a monitor measured it. Then connections are not asked, whose durations are also clients' doing.
+            connections: how many there were.
         """
         if checked:
             since = 0.0
@@ -88,18 +97,21 @@ class Counts:
                 self.latency = 0.0  # what connections told is not comparable
             self._checked_until = max(self._checked_until, now + CHECKED_SECONDS, now + 3 * since)
             self._checked_at = now
+            connections = CHECK
         elif now < self._checked_until:
             return
         if seconds < LEAST_SECONDS:
             seconds = LEAST_SECONDS
-        if seconds < self.latency:
-            seconds += (self.latency - seconds) * exp((self.latency_at - now) / DECAY)
+        before = self.latency
+        if before:
+            pace = RISE if seconds > before else FALL
+            seconds *= (before / seconds) ** exp(min(0.0, self.latency_at - now) / DECAY - connections / pace)
         self.latency = seconds
         self.latency_at = now
 
     def ended(self, connections: int, size: int, now: float) -> None:
         """Connections ended, and had so many bytes: what came lately counts most."""
-        keep = exp((self.lately_at - now) / DECAY)
+        keep = exp(min(0.0, self.lately_at - now) / DECAY)
         self.lately = self.lately * keep + size
         self.ended_lately = self.ended_lately * keep + connections
         self.lately_at = now
@@ -110,10 +122,7 @@ class Counts:
 
 
 class Endings:
-    """What one batch of DELETE tells of its members, added up: a response time and a size for each.
-
-    The batch's mean is what is observed: in a single moment, a peak would be all that counts.
-    """
+    """What one batch of DELETE tells of its members, added up: a response time and a size for each."""
 
     __slots__ = ("_sums",)
 
@@ -137,14 +146,14 @@ class Endings:
             total[3] += closed.bytes
             held = closed.duration if closed.packets > REFUSED_PACKETS else None
         if held is not None and not rules and closed.reason is Reason.SHUTDOWN:
-            total[0] += held
+            total[0] += log(held if held > LEAST_SECONDS else LEAST_SECONDS)
             total[1] += 1
 
     def settle(self, now: float) -> None:
         """The batch is complete."""
-        for load, (seconds, timed, ended, size) in self._sums.items():
+        for load, (logarithms, timed, ended, size) in self._sums.items():
             if timed:
-                load.observed(seconds / timed, now)
+                load.observed(exp(logarithms / timed), now, connections=int(timed))
             if ended or size:
                 load.ended(int(ended), int(size), now)
 

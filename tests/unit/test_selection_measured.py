@@ -17,8 +17,17 @@ from lbapp.control.engine import ControlSegment
 from lbapp.control.messages import Closed, Delete, FlowSignature, Host, Live, Query, Reason, SwitchUp
 from lbapp.control.selection import ALGORITHMS, COUNTING
 from lbapp.control.selection.candidates import Candidate
-from lbapp.control.selection.measured import BAND, BOUND, BoundedLoadHash, Fastest, LeastBytes, LeastResponseTime
-from lbapp.control.statistics import CHECKED_SECONDS, DECAY, LEAST_SECONDS, Counts, Endings
+from lbapp.control.selection.measured import BOUND, BoundedLoadHash, Fastest, LeastBytes, LeastResponseTime
+from lbapp.control.statistics import (
+    CHECK,
+    CHECKED_SECONDS,
+    DECAY,
+    FALL,
+    LEAST_SECONDS,
+    RISE,
+    Counts,
+    Endings,
+)
 
 NEW = (Algorithm.LEAST_RESPONSE_TIME, Algorithm.LEAST_BYTES, Algorithm.FASTEST, Algorithm.BOUNDED_LOAD_HASH)
 TIMED = (LeastResponseTime, Fastest)
@@ -148,7 +157,7 @@ def test_prefers_the_faster(kind):
     selector.update(members)
     picked, _ = run(selector, members, lambda index, now: 1.0 if index == 2 else 0.02, 2000)
     shares = Counter(picked[200:])
-    assert shares[2] <= 0.01 * 1800
+    assert shares[2] <= 0.02 * 1800  # a fiftieth of the others' share, for the fastest alone
     assert min(shares[index] for index in (0, 1, 3)) > 300
 
 
@@ -174,14 +183,11 @@ def test_a_member_that_falls_ill_is_left_within_seconds(kind):
 
 
 def test_a_member_whose_trial_does_not_end_is_not_tried_twice():
-    for kind in TIMED:
-        members = candidates(1, 1)
-        selector = kind()
-        selector.update(members)
-        members[0].load.observed(2.0, 0.0)
-        members[1].load.observed(0.02, 0.0)
-        picked, _ = run(selector, members, lambda index, now: 1e6 if index == 0 else 0.02, 10_000)
-        assert picked.count(0) == 1
+    members = candidates(1, 1, seconds=[2.0, 0.02])
+    selector = LeastResponseTime()
+    selector.update(members)
+    picked, _ = run(selector, members, lambda index, now: 1e6 if index == 0 else 0.02, 10_000)
+    assert picked.count(0) == 1
 
 
 def test_least_response_time_weighs_time_and_connections():
@@ -205,11 +211,15 @@ def test_a_member_nobody_measured_yet_counts_as_the_fastest():
     assert Counter(picked) == {1: 1, 2: 3} or Counter(picked) == {1: 2, 2: 2}
 
 
-def test_fastest_does_not_mind_connections_and_shares_among_equals():
+@given(st.lists(st.tuples(st.integers(1, 256), st.floats(0.001, 100), st.integers(1, 1000)), min_size=1, max_size=8))
+def test_fastest_shares_by_speed_and_does_not_mind_connections(rows):
+    weights, seconds, active = zip(*rows, strict=True)
     selector = Fastest()
-    members = candidates(1, 3, 2, seconds=[0.1, 0.1 * BAND * 0.99, 0.1 * BAND * 1.01], active=[900, 50, 1])
-    selector.update(members)
-    assert Counter(selector.pick(signature(), serial) for serial in range(400)) == {0: 100, 1: 300}
+    selector.update(candidates(*weights, seconds=seconds, active=active))
+    shares = Counter(selector.pick(signature(), serial) for serial in range(500))
+    speeds = [weight / took for weight, took, _ in rows]
+    for index, speed in enumerate(speeds):
+        assert abs(shares[index] - 500 * speed / sum(speeds)) <= 1 + len(rows)
 
 
 def test_estimates_are_read_again_also_in_a_large_pool():
@@ -219,12 +229,13 @@ def test_estimates_are_read_again_also_in_a_large_pool():
         selector.update(members)
         selector.pick(signature(), 0)
         for member in members[1:]:
-            member.load.observed(5.0, 1.0)
+            member.load.observed(5.0, 1.0, connections=1000)
         picked = []
-        for serial in range(40):
+        for serial in range(76):
             picked.append(selector.pick(signature(), serial))
             members[picked[-1]].load.active += 1
-        assert picked[26:] == [0] * 14
+        assert picked[:26].count(0) <= 1
+        assert picked[26:].count(0) >= 10
 
 
 # ------------------------------------------------------------------ bytes
@@ -326,18 +337,33 @@ def test_bounded_load_finds_room_in_a_member_of_few_slots():
 # ------------------------------------------------------------------ estimates
 
 
-def test_a_peak_counts_at_once_and_wears_off():
+def test_peaks_count_faster_than_calm():
     load = Counts()
     load.observed(0.1, 0.0)
-    load.observed(2.0, 1.0)
-    assert load.latency == 2.0
-    load.observed(0.1, 1.0)
-    assert load.latency == 2.0   # no time has passed
-    load.observed(0.1, 1.0 + DECAY)
-    assert load.latency == pytest.approx(0.1 + 1.9 / math.e)
-    for second in range(200):
-        load.observed(0.1, 12.0 + second)
-    assert load.latency == pytest.approx(0.1, rel=1e-3)
+    load.observed(1.0, 0.0, connections=RISE)
+    assert load.latency == pytest.approx(10 ** (-1 / math.e))          # most of the way from 0.1 to 1, by factors
+    high = load.latency
+    load.observed(0.1, 0.0, connections=RISE)
+    assert load.latency > 0.7 * high
+    load.observed(0.1, 0.0, connections=20 * FALL)
+    assert load.latency == pytest.approx(0.1)
+
+
+def test_what_was_measured_long_ago_counts_less():
+    load = Counts()
+    load.observed(1.0, 0.0)
+    load.observed(0.1, DECAY)
+    assert load.latency == pytest.approx(10 ** (math.exp(-1 - 1 / FALL) - 1))
+    load.observed(0.001, DECAY - 5)   # nobody's clock goes back; if it did, nothing would break
+    assert 0.001 < load.latency < 0.1 * 10
+
+
+def test_one_large_answer_among_many_tells_little():
+    load = Counts()
+    for batch in range(50):
+        load.observed(0.02, batch * 0.1, connections=3)
+    load.observed(20.0, 5.1)
+    assert load.latency < 0.06
 
 
 def test_nobody_is_faster_than_can_be_measured():
@@ -354,11 +380,12 @@ def test_checks_have_the_word_while_there_are_any():
     load.observed(30.0, 2.0)
     assert load.latency == 0.02
     load.observed(0.05, 6.0, checked=True)
-    assert load.latency == 0.05
+    assert load.latency == pytest.approx(0.05 * 0.4 ** math.exp(-5 / DECAY - CHECK / RISE))
+    before = load.latency
     load.observed(30.0, 6.0 + CHECKED_SECONDS - 1)
-    assert load.latency == 0.05
+    assert load.latency == before
     load.observed(0.5, 6.0 + CHECKED_SECONDS)
-    assert load.latency == 0.5
+    assert load.latency == pytest.approx(0.5, rel=1e-3)
 
 
 def test_checks_that_are_rare_keep_the_word_longer():
@@ -368,7 +395,7 @@ def test_checks_that_are_rare_keep_the_word_longer():
     load.observed(30.0, 1100.0 + 299, checked=False)
     assert load.latency == 0.02
     load.observed(30.0, 1100.0 + 301, checked=False)
-    assert load.latency == 30.0
+    assert load.latency == pytest.approx(30.0, rel=1e-3)
 
 
 def test_bytes_wear_off():
@@ -397,16 +424,18 @@ def test_what_the_end_of_a_connection_tells(one, rules, held, latency, ended, si
     endings = Endings()
     endings.add(load, one, rules, held)
     endings.settle(1.0)
-    assert (load.latency, load.ended_lately, load.lately) == (latency, ended, size)
+    assert load.latency == pytest.approx(latency)
+    assert (load.ended_lately, load.lately) == (ended, size)
 
 
 def test_a_batch_is_one_observation():
     load = Counts()
     endings = Endings()
-    for duration in (0.1, 0.2, 0.9):
+    for duration in (0.1, 1.0, 10.0):
         endings.add(load, closed(1, duration=duration), False, None)
     endings.settle(1.0)
-    assert load.latency == pytest.approx(0.4)
+    assert load.latency == pytest.approx(1.0)
+    assert load.ended_lately == 3
 
 
 # ------------------------------------------------------------------ in the control segment
@@ -438,7 +467,7 @@ def test_the_control_segment_learns_from_connections(algorithm, counted):
         given[member] += serial > 3
         control.handle(Delete(1, (Closed(serial, 1, member, Reason.SHUTDOWN, False, counted, 9 * counted,
                                          900 * counted, took[member] * counted),)), now + took[member])
-    assert given[1] > 200
+    assert given[1] > 150
     assert given[2] > 0
     assert given[3] > 0
     assert control.active(1) == control.active(2) == control.active(3) == 0

@@ -11,8 +11,7 @@ every pick. So the former are read again after a quarter as many picks as there 
 pick in a large pool then costs little more than looking at the numbers of connections.
 
 An estimate of a member that has no connections fades (:data:`DECAY`): who was slow once is tried
-again, with one connection. While that is open nothing fades, so nobody else goes there before it
-has told how long it took.
+again, with one connection. While that is open nothing fades: it has yet to tell how long it took.
 """
 
 from __future__ import annotations
@@ -25,9 +24,6 @@ from lbapp.control.selection.candidates import Candidate, Load
 from lbapp.control.selection.plain import ConsistentHash
 from lbapp.control.selection.tables import source_hash
 from lbapp.control.statistics import DECAY, LEAST_SECONDS
-
-BAND = 1.25
-"""Members at most so many times as slow as the fastest count as fast as it."""
 
 BOUND = 1.25
 """How full a member may be beyond the average (c of Mirrokni, Thorup, Zadimoghaddam, "Consistent hashing with bounded
@@ -56,9 +52,9 @@ def response_times(loads: Sequence[Load]) -> list[tuple[float, float]]:
 
 
 class LeastResponseTime:
-    """Shortest expected wait: the response time, peaks first, times the connections there would be, by weight.
+    """Shortest expected wait: the response time, times the connections there would be, by weight.
 
-    The estimate is the peak-sensitive moving average of Finagle's load balancer (``peak EWMA``).
+    As Finagle's load balancer does it ("peak EWMA"), but for the estimate: see :meth:`Counts.observed`.
     """
 
     def __init__(self) -> None:
@@ -99,28 +95,33 @@ class LeastResponseTime:
 
 
 class Fastest:
-    """Shortest response time, however many connections there are; who is as fast as that takes turns by weight."""
+    """Response times alone, however many connections there are: shares in proportion to weight and speed.
+
+    Not all to the fastest: how slow that has become is known only when connections end, and by then it would have got
+    far too many, and the next one after it.
+    """
 
     def __init__(self) -> None:
         self._candidates: list[Candidate] = []
-        self._credit: list[int] = []
-        self._fast: list[int] = []
+        self._shares: list[float] = []
+        self._credit: list[float] = []
         self._left = 0
 
     def update(self, candidates: Sequence[Candidate]) -> None:
         """See :class:`Selector`."""
         credit = {candidate.number: have for candidate, have in zip(self._candidates, self._credit, strict=True)}
         self._candidates = wanted(candidates)
-        self._credit = [credit.get(candidate.number, 0) for candidate in candidates]
+        self._credit = [credit.get(candidate.number, 0.0) for candidate in candidates]
         self._left = 0
 
     def _read(self) -> None:
-        loads = [candidate.load for candidate in self._candidates]
-        times = [latency if load.active else faded
-                 for load, (latency, faded) in zip(loads, response_times(loads), strict=True)]
-        most = min(times) * BAND
-        self._fast = [index for index, seconds in enumerate(times) if seconds <= most]
-        self._left = len(loads) // READ_AGAIN
+        candidates = self._candidates
+        times = response_times([candidate.load for candidate in candidates])
+        speeds = [candidate.weight / (latency if candidate.load.active else faded)
+                  for candidate, (latency, faded) in zip(candidates, times, strict=True)]
+        total = sum(speeds)
+        self._shares = [speed / total for speed in speeds]
+        self._left = len(candidates) // READ_AGAIN
 
     def pick(self, signature: FlowSignature, serial: int) -> int:
         """See :class:`Selector`. Turns are those of smooth weighted round robin."""
@@ -128,17 +129,10 @@ class Fastest:
             self._read()
         else:
             self._left -= 1
-        if len(self._fast) == 1:
-            return self._fast[0]
-        candidates, credit = self._candidates, self._credit
-        best, most, total = -1, 0, 0
-        for index in self._fast:
-            weight = candidates[index].weight
-            total += weight
-            have = credit[index] = credit[index] + weight
-            if best < 0 or have > most:
-                best, most = index, have
-        credit[best] -= total
+        credit = [have + share for have, share in zip(self._credit, self._shares, strict=True)]
+        best = credit.index(max(credit))
+        credit[best] -= 1.0
+        self._credit = credit
         return best
 
 
