@@ -29,6 +29,7 @@ from lbapp.dataflow.ovs import Ovs
 from lbapp.dataflow.ryu_shim import tls_context
 from lbapp.health import HealthService
 from lbapp.monitors.place import Place
+from lbapp.persistence_store import Keeper, PersistenceStore
 from lbapp.readings import Readings
 from lbapp.remote_agents import shared_key
 from lbapp.runtime import ControllerRuntime
@@ -54,6 +55,7 @@ class Service:
         self._tokens: Tokens | None = None
         self._server: Server | None = None
         self._health: HealthService | None = None
+        self._keeper: Keeper | None = None
         self._report_key: bytes | None = None
         self._close_fastpaths: Callable[[], None] = lambda: None
 
@@ -117,6 +119,8 @@ class Service:
         """Stop what was started here."""
         if self._health is not None:
             self._health.close()
+        if self._keeper is not None:
+            self._keeper.stop()
         self._close_fastpaths()
         if self._server is not None:
             self._server.stop()
@@ -154,7 +158,10 @@ class Service:
             lambda pairs: application.control.response_times(pairs, time.monotonic()),
             application.master)
         guard = register(application.wsgi, self._store, ControllerRuntime(application, readings, health), self._tokens)
+        self._keeper = keeper = Keeper(application.control.clients, PersistenceStore(settings.state_dir))
+        kept = keeper.read()
         health.configure(self._store.configuration)
+        keeper.start(kept)
         self._store.subscribe(health.configure)
         application.on_change = lambda text: health.happened(EventKind.SWITCH, text)
         self._watch_bridges(application, health)
