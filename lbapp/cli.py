@@ -258,8 +258,8 @@ def show(access: Access, kind: str | None, name: str | None, output: str, limit:
          filters: tuple[str, ...]) -> None:
     """Show resources of a KIND, or one by NAME; without KIND an overview.
 
-    KIND: virtual-servers, pools, members (NAME: their pool), networks, switches, connections, events, stats,
-    config.
+    KIND: virtual-servers, pools, members (NAME: their pool), networks, switches, connections, persistence, events,
+    stats, config.
     """
     from lbapp import showing
 

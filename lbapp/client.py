@@ -31,6 +31,7 @@ COLLECTIONS = {
     "switches": "switches",
     "connections": "connections",
     "events": "events",
+    "persistence": "persistence",
 }
 """Paths below /v1 (members: below their pool) and the key of the list in the answer."""
 UNPAGED = frozenset({"switches"})

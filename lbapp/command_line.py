@@ -123,5 +123,5 @@ class Kind(click.ParamType):
 
 
 RESOURCES = Kind("virtual-servers", "pools", "members", "networks")
-SHOWN = Kind("virtual-servers", "pools", "members", "networks", "switches", "connections", "events", "stats",
-             "config")
+SHOWN = Kind("virtual-servers", "pools", "members", "networks", "switches", "connections", "persistence", "events",
+             "stats", "config")

@@ -13,9 +13,10 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from lbapp import remembering
 from lbapp.api.views import (
     ConnectionView,
     DrainingView,
@@ -26,6 +27,7 @@ from lbapp.api.views import (
     Lease,
     MemberStatistics,
     MonitorView,
+    PersistenceView,
     RelayStatistics,
     ReportView,
     ServerAgentView,
@@ -45,6 +47,7 @@ from lbapp.fastpaths import Link, Reading
 from lbapp.handoffs import LEASE_SECONDS
 from lbapp.health import HealthService
 from lbapp.readings import CLOSING, Readings
+from lbapp.remembering import endpoint
 from lbapp.reports import Heard
 from lbapp.server_agent.report import Told
 
@@ -68,11 +71,6 @@ def _named(reading: Reading, names: Iterable[str]) -> dict[str, int]:
 
 def _utc(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")
-
-
-def endpoint(address: str, port: int) -> str:
-    """``address:port``, an IPv6 address in brackets."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def _share(messages: int, opened: int) -> float | None:
@@ -176,6 +174,14 @@ class ControllerRuntime:
         for event in self._health.since(after):
             yield EventView(number=event.number, at=_utc(self._health.wall(event.at)), kind=event.kind.value,
                             pool=event.pool, member=event.member, text=event.text)
+
+    def persistence(self, wanted: Mapping[str, str]) -> Iterator[PersistenceView]:
+        """Clients that are known again."""
+        return remembering.clients(self._application.control, self._health.wanted, wanted, time.monotonic())
+
+    def forget(self, wanted: Mapping[str, str]) -> int | None:
+        """Forget some of them."""
+        return remembering.forget(self._application.control, self._health.wanted, wanted)
 
     def draining(self) -> list[DrainingView]:
         """Every member that is draining, with the connections that switches and fast paths hold for it."""
@@ -383,7 +389,8 @@ class ControllerRuntime:
             members=[self._of_member(pool, member, by_member, forwarded)
                      for pool in self._configuration.pools.values() for member in pool.members],
             switches=[self._of_switch(switch, readings[switch.id], relayed[switch.id], openings[switch.id])
-                      for switch in switches])
+                      for switch in switches],
+            pools=remembering.pools(self._application.control, self._configuration, time.monotonic()))
 
     def _of_server(self, server: VirtualServer, bound: Counter[int], messages: Counter[int],
                    refused: dict[int, dict[str, int]], alive: Counter[int]) -> VirtualServerStatistics:

@@ -37,7 +37,7 @@ def show(client: Client, kind: str | None, name: str | None, output: str, limit:
         _one_or_dump(_stats(client, name), output, _show_stats)
     elif kind == "config":
         display.dump(from_config(client.config().document).document(), "yaml" if output == "table" else output)
-    elif kind in ("switches", "connections", "events"):
+    elif kind in ("switches", "connections", "events", "persistence"):
         _observed(client, kind, name, output, limit, filters)
     elif kind == "members":
         _members(client, name, output, limit, filters)
@@ -116,6 +116,11 @@ TABLES = {
         lambda one, context: (
             one.get("number"), str(one.get("at", ""))[:23].replace("T", " "), one.get("kind"), one.get("pool") or None,
             one.get("member") or None, one.get("text"))),
+    "persistence": Table(
+        ("pool", "by", "client", "member", "name", ">idle", ">expires in"),
+        lambda one, context: (
+            one.get("pool"), one.get("type"), one.get("key"), one.get("member"), one.get("member_name") or None,
+            duration(one.get("idle_seconds")), duration(one.get("expires_in")))),
     "connections": Table(
         ("virtual server", "client", "destination", "member", "state", ">age", ">idle", ">packets", ">bytes", "by"),
         lambda one, context: (
@@ -219,12 +224,13 @@ def _observed(client: Client, kind: str, name: str | None, output: str, limit: i
         found = found[-(limit or (EVENTS if output == "table" else len(found) or 1)):]
         _show_or_dump(kind, found, output)
         return
-    if kind == "connections":
-        filters = {**filters, **({"virtual_server": name} if name else {})}
+    if kind in ("connections", "persistence"):
+        named = "virtual_server" if kind == "connections" else "pool"
+        filters = {**filters, **({named: name} if name else {})}
         limit = limit or (CONNECTIONS if output == "table" else None)
     found = client.list(kind, limit=limit, filters=filters)
     _show_or_dump(kind, found, output)
-    if output == "table" and kind == "connections" and len(found) == limit:
+    if output == "table" and kind in ("connections", "persistence") and len(found) == limit:
         console().print(f"the first {limit}; --limit shows more", style="dim")
 
 
@@ -271,7 +277,7 @@ def _stats(client: Client, name: str | None) -> Json:
     servers = [one for one in stats.get("virtual_servers", ()) if name in (one.get("name"), one.get("id"))]
     if not servers:
         raise ClientError(f"no statistics of a virtual server {name}")
-    return {**stats, "virtual_servers": servers, "members": [], "switches": []}
+    return {**stats, "virtual_servers": servers, "members": [], "switches": [], "pools": []}
 
 
 def _show_stats(stats: Json) -> None:
@@ -288,6 +294,12 @@ def _show_stats(stats: Json) -> None:
         display.table("members", ("pool", "member", ">opened", ">closed", ">active", ">packets", ">bytes"),
                       ((one.get("pool"), one.get("member"), one.get("opened"), one.get("closed"), one.get("active"),
                         one.get("packets"), size(one.get("bytes"))) for one in stats["members"]))
+    if stats.get("pools"):
+        display.table("pools", ("name", ">clients known", ">waiting", ">longest", ">waited", ">timed out",
+                                ">refused, line full"),
+                      ((one.get("name"), one.get("clients"), one.get("waiting"), duration(one.get("longest_seconds")),
+                        one.get("waited"), one.get("timed_out"), one.get("refused_full"))
+                       for one in stats["pools"]))
     if stats.get("switches"):
         names = list(dict.fromkeys(field for one in stats["switches"] for field in one if field != "dpid"))
         display.table("switches", ("datapath", *(">" + field.replace("_", " ") for field in names)),

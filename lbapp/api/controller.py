@@ -26,6 +26,7 @@ from lbapp.api.happenings import Happenings
 from lbapp.api.live import Live
 from lbapp.api.members import Members
 from lbapp.api.openapi import document
+from lbapp.api.remembered import Remembered
 from lbapp.api.resources import Answer, Collection, Pools, VirtualServers, ok
 from lbapp.api.sites import Sites
 from lbapp.api.views import Runtime
@@ -68,6 +69,7 @@ class Api:
         self.sites = Sites(store)
         self.live = Live(runtime)
         self.happenings = Happenings(runtime)
+        self.remembered = Remembered(runtime)
         self.openapi = msgspec.json.encode(document())
 
 
@@ -194,6 +196,11 @@ class ApiController(ControllerBase):
     def events(self, req: webob.Request, **_: str) -> webob.Response:
         """What happened."""
         return _answered(req, {"GET": self.api.happenings.events})
+
+    @route("lbapp", "/v1/persistence")
+    def persistence(self, req: webob.Request, **_: str) -> webob.Response:
+        """Who is known again."""
+        return _answered(req, {"GET": self.api.remembered.index, "DELETE": self.api.remembered.clear})
 
     @route("lbapp", "/v1/draining")
     def draining(self, req: webob.Request, **_: str) -> webob.Response:

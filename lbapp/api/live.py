@@ -92,6 +92,7 @@ class Live:
                              if server is not None and server in (one.name, one.id)],
             members=[one for one in everything.members if pool is not None and one.pool == pool],
             switches=[],
+            pools=[one for one in everything.pools if pool is not None and pool in (one.name, one.id)],
         ))
 
     def connections(self, request: webob.Request) -> Answer:

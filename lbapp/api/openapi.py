@@ -12,6 +12,8 @@ from lbapp.api import views
 from lbapp.api.errors import ErrorAnswer, Problem
 from lbapp.api.happenings import FILTERS as HAPPENINGS
 from lbapp.api.live import FILTERS, Announcement, LoadReport
+from lbapp.api.remembered import FILTERS as REMEMBERED
+from lbapp.api.remembered import Removed
 from lbapp.api.requests import DEFAULT_LIMIT, JSON, MAX_LIMIT, MERGE_PATCH
 from lbapp.api.sites import Difference
 from lbapp.config.model import Member, Network, Pool, VirtualServer
@@ -36,7 +38,7 @@ def _content(schema: JsonObject, *types: str) -> JsonObject:
 def _schemas() -> JsonObject:
     kinds = [VirtualServer, Pool, Member, Network, views.SwitchView, views.ConnectionView, views.StatisticsView,
              views.ServerAgentView, views.Lease, views.ReportAnswer, LoadReport, views.HealthView,
-             views.EventView, views.DrainingView, Announcement, ErrorAnswer, Difference]
+             views.EventView, views.DrainingView, views.PersistenceView, Removed, Announcement, ErrorAnswer, Difference]
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_TEMPLATE)
     for kind in (VirtualServer, Pool, Member, Network):
         _with_read_only(schemas[kind.__name__]["properties"])
@@ -147,6 +149,7 @@ def document() -> JsonObject:
         paths |= _collection(f"/v1/{segment}", segment.replace("-", "_"), kind.__name__, f"/v1/{segment}/{{id}}")
     paths |= _collection("/v1/pools/{id}/members", "members", "Member", "/v1/pools/{id}/members/{member}")
     filters = [_parameter(name, "query", {"type": "string"}, "Only such") for name in FILTERS]
+    known = [_parameter(name, "query", {"type": "string"}, "Only such") for name in REMEMBERED]
     only = [_parameter(name, "query", {"type": "string"}, "Only of this") for name in ("virtual_server", "pool")]
     bulk = tuple(problem for problem in _CHANGES if problem != "404")
     paths |= {
@@ -174,6 +177,12 @@ def document() -> JsonObject:
         "/v1/events": {"get": _operation("What happened, oldest first", "200", _listing("events", "EventView"), [
             *(_parameter(name, "query", {"type": "string"}, "Only such") for name in HAPPENINGS), *_PAGING],
             None, ("400",))},
+        "/v1/persistence": {
+            "get": _operation("Who is known again", "200", _listing("persistence", "PersistenceView"),
+                              [*known, *_PAGING], None, ("400",)),
+            "delete": _operation("Forget clients; the answer tells how many", "200", _ref("Removed"), [
+                *known, _parameter("all", "query", {"type": "boolean", "default": False},
+                                   "Everybody; without any other parameter")], None, ("400", "404"))},
         "/v1/draining": {"get": _operation("The members that are draining", "200", {
             "type": "object", "properties": {"draining": {"type": "array", "items": _ref("DrainingView")}}},
             [_parameter("pool", "query", {"type": "string"}, "Only of this")], None, ("400",))},

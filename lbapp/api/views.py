@@ -9,7 +9,7 @@ known is null, never a made-up 0.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Protocol
 
 import msgspec
@@ -223,6 +223,39 @@ class SwitchStatistics(msgspec.Struct, frozen=True, kw_only=True):
     relay: RelayStatistics | None = None
 
 
+class WaitingView(msgspec.Struct, frozen=True, kw_only=True):
+    """A connection that stands in line."""
+
+    position: Annotated[int, msgspec.Meta(ge=1)]
+    virtual_server: str
+    client: str
+    seconds: float
+
+
+class PoolStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a pool that remembers clients, or in whose line connections wait.
+
+    Attributes:
+        clients: known again; null without ``persistence``.
+        waiting: connections that stand in line now.
+        longest_seconds: for how long the first of them has.
+        waited: connections that have stood in line, those that still do included.
+        timed_out: of those, how many were refused because nobody had room in time.
+        refused_full: connections that were refused because the line was full.
+        line: the first twenty that stand there.
+    """
+
+    id: str
+    name: str
+    clients: Count | None = None
+    waiting: Count = 0
+    longest_seconds: float = 0.0
+    waited: Count = 0
+    timed_out: Count = 0
+    refused_full: Count = 0
+    line: list[WaitingView] = []
+
+
 class StatisticsView(msgspec.Struct, frozen=True, kw_only=True):
     """All counters. They start with the controller."""
 
@@ -230,6 +263,31 @@ class StatisticsView(msgspec.Struct, frozen=True, kw_only=True):
     virtual_servers: list[VirtualServerStatistics] = []
     members: list[MemberStatistics] = []
     switches: list[SwitchStatistics] = []
+    pools: list[PoolStatistics] = []
+
+
+class PersistenceView(msgspec.Struct, frozen=True, kw_only=True):
+    """A client that is known again.
+
+    Attributes:
+        id: unique; the order of lists.
+        pool: name.
+        type: by what it is known, as in the pool's ``persistence``.
+        key: a network, or what it says; ``hex:`` and digits where that cannot be printed, ``digest:`` and digits of
+            what is long.
+        member: ``address:port`` of the member that it was given last; ``member_name`` if it has one.
+        idle_seconds: since its last new connection.
+        expires_in: seconds until it is forgotten, unless it comes again.
+    """
+
+    id: str
+    pool: str
+    type: str
+    key: str
+    member: str
+    member_name: str = ""
+    idle_seconds: float = 0.0
+    expires_in: float = 0.0
 
 
 class ReportView(msgspec.Struct, frozen=True, kw_only=True):
@@ -358,6 +416,14 @@ class Runtime(Protocol):
 
     def events(self, after: int) -> Iterable[EventView]:
         """What happened after an event's number, oldest first."""
+        ...
+
+    def persistence(self, wanted: Mapping[str, str]) -> Iterable[PersistenceView]:
+        """Clients that are known again, in any order; only of a ``pool``, a ``member``, a ``key``."""
+        ...
+
+    def forget(self, wanted: Mapping[str, str]) -> int | None:
+        """Forget such clients, or all; how many there were, None where no pool or member is meant."""
         ...
 
     def draining(self) -> list[DrainingView]:

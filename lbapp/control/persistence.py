@@ -289,6 +289,11 @@ class Clients:
             self._clear(pool_id, member)
         return removed
 
+    def count(self, pool_id: str) -> int:
+        """How many clients of a pool are remembered."""
+        table = self._tables.get(pool_id)
+        return len(table.entries) if table is not None else 0
+
     def listed(self, pool_id: str = "", member: int = 0, key: str = "") -> Iterator[Client]:
         """Copies of entries, in no order. The table may change meanwhile."""
         for one in [pool_id] if pool_id else list(self._tables):

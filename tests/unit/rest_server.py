@@ -21,7 +21,7 @@ eventlet.wsgi.ALREADY_HANDLED = []
 import argparse  # noqa: E402
 import logging  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Iterator, Mapping  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from ryu.app.wsgi import WSGIApplication  # noqa: E402
@@ -69,6 +69,18 @@ class Runtime:
         for number in range(after + 1, 6):
             yield views.EventView(number=number, at="2026-01-01T00:00:00.000+00:00", kind="member_down", text="why",
                                   pool="odd" if number % 2 else "even", member="10.0.0.1:80")
+
+    def persistence(self, wanted: Mapping[str, str]) -> Iterator[views.PersistenceView]:
+        for number in range(5, 0, -1):
+            one = views.PersistenceView(id=f"p:{number:02x}", pool="odd" if number % 2 else "even", type="SOURCE_IP",
+                                        key=f"10.0.0.{number}/32", member="10.0.0.1:80", expires_in=5.0)
+            if wanted.get("pool", one.pool) == one.pool and wanted.get("key", one.key) == one.key:
+                yield one
+
+    def forget(self, wanted: Mapping[str, str]) -> int | None:
+        if wanted.get("pool") == "nobody":
+            return None
+        return len(list(self.persistence(wanted)))
 
     def draining(self) -> list[views.DrainingView]:
         return [views.DrainingView(pool=name, member="10.0.0.1:80", name="one", seconds=1.5, drain_timeout=30,

@@ -18,7 +18,8 @@ from lbapp.dataflow.conntrack import Entry
 from lbapp.dataflow.ovs import OvsError
 from lbapp.dataflow.pipeline import Kind
 from lbapp.readings import Readings as RealReadings
-from lbapp.runtime import ControllerRuntime, endpoint
+from lbapp.remembering import endpoint
+from lbapp.runtime import ControllerRuntime
 from tests import sites
 from tests.fake_frames import frame, parse
 from tests.fake_monitors import Watched
