@@ -49,6 +49,7 @@ from lbapp.control_segments import ControlSegments, Cookies, Key
 from lbapp.dataflow import conntrack
 from lbapp.dataflow.agent import Agent
 from lbapp.dataflow.fastpath import fastpath as fastpath_of
+from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.fastpath import FastPath, FastPathUnavailable
 from lbapp.dataflow.ovs import Ovs, OvsError
 from lbapp.dataflow.pipeline import zones
@@ -304,6 +305,8 @@ class AgentProcess:
         if not peers:
             return
         counters, traffic = self.agent.told(), self.agent.fastpath.service_stats()
+        traffic.update(((number, 0), layout.Traffic(*refused, 0, 0))
+                       for number, refused in self.agent.fastpath.refusals().items() if any(refused))
         for peer in peers:
             own = self.segments.traffic(peer.identity, traffic)
             told = (self.agent.held, counters, own)

@@ -160,6 +160,7 @@ class LocalLink:
     """See :class:`lbapp.fastpaths.Link`: the agent is in this process."""
 
     proxies = True
+    limits = True
 
     def __init__(self, agent: Agent[FastPath], fastpaths: FastPaths) -> None:
         self.agent = agent
@@ -200,7 +201,8 @@ class LocalLink:
     def read(self) -> Reading:
         """See :class:`lbapp.fastpaths.Link`."""
         return Reading(self.agent.held, self.agent.told(), {
-            key: MemberTraffic(*traffic) for key, traffic in self.agent.fastpath.service_stats().items()})
+            key: MemberTraffic(*traffic) for key, traffic in self.agent.fastpath.service_stats().items()},
+            refused=self.agent.fastpath.refusals())
 
     def connections(self, limit: int) -> Iterator[Held]:
         """See :class:`lbapp.fastpaths.Link`."""

@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeVar
 
 from lbapp.bus import csmb
 from lbapp.control.messages import AppQuery, AppReply, Binding, Closed, Host, NewFlow, Query, Reap, Reply, Timeout
-from lbapp.dataflow.distribution import Distribution, Greeting, Target
+from lbapp.dataflow.distribution import Distribution, Greeting, Limits, Target
 from lbapp.dataflow.fastpath.layout import Hash, Mode
 
 T = TypeVar("T")
@@ -174,7 +174,8 @@ class ControlSegments:
             else:
                 mode = Mode.PASS  # a SYN cannot be answered before there are keys
         return Distribution(number, server.address, server.port, server.protocol, mode, Hash(server.hash),
-                            server.idle_seconds, tuple(_target(target) for target in said.targets), greeting)
+                            server.idle_seconds, tuple(_target(target) for target in said.targets), greeting,
+                            None if server.limits is None else Limits(*server.limits))
 
     def numbers(self) -> Iterable[int]:
         """All local numbers."""
@@ -302,7 +303,10 @@ def announce(made: Distribution) -> tuple[csmb.VirtualServer, tuple[csmb.Target,
         address = target.address if target.address is not None else made.address
         targets.append(csmb.Target(target.member, address, target.port, target.host.mac, target.host.port,
                                    target.weight, bits))
+    if made.limits is not None:
+        flags |= csmb.Flag.LIMITED
     server = csmb.VirtualServer(made.number, made.address, made.port, made.protocol, flags,
                                 mode=csmb.Mode(made.mode), hash=csmb.Hash(made.hash), idle_seconds=made.idle,
-                                greeting=greeting)
+                                greeting=greeting,
+                                limits=None if made.limits is None else csmb.Limits(*made.limits))
     return server, tuple(targets)

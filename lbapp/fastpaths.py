@@ -53,12 +53,14 @@ class Reading(NamedTuple):
     ``counters`` are by name; ``members`` by (virtual server, member); ``connections`` is how many it holds, None
     where that is not known here.
     ``before``: what ``opened`` was when this controller began.
+    ``refused``: new connections beyond limits, by virtual server: beyond its own, and beyond a client network's.
     """
 
     connections: int | None
     counters: Mapping[str, int]
     members: Mapping[tuple[int, int], MemberTraffic]
     before: Mapping[tuple[int, int], int] = {}
+    refused: Mapping[int, tuple[int, int]] = {}
 
 
 class Link(Protocol):
@@ -66,10 +68,15 @@ class Link(Protocol):
 
     Attributes:
         proxies: whether it shakes hands with clients and asks with what they say (APP_QUERY).
+        limits: whether it keeps limits on new connections, so that what it asks about is within them.
     """
 
     @property
     def proxies(self) -> bool:
+        """See above."""
+
+    @property
+    def limits(self) -> bool:
         """See above."""
 
     def configure(self, changed: Mapping[int, Distribution | None], *, whole: bool = False) -> None:
@@ -112,7 +119,8 @@ class Link(Protocol):
 class _Side:
     """What is known of one switch's link."""
 
-    __slots__ = ("answered", "asked", "before", "counters", "decided", "link", "reaps", "recent", "size", "told")
+    __slots__ = ("answered", "asked", "before", "counters", "decided", "link", "reaps", "recent", "refused", "size",
+                 "told")
 
     def __init__(self, link: Link) -> None:
         self.link = link
@@ -124,7 +132,9 @@ class _Side:
         self.recent: OrderedDict[int, tuple[float, Reply]] = OrderedDict()
         self.decided: OrderedDict[int, tuple[float, AppReply]] = OrderedDict()
         self.size = 0
-        self.before = {key: traffic.opened for key, traffic in link.read().members.items()}
+        reading = link.read()
+        self.before = {key: traffic.opened for key, traffic in reading.members.items()}
+        self.refused = reading.refused
 
 
 class FastPaths:
@@ -211,7 +221,8 @@ class FastPaths:
         for number, server in wanted.items():
             pool = self._configuration.pool_of(server)
             made = distribution(server, pool, self._control.eligible(switch, server, pool), self._routes, hosts,
-                                queries=self.queries, pools=tuple(self._configuration.pools_of(server).values()))
+                                queries=self.queries, pools=tuple(self._configuration.pools_of(server).values()),
+                                limits=side.link.limits)
             relayed = made is not None and made.mode is Mode.PROXY and self._relayed(switch, server)
             if self._relaying and not relayed:
                 made = None
@@ -307,7 +318,7 @@ class FastPaths:
         known = recent.get(query.serial)
         if known is not None and known[1].query == query and now - known[0] < ASKED_AGAIN_SECONDS:
             return known[1]
-        reply = self._control.query(query, now)
+        reply = self._control.query(query, now, side.link.limits)
         return self._answered(side, reply, now) if reply is not None else None
 
     @staticmethod
@@ -322,7 +333,7 @@ class FastPaths:
         known = side.decided.get(asked.query.serial)
         if known is not None and known[1].query == asked.query and now - known[0] < ASKED_AGAIN_SECONDS:
             return known[1]
-        reply = self._control.app_query(asked, now)
+        reply = self._control.app_query(asked, now, side.link.limits)
         return reply if reply.reply is None else self._decided(side, reply, now)
 
     @staticmethod
@@ -366,8 +377,11 @@ class FastPaths:
         side = self._sides.get(switch)
         if side is None:
             return None
-        reading = side.link.read()
-        return reading if reading.before else reading._replace(before=side.before)
+        reading, none = side.link.read(), (0, 0)
+        refused = {number: (max(0, counts[0] - side.refused.get(number, none)[0]),
+                            max(0, counts[1] - side.refused.get(number, none)[1]))
+                   for number, counts in reading.refused.items()}
+        return reading._replace(before=reading.before or side.before, refused=refused)
 
     def serves(self, switch: int, virtual_server: int) -> bool:
         """Whether a virtual server's connections are in a switch's fast path, whoever decides."""

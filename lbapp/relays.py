@@ -46,6 +46,7 @@ class RelayLink:
     """
 
     proxies = True
+    limits = False
 
     def __init__(self, switch: int, relays: FastPaths, send: Callable[[bytes], object],
                  hand_over: Callable[[NewFlow], bool], hybrid: Callable[[int], bool]) -> None:

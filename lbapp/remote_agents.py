@@ -35,6 +35,8 @@ AGAIN_SECONDS = 1.0
 REPEATS = 6
 """What nobody else would ask again is said so often, a second apart, unless it is answered."""
 MOST_REAPS = 65_536
+MOST_LIMITED = 16_384
+"""Virtual servers of which it is remembered what their limits refused: as many as an agent serves."""
 
 
 def own_identity(path: Path) -> int:
@@ -65,6 +67,7 @@ class Totals:
         self.before: dict[tuple[int, int], int] = {}
         self._counters: dict[str, tuple[int, int]] = {}
         self._members: dict[tuple[int, int], tuple[Traffic, MemberTraffic]] = {}
+        self._refused: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
 
     def take(self, counted: Counted) -> None:
         """The agent has told what it counted so far."""
@@ -75,8 +78,18 @@ class Totals:
             last, so_far = self._counters.get(name, (0, 0))
             # Some are the programs', others the process's: one may begin anew without the other.
             self._counters[name] = (count, so_far + count - (last if last <= count and not begun_anew else 0))
+        refused = {row.number: (row.opened, row.closed) for row in counted.traffic if not row.member}
+        for number, now in refused.items():
+            then, sums = self._refused.get(number, (now if first else (0, 0), (0, 0)))
+            if begun_anew or now[0] < then[0] or now[1] < then[1]:
+                then = (0, 0)
+            self._refused[number] = (now, (sums[0] + now[0] - then[0], sums[1] + now[1] - then[1]))
+            if len(self._refused) > MOST_LIMITED:
+                del self._refused[next(iter(self._refused))]
         members = {}
         for row in counted.traffic:
+            if not row.member:
+                continue
             key = row[:2]
             before, total = self._members.get(key, (Traffic(*key, 0, 0, 0, 0), MemberTraffic(0, 0, 0, 0)))
             if begun_anew or row.opened < before.opened:
@@ -99,6 +112,11 @@ class Totals:
         return {name: last if name == HELD else total for name, (last, total) in self._counters.items()}
 
     @property
+    def refused(self) -> dict[int, tuple[int, int]]:
+        """New connections beyond limits, by virtual server, since this controller began."""
+        return {number: sums for number, (_, sums) in self._refused.items()}
+
+    @property
     def members(self) -> dict[tuple[int, int], MemberTraffic]:
         """By (virtual server, member)."""
         return {key: total for key, (_, total) in self._members.items()}
@@ -111,6 +129,7 @@ class RemoteLink:
         self.client = client
         self.totals = Totals()
         self.incarnation = 0
+        self.limits = False
         self._unanswered: OrderedDict[tuple[int, int], tuple[Reap, int, float]] = OrderedDict()
 
     @property
@@ -195,7 +214,7 @@ class RemoteLink:
         """See :class:`lbapp.fastpaths.Link`: as the agent told last (COUNTERS), and what its bus has counted."""
         bus = {f"bus_{name}": count for name, count in self.client.channel.counts.items()}
         return Reading(self.totals.connections, {**self.totals.counters, **bus}, self.totals.members,
-                       self.totals.before)
+                       self.totals.before, self.totals.refused)
 
     def connections(self, limit: int) -> Iterator[Held]:
         """See :class:`lbapp.fastpaths.Link`: its own host knows them."""
@@ -253,6 +272,9 @@ class RemoteAgents:
             self._fastpaths.changed(switch)
 
     def _up(self, client: CsClient, switch: int, incarnation: int) -> None:
+        if not client.limits:
+            LOG.warning("switch %016x: its agent is of an older version and keeps no limits on new connections; this "
+                        "controller does, and decides for the virtual servers that have them", switch)
         if not client.proxies:
             LOG.warning("switch %016x: its agent is of an older version and does not shake hands with clients; the "
                         "connections of virtual servers that read what clients say are relayed by this controller",
@@ -264,9 +286,10 @@ class RemoteAgents:
         link = self._fastpaths.link(switch)
         if link is None:
             link = self._links[switch] = RemoteLink(client)
-            link.incarnation = incarnation
+            link.incarnation, link.limits = incarnation, client.limits
             self._fastpaths.add(switch, link)
         elif isinstance(link, RemoteLink) and link.client is client:
+            link.limits = client.limits
             self._proxying(client, switch)
             if link.incarnation != incarnation:
                 # Its former self may have taken something with it that nobody will tell of.

@@ -39,6 +39,7 @@ from lbapp.api.views import (
 from lbapp.config.model import Application, Binding, Configuration, Member, Pool, State, VirtualServer
 from lbapp.config.routing import Routes
 from lbapp.control.engine import Chosen
+from lbapp.control.statistics import Refusal
 from lbapp.dataflow.agent import HELD
 from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.matches import address_text
@@ -379,9 +380,14 @@ class ControllerRuntime:
         for (server_number, member_number), opened in bound.items():
             by_server[server_number] += opened
             by_member[member_number] += opened
-        refused: dict[int, dict[str, int]] = {}
+        refused: dict[int, Counter[str]] = {}
         for (number, why), times in counted.refused.items():
-            refused.setdefault(number, {})[why.name] = times
+            refused.setdefault(number, Counter())[why.name] += times
+        for reading in readings.values():
+            for number, beyond in reading.refused.items() if reading is not None else ():
+                for why, times in zip((Refusal.RATE, Refusal.CLIENT_RATE), beyond, strict=True):
+                    if times:
+                        refused.setdefault(number, Counter())[why.name] += times
         return StatisticsView(
             uptime_seconds=round(time.monotonic() - self._started, 1),
             virtual_servers=[self._of_server(server, by_server, messages, refused, alive)
@@ -393,13 +399,13 @@ class ControllerRuntime:
             pools=remembering.pools(self._application.control, self._configuration, time.monotonic()))
 
     def _of_server(self, server: VirtualServer, bound: Counter[int], messages: Counter[int],
-                   refused: dict[int, dict[str, int]], alive: Counter[int]) -> VirtualServerStatistics:
+                   refused: Mapping[int, Mapping[str, int]], alive: Counter[int]) -> VirtualServerStatistics:
         counters = self._application.control.virtual_server_counters(server.number)
         opened = counters.opened + bound[server.number]
         return VirtualServerStatistics(
             id=server.id, name=server.name, opened=opened, closed=counters.closed,
             active=self._active(server, counters.active, alive[server.number]),
-            refused=refused.get(server.number, {}),
+            refused=dict(refused.get(server.number, {})),
             packets=counters.packets if server.state is State.RULES or counters.closed else None,
             bytes=counters.bytes if server.state is State.RULES or counters.closed else None,
             messages_to_controller=messages[server.number],

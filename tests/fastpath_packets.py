@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from lbapp.control.buckets import Ration
 from lbapp.dataflow.fastpath import build, kernel, layout
 from lbapp.dataflow.fastpath.layout import Flow, FlowKey, Hash, Mode, Service, ServiceKey, Target
 from lbapp.dataflow.fastpath.tables import Tables
@@ -175,7 +176,7 @@ class Bench(Tables):
     def reset(self) -> None:
         """Everything is empty, and counts from 0."""
         for name in ("flows", "services", "targets", "fragments", "service_stats", "wanted", "splices", "pending",
-                     "doubts"):
+                     "doubts", "rates", "clients", "lately"):
             table = self.maps[name]
             table.delete_all([key for key, _ in table.items()])
         self.set_cookies((None, None), 0)
@@ -238,13 +239,13 @@ class Bench(Tables):
 
     def serve(self, virtual: str, members: list[str], *, mode: Mode = Mode.DECIDE, pick: Hash = Hash.TURN,
               slots: tuple[int, ...] | None = None, protocol: int = TCP, port: int = 80, mport: int = 8080,
-              routed: bool = False, number: int = 5, first: int = 1) -> ServiceKey:
+              routed: bool = False, number: int = 5, first: int = 1, ration: Ration | None = None) -> ServiceKey:
         """Tell of a virtual server. Members' targets are numbered from ``first``."""
         self.set_targets({first + index: Target(packed(member), mport, MEMBER_MAC[:5] + bytes([first + index]), WIRE,
                                                 100 + first + index, routed) for index, member in enumerate(members)})
         key = ServiceKey(packed(virtual), port, protocol)
         table = tuple(range(first, first + len(members))) if slots is None else slots
-        self.set_services({key: Service(number, mode, pick, 100, table)})
+        self.set_services({key: Service(number, mode, pick, 100, table, ration=ration)})
         return key
 
     def age(self, key: FlowKey, milliseconds: float) -> None:

@@ -118,7 +118,7 @@ class VirtualServerStatistics(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         active: connections now; null where the switch decides and has not been asked yet.
-        refused: by reason, such as ``NOTAVAIL``, ``CONNLIMIT``, ``UNKNOWN``, ``table_full``.
+        refused: by reason, such as ``NOTAVAIL``, ``CONNLIMIT``, ``UNKNOWN``, ``RATE``, ``CLIENT_RATE``.
         messages_to_controller: OpenFlow messages that its connections caused.
         messages_per_connection: the same by ``opened``; null before the first connection.
     """

@@ -26,7 +26,10 @@ _TRAFFIC = Struct("!IIQQQQ")
 
 class Traffic(NamedTuple):
     """What a DFS has counted for one member of one virtual server since its fast path was set up. ``packets`` and
-    ``bytes`` are those of closed connections, both ways."""
+    ``bytes`` are those of closed connections, both ways.
+
+    Member 0 (from 1.2) is none: ``opened`` and ``closed`` are the new connections that were refused, beyond the
+    virtual server's limit and beyond that of a client network."""
 
     number: int
     member: int

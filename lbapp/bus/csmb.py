@@ -71,6 +71,7 @@ class Flag(enum.IntFlag):
     COOKIE_PROXY = 0x0080
     HTTP_PROXY = 0x0100
     RAW_PROXY = 0x0200
+    LIMITED = 0x0400
 
 
 class Error(enum.IntEnum):
@@ -127,9 +128,11 @@ class Version(NamedTuple):
         return self.major << 4 | self.minor
 
 
-VERSIONS = (Version(1, 0), Version(1, 1))
+VERSIONS = (Version(1, 0), Version(1, 1), Version(1, 2))
 PROXIES = Version(1, 1)
 """From this version on: KEYS, virtual servers of mode PROXY, and what SSMB carries of them."""
+LIMITS = Version(1, 2)
+"""From this version on: limits on new connections, and in COUNTERS what they refused."""
 
 
 class Hello(NamedTuple):
@@ -180,6 +183,17 @@ class Greeting(NamedTuple):
     milliseconds: int
 
 
+class Limits(NamedTuple):
+    """Limits on new connections: so many a second and so many at once (0: a second's worth), of the virtual server and
+    of each client network of ``prefix`` bits. -1: there is no limit."""
+
+    rate: int
+    burst: int
+    client_rate: int
+    client_burst: int
+    prefix: int
+
+
 class VirtualServer(NamedTuple):
     """What ADD_VS and VS_LIST say of a virtual server.
 
@@ -189,6 +203,7 @@ class VirtualServer(NamedTuple):
         next_hop: next_hop_ipaddr, where ROUTE_BY_DST_IP is not set; else b"".
         app_data: the name of the cookie (COOKIE_PROXY); else b"".
         greeting: with mode PROXY, and only then.
+        limits: with LIMITED, and only then.
     """
 
     number: int
@@ -204,12 +219,18 @@ class VirtualServer(NamedTuple):
     next_hop: bytes = b""
     app_data: bytes = b""
     greeting: Greeting | None = None
+    limits: Limits | None = None
 
     def spoken(self, version: Version) -> VirtualServer:
-        """What a peer of this version is told: an older one leaves to the switch what it does not know."""
-        if version >= PROXIES or self.mode is not Mode.PROXY:
-            return self
-        return self._replace(mode=Mode.PASS, greeting=None, flags=self.flags & ~Flag.RAW_PROXY)
+        """What a peer of this version is told: an older one leaves to the switch, or asks about, what it does not
+        know."""
+        told = self
+        if version < LIMITS and self.limits is not None:
+            told = told._replace(limits=None, flags=told.flags & ~Flag.LIMITED,
+                                 mode=Mode.PUNT if told.mode is Mode.DECIDE else told.mode)
+        if version < PROXIES and self.mode is Mode.PROXY:
+            told = told._replace(mode=Mode.PASS, greeting=None, flags=told.flags & ~Flag.RAW_PROXY)
+        return told
 
 
 class AddVs(NamedTuple):
@@ -290,6 +311,8 @@ HELLO_BYTES = _HELLO.size
 _SERVER = Struct("!I16s16sHHHHBBBBB")
 # MSS, window scale, flags, milliseconds
 _GREETING = Struct("!HBBI")
+# rate, burst, the same of client networks, bits of a network
+_LIMITS = Struct("!iIiIB")
 _NUMBER = Struct("!I")
 _KEYS = Struct(f"!BB{2 * COOKIE_KEY_BYTES}s")
 _PARTS = Struct("!BHHH")
@@ -340,13 +363,19 @@ def _server(server: VirtualServer) -> bytes:
         raise EncodeError(Fault.LONG, f"app_data of {len(server.app_data)} bytes, expected at most {MOST_APP_DATA}")
     return _SERVER.pack(server.number, _virtual(server.address), _wide(server.next_hop), server.port, server.flags,
                         server.idle_seconds, server.hard_seconds, server.protocol, server.assist, server.mode,
-                        server.hash, len(server.app_data)) + server.app_data + _greeted(server)
+                        server.hash, len(server.app_data)) + server.app_data + _greeted(server) + _limited(server)
 
 
 def _greeted(server: VirtualServer) -> bytes:
     if (server.mode is Mode.PROXY) != (server.greeting is not None):
         raise EncodeError(Fault.VALUE, "a greeting with mode PROXY, and only then")
     return b"" if server.greeting is None else _GREETING.pack(*server.greeting)
+
+
+def _limited(server: VirtualServer) -> bytes:
+    if (Flag.LIMITED in server.flags) != (server.limits is not None):
+        raise EncodeError(Fault.VALUE, "limits with LIMITED, and only then")
+    return b"" if server.limits is None else _LIMITS.pack(*server.limits)
 
 
 def _target(target: Target) -> bytes:
@@ -464,8 +493,16 @@ def _read_server(body: bytes, offset: int) -> tuple[VirtualServer, int]:
         if sack > 1 or scale > 14:
             raise DecodeError(Fault.VALUE, f"a greeting with window scale {scale} and flags {sack:#x}")
         greeting, end = Greeting(mss, scale, sack == 1, milliseconds), end + _GREETING.size
+    limits = None
+    if flags & Flag.LIMITED:
+        if end + _LIMITS.size > len(body):
+            raise DecodeError(Fault.SHORT, "limits are cut short")
+        limits, end = Limits(*_LIMITS.unpack_from(body, end)), end + _LIMITS.size
+        if limits.rate < -1 or limits.client_rate < -1 or limits.prefix > (
+                32 if address.startswith(_MAPPED) else 128):
+            raise DecodeError(Fault.VALUE, f"limits {tuple(limits)}")
     return VirtualServer(number, _unvirtual(address), port, protocol, _flags(Flag, flags), Assist(assist), Mode(mode),
-                         Hash(hashed), idle, hard, _address(hop), app_data, greeting), end
+                         Hash(hashed), idle, hard, _address(hop), app_data, greeting, limits), end
 
 
 def _auth(body: bytes) -> Message:

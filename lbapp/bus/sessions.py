@@ -113,6 +113,7 @@ class Session:
         self._kinds_in: dict[int, int] = {}
         self._tagged_out = self._tagged_in = 0
         self._hellos = 0
+        self.limits = False  # whether it is of a version that has limits on new connections
         self.proxies = False  # whether the peer reads what clients say (APP_PROXY), in a version that carries it
 
     # -------------------------------------------------------------- the carrier's side
@@ -270,6 +271,7 @@ class Session:
         assert self.peer is not None
         self.keys = auth.derive(self._key, auth.transcript(self._said), *self._nonces())
         self.phase = Phase.UP
+        self.limits = self.peer.version >= csmb.LIMITS
         self.proxies = self.peer.version >= csmb.PROXIES and HelloFlag.APP_PROXY in self.peer.flags
         self._events.append(Up(self.peer, self.keys, self.peer.version, min(self.hello.limit, self.peer.limit)))
 
@@ -540,7 +542,7 @@ class DfsSession(Session):
 
     def _add(self, server: VirtualServer) -> None:
         if server.spoken(self.hello.version) != server:
-            raise DecodeError(Fault.VALUE, "mode PROXY in a version that has none")
+            raise DecodeError(Fault.VALUE, "mode PROXY, or limits, in a version that has none")
         held = self._held.servers
         if server.number not in held and len(held) >= MOST_SERVERS:
             raise DecodeError(Fault.LIMIT, f"more than {MOST_SERVERS} virtual servers")

@@ -199,11 +199,13 @@ class CsPeer(Peer):
 
     def send_counters(self, connections: int, counters: Mapping[str, int],
                       traffic: Iterable[counted.Traffic]) -> bool:
-        """COUNTERS, unless there is no session or it has not read what it was told before: then False."""
+        """COUNTERS, unless there is no session or it has not read what it was told before: then False. Rows of member 0
+        (what limits refused) are told to whoever knows limits."""
         connection = self._connection
         if connection is None or not isinstance(connection.session, DfsSession) or not connection.session.idle:
             return False
-        connection.session.count(counted.counters(connections, counters, traffic))
+        rows = traffic if connection.session.limits else (row for row in traffic if row.member)
+        connection.session.count(counted.counters(connections, counters, rows))
         connection.settle()
         return True
 
@@ -427,6 +429,11 @@ class CsClient(Peer):
     def proxies(self) -> bool:
         """Whether the DFS is connected, and shakes hands with clients (APP_PROXY)."""
         return self.connected and self._connection is not None and self._connection.session.proxies
+
+    @property
+    def limits(self) -> bool:
+        """Whether the DFS is connected, and keeps limits on new connections."""
+        return self.connected and self._connection is not None and self._connection.session.limits
 
     def check(self) -> None:
         """Ask which virtual servers the DFS holds (VS_LIST), and repair differences: Listed says how many."""

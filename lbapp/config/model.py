@@ -389,8 +389,16 @@ class VirtualServer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         """What must be unique: address, protocol and port."""
         return (self.vip_address, self.protocol.value, self.protocol_port)
 
-    def switch_decides(self, pool: Pool | None) -> bool:
-        """Whether the switch itself selects the member of a new connection."""
+    @property
+    def limited(self) -> bool:
+        """Whether new connections are limited."""
+        return self.rate_limit != UNLIMITED or self.client_rate_limit != UNLIMITED
+
+    def switch_decides(self, pool: Pool | None, limits: bool = False) -> bool:
+        """Whether the switch itself selects the member of a new connection. ``limits``: it keeps limits on them (a fast
+        path does; Open vSwitch cannot, so the controller decides)."""
+        if self.limited and not limits:
+            return False
         if self.decision is Decision.CONTROLLER or self.state is State.RULES or pool is None:
             return False
         if self.connection_limit != UNLIMITED or self.application is not Application.L4 or pool.needs_controller:

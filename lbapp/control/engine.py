@@ -18,6 +18,7 @@ What is answered to a QUERY (003 FIGURES 8, 22), in this order:
     a connection that is known                        its member, again
     TCP, and not the beginning of a connection        UNKNOWN
     disabled, in maintenance, or without a pool       NOTAVAIL
+    more new connections than its limits allow        CONNLIMIT
     as many connections as its limit allows           CONNLIMIT, or it waits
     no member that takes connections can be reached   NOTAVAIL
     those that can be are full                        CONNLIMIT, or it waits
@@ -36,6 +37,7 @@ from typing import Any
 
 from lbapp.config.model import Binding as Wanted
 from lbapp.config.model import Configuration, Member, Pool, VirtualServer
+from lbapp.control.buckets import Rates
 from lbapp.control.choosing import Choice, Choosing, Chosen, Full, SwitchState
 from lbapp.control.connections import Connection, Connections
 from lbapp.control.l7 import Answer, More, Reject
@@ -105,6 +107,7 @@ class ControlSegment:
         self.clients = Clients(limits)
         self._choosing = Choosing(self._neighbours, self._ledger, self.clients)
         self._lines = Lines(limits)
+        self._rates = Rates(self._ledger, self._lines)
         self._switches: dict[int, SwitchState] = {}
         self._up: set[int] = set()
         # Queries are answered one reply each; what else they cause leaves with the next message.
@@ -158,10 +161,11 @@ class ControlSegment:
 
     # -------------------------------------------------------------- queries
 
-    def query(self, query: Query, now: float) -> Reply | None:
+    def query(self, query: Query, now: float, limited: bool = False) -> Reply | None:
         """Answer for a flow that no rule covers (QUERY). The order of the checks: see the module's text.
 
         None: it waits; its REPLY comes later. Who asks again meanwhile keeps its place.
+        ``limited``: whoever asks has kept the limits on new connections.
         """
         number = query.virtual_server
         service = self._services.by_number.get(number)
@@ -179,6 +183,8 @@ class ControlSegment:
         switch = self._switches.get(query.switch)
         if switch is None or not service.accepts:
             return self._refuse(query, number, Error.NOTAVAIL)
+        if not limited and (over := self._rates.refuse(service.virtual_server, query, now)):
+            return over
         pool = service.virtual_server.default_pool_id or ""
         if 0 <= service.limit <= self._ledger.virtual_server(number).active:
             return self._stand(service, pool, query, 0, now)
@@ -215,7 +221,7 @@ class ControlSegment:
                 count.opened += 1
         return Reply(query, Error.OK, member, translation, True, service.counts)
 
-    def app_query(self, asked: AppQuery, now: float) -> AppReply:
+    def app_query(self, asked: AppQuery, now: float, limited: bool = False) -> AppReply:
         """Answer for a flow whose client was shaken hands with, and has spoken (APP_QUERY)."""
         query = asked.query
         number = query.virtual_server
@@ -239,6 +245,8 @@ class ControlSegment:
         read = reader.timed_out(asked.data) if asked.timed_out else reader.read(asked.data)
         if isinstance(read, More):
             return AppReply(query)
+        if not (limited or asked.failed) and (over := self._rates.refuse(service.virtual_server, query, now)):
+            return AppReply(query, over)
         if isinstance(read, Answer):
             self._ledger.refuse(number, Refusal.ANSWERED)
             return AppReply(query, Reply(query, Error.NOTAVAIL), answer=read.data)
@@ -492,6 +500,7 @@ class ControlSegment:
         if (removed or change.gone_members or change.uncounted) and len(self._connections):
             commands += self._cut(removed, change.gone_members, change.uncounted)
         self._ledger.forget(removed, change.gone_members)
+        self._rates.forget(removed)
         for switch in self._switches.values():
             for number in removed:
                 switch.groups.pop(number, None)

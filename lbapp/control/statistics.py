@@ -38,7 +38,8 @@ REFUSED_PACKETS = 2
 
 
 class Refusal(enum.Enum):
-    """Why a connection was refused: the errors of 003 FIGURE 8, or no room in the switch (FIGURE 18)."""
+    """Why a connection was refused: the errors of 003 FIGURE 8, no room in the switch (FIGURE 18), what the client
+    said, or limits on new connections."""
 
     UNKNOWN = "unknown"
     NOTAVAIL = "notavail"
@@ -46,6 +47,8 @@ class Refusal(enum.Enum):
     OVERFLOW = "overflow"
     REJECTED = "rejected"
     ANSWERED = "answered"
+    RATE = "rate"
+    CLIENT_RATE = "client_rate"
 
 
 REFUSALS = {Error.UNKNOWN: Refusal.UNKNOWN, Error.NOTAVAIL: Refusal.NOTAVAIL, Error.CONNLIMIT: Refusal.CONNLIMIT}

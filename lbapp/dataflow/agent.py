@@ -18,6 +18,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
+from lbapp.control.buckets import Ration, mask, ration
 from lbapp.control.messages import (
     AppQuery,
     AppReply,
@@ -194,7 +195,7 @@ class Agent(Generic[Path]):
         mode = Mode.PASS if made.mode is Mode.DECIDE and not table else made.mode
         greeting = made.greeting or Greeting(0, 0, False)
         return layout.Service(made.number, mode, made.hash, made.idle, tuple(ids[index] for index in table),
-                              greeting.mss, greeting.window_scale, greeting.sack)
+                              greeting.mss, greeting.window_scale, greeting.sack, _ration(made))
 
     def _relocate(self, old: Distribution, made: Distribution) -> None:
         """A member that moved takes its established connections along."""
@@ -478,6 +479,13 @@ def _as_reply(message: Reply | NewFlow) -> Reply:
     if message.seq_offset:
         return Reply(message.query, Error.UNKNOWN)
     return Reply(message.query, Error.OK, message.member, message.translation, tracked=message.tracked)
+
+
+def _ration(made: Distribution) -> Ration | None:
+    if made.limits is None:
+        return None
+    rate, burst, client_rate, client_burst, prefix = made.limits
+    return ration(rate, burst, client_rate, client_burst, mask(prefix, len(made.address)))
 
 
 def _key(made: Distribution) -> layout.ServiceKey:

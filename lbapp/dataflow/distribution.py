@@ -50,8 +50,20 @@ class Greeting(NamedTuple):
     seconds: float = 10.0
 
 
+class Limits(NamedTuple):
+    """Limits on new connections, as the configuration has them: so many a second, and so many at once (0: a second's
+    worth), of the virtual server and of each client network of ``prefix`` bits; -1: there is no limit."""
+
+    rate: int
+    burst: int
+    client_rate: int
+    client_burst: int
+    prefix: int
+
+
 class Distribution(NamedTuple):
-    """One virtual server as the fast path sees it. ``idle`` is in seconds; ``greeting`` only with mode PROXY."""
+    """One virtual server as the fast path sees it. ``idle`` is in seconds; ``greeting`` only with mode PROXY;
+    ``limits`` where there are any and the fast path keeps them."""
 
     number: int
     address: bytes
@@ -62,6 +74,7 @@ class Distribution(NamedTuple):
     idle: int
     targets: tuple[Target, ...]
     greeting: Greeting | None = None
+    limits: Limits | None = None
 
 
 Eligible = Callable[[VirtualServer, Pool | None], Sequence[Member]]
@@ -74,7 +87,8 @@ def idle_seconds(protocol: Protocol) -> int:
 
 
 def distribution(virtual_server: VirtualServer, pool: Pool | None, eligible: Sequence[Member], routes: Routes,
-                 hosts: Mapping[str, Host], *, queries: bool, pools: Sequence[Pool] = ()) -> Distribution | None:
+                 hosts: Mapping[str, Host], *, queries: bool, pools: Sequence[Pool] = (),
+                 limits: bool = False) -> Distribution | None:
     """What the fast path does with a virtual server; None where it leaves all of it to the switch.
 
     Wildcards, translated sources and rule pairs are the switch's: it finds the most specific virtual server,
@@ -88,17 +102,18 @@ def distribution(virtual_server: VirtualServer, pool: Pool | None, eligible: Seq
         hosts: where next hops are, seen from this switch.
         queries: whether the agent asks the control segment itself; else by packet-in.
         pools: where what clients say decides, all pools it may decide for.
+        limits: whether the fast path keeps limits on new connections; else whoever is asked does.
     """
     if (not virtual_server.admin_state_up or virtual_server.wildcard_address or virtual_server.wildcard_port
             or virtual_server.snat or virtual_server.state is State.RULES):
         return None
     if virtual_server.application is not Application.L4:
-        return _proxied(virtual_server, pools, routes, hosts)
+        return _proxied(virtual_server, pools, routes, hosts, limits)
     targets = tuple(_targets(virtual_server, pool, eligible, routes, hosts)) if pool is not None else ()
     takers = sum(1 for target in targets if target.weight)
     mode = Mode.PASS
     if not virtual_server.maintenance and takers:
-        if virtual_server.switch_decides(pool):
+        if virtual_server.switch_decides(pool, limits):
             mode = Mode.DECIDE if takers <= SLOTS else Mode.PASS
         elif queries:
             mode = Mode.PUNT
@@ -108,18 +123,27 @@ def distribution(virtual_server: VirtualServer, pool: Pool | None, eligible: Seq
     elif pool is not None and pool.lb_algorithm is Algorithm.CONSISTENT_HASH:
         how = Hash.FLOW
     return Distribution(virtual_server.number, packed(virtual_server.vip_address), virtual_server.protocol_port,
-                        virtual_server.protocol.number, mode, how, idle_seconds(virtual_server.protocol), targets)
+                        virtual_server.protocol.number, mode, how, idle_seconds(virtual_server.protocol), targets,
+                        limits=_limits(virtual_server) if limits else None)
 
 
-def _proxied(virtual_server: VirtualServer, pools: Sequence[Pool], routes: Routes,
-             hosts: Mapping[str, Host]) -> Distribution:
+def _limits(virtual_server: VirtualServer) -> Limits | None:
+    if not virtual_server.limited:
+        return None
+    prefix = virtual_server.client_prefix_v4 if virtual_server.version == 4 else virtual_server.client_prefix_v6
+    return Limits(virtual_server.rate_limit, virtual_server.rate_burst, virtual_server.client_rate_limit,
+                  virtual_server.client_rate_burst, prefix)
+
+
+def _proxied(virtual_server: VirtualServer, pools: Sequence[Pool], routes: Routes, hosts: Mapping[str, Host],
+             limits: bool) -> Distribution:
     """Its clients are answered by a cookie whatever state its members are in: how to refuse is a matter of the
     application as well."""
     targets = {target.member: target for pool in pools for target in _targets(virtual_server, pool, (), routes, hosts)}
     greeting = Greeting(mss=1460 if virtual_server.version == 4 else 1440, seconds=virtual_server.inspect_timeout)
     return Distribution(virtual_server.number, packed(virtual_server.vip_address), virtual_server.protocol_port,
                         virtual_server.protocol.number, Mode.PROXY, Hash.TURN, idle_seconds(virtual_server.protocol),
-                        tuple(targets.values()), greeting)
+                        tuple(targets.values()), greeting, _limits(virtual_server) if limits else None)
 
 
 def _targets(virtual_server: VirtualServer, pool: Pool, eligible: Sequence[Member], routes: Routes,
@@ -136,12 +160,12 @@ def _targets(virtual_server: VirtualServer, pool: Pool, eligible: Sequence[Membe
 
 
 def distributions(configuration: Configuration, routes: Routes, hosts: Mapping[str, Host], eligible: Eligible, *,
-                  queries: bool) -> Iterator[Distribution]:
+                  queries: bool, limits: bool = False) -> Iterator[Distribution]:
     """The distributions of all virtual servers of a configuration, for one switch."""
     for virtual_server in configuration.virtual_servers.values():
         pool = configuration.pool_of(virtual_server)
         made = distribution(virtual_server, pool, eligible(virtual_server, pool), routes, hosts, queries=queries,
-                            pools=tuple(configuration.pools_of(virtual_server).values()))
+                            pools=tuple(configuration.pools_of(virtual_server).values()), limits=limits)
         if made is not None:
             yield made
 

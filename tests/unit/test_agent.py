@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from lbapp.control.buckets import SECOND, Ration, Shape
 from lbapp.control.messages import (
     Closed,
     Delete,
@@ -28,7 +29,7 @@ from lbapp.dataflow import agent as module
 from lbapp.dataflow import frames
 from lbapp.dataflow.agent import LINGER_MS, SHORT_LINGER_MS, Agent
 from lbapp.dataflow.carrier import Answered
-from lbapp.dataflow.distribution import Distribution, Target
+from lbapp.dataflow.distribution import Distribution, Limits, Target
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.layout import Hash, Mode
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
@@ -516,3 +517,13 @@ def test_the_view_of_open_connections(agent: Agent, fast: FakeFastPath) -> None:
     (held,) = agent.connections(100, 10 * second)
     assert held[:5] == ((CLIENT, 4000, VIP, 80, 6, 0), 7, 3, 101, True)
     assert (round(held.age), round(held.idle), held.packets, held.bytes) == (5, 1, 5, 2300)
+
+
+def test_limits_reach_the_fast_path_as_buckets(agent: Agent, fast: FakeFastPath) -> None:
+    one = distribution(target(), mode=Mode.DECIDE)
+    agent.configure({7: one._replace(limits=Limits(100, 0, 10, 5, 24))})
+    (service,) = fast.kept_services.values()
+    assert service.ration == Ration(Shape(SECOND // 100, SECOND), Shape(SECOND // 10, SECOND // 2), b"\xff\xff\xff\0")
+    agent.configure({7: one._replace(limits=Limits(-1, 0, -1, 0, 24))})
+    (service,) = fast.kept_services.values()
+    assert service.ration is None

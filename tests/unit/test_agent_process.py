@@ -55,12 +55,16 @@ class Fast(FakeFastPath):
         super().__init__()
         self.traffic: dict[tuple[int, int], layout.Traffic] = {}
         self.named = {"hits": 1}
+        self.refused: dict[int, tuple[int, int]] = {}
 
     def service_stats(self) -> dict[tuple[int, int], layout.Traffic]:
         return dict(self.traffic)
 
     def counters(self) -> dict[str, int]:
         return dict(self.named)
+
+    def refusals(self) -> dict[int, tuple[int, int]]:
+        return dict(self.refused)
 
     def set_cookies(self, keys: tuple[bytes | None, bytes | None], current: int) -> None:
         self.told.append(("set_cookies", (keys, current)))
@@ -249,9 +253,11 @@ def test_what_was_counted_is_told_when_it_changes(site: Site) -> None:
     _, other = site.segment(88, made(60, 81))
     number = site.numbers()[80][0]
     site.fast.traffic = {(number, 3): layout.Traffic(4, 1, 40, 4000)}
+    site.fast.refused = {number: (7, 2), 999: (1, 1), number + 1: (0, 0)}
     process.agent.held = 3
     process.agent.counters["refused"] = 2
-    expected = Counted(3, {"hits": 1, "refused": 2, HELD: 0}, (Traffic(50, 3, 4, 1, 40, 4000),))
+    expected = Counted(3, {"hits": 1, "refused": 2, HELD: 0}, (
+        Traffic(50, 3, 4, 1, 40, 4000), Traffic(50, 0, 7, 2, 0, 0)))
     until(lambda: expected in heard)
     until(lambda: Counted(3, {"hits": 1, "refused": 2, HELD: 0}, ()) in other)
     eventlet.sleep(0.3)
@@ -268,7 +274,7 @@ def test_what_is_heard_first_is_from_before_anything_begins(site: Site, monkeypa
 
     process.agent.configure = traffic_at_once  # type: ignore[method-assign]
     _, heard = site.segment(77, made(50, 80))
-    until(lambda: Counted(0, {"hits": 2}, ()) in heard)
+    until(lambda: Counted(0, {"hits": 2, HELD: 0}, ()) in heard)
     assert next(one for one in heard if isinstance(one, Counted)) == Counted(0, {"hits": 1, HELD: 0}, ())
 
 

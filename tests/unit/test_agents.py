@@ -43,6 +43,7 @@ class Agent:
         self.fastpath = types.SimpleNamespace(
             queries_fileno=lambda: self.readable, wires=wires, tracked=lambda: [(1, 2, 3)],
             counters=lambda: {"hits": 9}, service_stats=lambda: {(7, 3): layout.Traffic(1, 2, 3, 4)},
+            refusals=lambda: {7: (4, 2)},
             close=lambda keep: self.kept.append(keep))
 
     def told(self) -> dict[str, int]:

@@ -377,7 +377,7 @@ class Proxying:
     """A fast path whose agent shakes hands with clients."""
 
     def __init__(self, proxies: bool = True) -> None:
-        self.proxies = proxies
+        self.proxies = self.limits = proxies
         self.taken: list[NewFlow] = []
         self.reaped: list[Reap] = []
 

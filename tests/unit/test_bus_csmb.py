@@ -24,6 +24,7 @@ from lbapp.bus.csmb import (
     HelloFlag,
     Keys,
     Kind,
+    Limits,
     Mode,
     Response,
     SyncDone,
@@ -44,11 +45,14 @@ address = (st.binary(min_size=4, max_size=4) | st.binary(min_size=16, max_size=1
     lambda value: not value.startswith(MAPPED))
 optional = st.just(b"") | address.filter(lambda value: value != bytes(16))
 flags = st.integers(0, 0x3FF).map(Flag)
+rates = st.integers(-1, 2**31 - 1)
 servers = st.builds(VirtualServer, u32, address, u16, u8, flags, st.sampled_from(Assist), st.sampled_from(Mode),
                     st.sampled_from(Hash), u16, u16, optional, st.binary(max_size=255))
 greetings = st.builds(Greeting, u16, st.integers(0, 14), st.booleans(), u32)
-servers = st.builds(lambda server, greeting: server._replace(greeting=greeting if server.mode is Mode.PROXY else None),
-                    servers, greetings)
+limits = st.none() | st.builds(Limits, rates, u32, rates, u32, st.integers(0, 32))
+servers = st.builds(lambda server, greeting, limits: server._replace(
+    greeting=greeting if server.mode is Mode.PROXY else None, limits=limits,
+    flags=server.flags | (Flag.LIMITED if limits is not None else Flag(0))), servers, greetings, limits)
 targets = st.builds(Target, u32, address, u16, st.binary(min_size=6, max_size=6), u32, u16,
                     st.integers(0, 7).map(TargetFlag))
 nonce = st.binary(min_size=32, max_size=32)
@@ -121,6 +125,9 @@ FIXTURES = [
     (AddVs(SERVER_1._replace(mode=Mode.PROXY, flags=Flag.RAW_PROXY, greeting=Greeting(1460, 7, True, 10_000))),
      "00000005" "00000000000000000000ffff0a010001" + NONE +
      "0050" "0200" "003c" "0000" "06" "01" "03" "00" "02" "6964" "05b4" "07" "01" "00002710"),
+    (AddVs(SERVER_1._replace(flags=Flag.LIMITED, limits=Limits(1000, 0, -1, 7, 24))),
+     "00000005" "00000000000000000000ffff0a010001" + NONE +
+     "0050" "0400" "003c" "0000" "06" "01" "02" "00" "02" "6964" "000003e8" "00000000" "ffffffff" "00000007" "18"),
     (Keys(1, 3, bytes(range(32))), "01" "03" + bytes(range(32)).hex()),
     (DeleteVs(5), "00000005"),
     (VsListRequest(), "01"),
@@ -144,6 +151,7 @@ def test_bodies_are_as_documented(message, expected):
 @pytest.mark.parametrize("message", [
     AddVs(SERVER_1._replace(mode=Mode.PROXY)), AddVs(SERVER_1._replace(greeting=Greeting(1460, 7, True, 1))),
     AddVs(SERVER_1._replace(mode=Mode.PROXY, greeting=Greeting(1 << 16, 7, True, 1))), Keys(0, 1, b"short"),
+    AddVs(SERVER_1._replace(flags=Flag.LIMITED)), AddVs(SERVER_1._replace(limits=Limits(1, 1, 1, 1, 32))),
     AddVs(SERVER_1._replace(port=65536)), AddVs(SERVER_1._replace(address=b"")),
     AddVs(SERVER_1._replace(address=MAPPED + bytes(4))), AddVs(SERVER_1._replace(app_data=bytes(256))),
     Table(5, 3, 2, 2, ()), Table(5, 3, 0, 1, (TARGET._replace(mac=b""),)), Challenge(b"short"),

@@ -20,7 +20,7 @@ from lbapp.control.messages import (
     Timeout,
 )
 from lbapp.control_segments import ControlSegments, Key, announce
-from lbapp.dataflow.distribution import Distribution, Greeting, Target
+from lbapp.dataflow.distribution import Distribution, Greeting, Limits, Target
 from lbapp.dataflow.fastpath.layout import Hash, Mode
 
 VIP = bytes((10, 9, 0, 1))
@@ -274,3 +274,15 @@ def test_keys_are_those_of_who_has_been_there_longest_and_its_members_alone_can_
     segments.connected(OTHER)
     segments.keyed(OTHER, OTHERS)
     assert segments.cookies() == KEYS, "no change for who comes back"
+
+
+def test_limits_arrive_and_so_does_what_they_refused() -> None:
+    segments = ControlSegments()
+    segments.connected(ONE)
+    segments.connected(OTHER)
+    limited = distribution(7, Mode.DECIDE)._replace(limits=Limits(100, 5, -1, 0, 24))
+    tell(segments, ONE, limited)
+    assert segments.distribution(1) == limited._replace(number=1)
+    tell(segments, OTHER, distribution(500, member=30))
+    assert segments.traffic(ONE, {(1, 0): "refused"}) == {(7, 0): "refused"}
+    assert segments.traffic(OTHER, {(1, 0): "refused"}) == {(500, 0): "refused"}

@@ -11,10 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbapp.config.model import Algorithm, Configuration, Decision, Member, Network, Pool, Protocol, State, VirtualServer
+from lbapp.config.model import (
+    Algorithm,
+    Application,
+    Configuration,
+    Decision,
+    Member,
+    Network,
+    Pool,
+    Protocol,
+    State,
+    VirtualServer,
+)
 from lbapp.config.routing import Routes
 from lbapp.control.messages import Host
-from lbapp.dataflow.distribution import Distribution, Target, distribution, distributions, idle_seconds, slots
+from lbapp.dataflow.distribution import Distribution, Limits, Target, distribution, distributions, idle_seconds, slots
 from lbapp.dataflow.fastpath.layout import SLOTS, Hash, Mode
 
 
@@ -159,3 +170,38 @@ def test_a_member_that_goes_leaves_other_clients_where_they_were() -> None:
     after = slots(gone._replace(targets=gone.targets[:4]))
     moved = sum(1 for a, b in zip(before, after, strict=True) if a != 4 and a != b)
     assert moved < 0.1 * len(before)
+
+
+# ------------------------------------------------------------------ limits on new connections
+
+LIMITED: dict[str, Any] = {"rate_limit": 50, "client_rate_limit": 5, "client_rate_burst": 9, "client_prefix_v4": 24}
+
+
+def limited(keeps: bool, queries: bool = True, **more: Any) -> Distribution:
+    one = pool()
+    told = distribution(server(**LIMITED, **more), one, one.members, Routes(), HOSTS, queries=queries, pools=(one,),
+                        limits=keeps)
+    assert told is not None
+    return told
+
+
+def test_a_fast_path_that_keeps_limits_decides_and_one_that_does_not_asks() -> None:
+    assert (limited(True).mode, limited(True).limits) == (Mode.DECIDE, Limits(50, 0, 5, 9, 24))
+    assert (limited(False).mode, limited(False).limits) == (Mode.PUNT, None)
+    assert limited(False, queries=False).mode is Mode.PASS, "by packet-in"
+    assert limited(True, queries=False).mode is Mode.DECIDE
+    told = made(server(), pool())
+    assert told is not None and told.limits is None
+
+
+def test_limits_of_handshakes_that_are_proxied() -> None:
+    for keeps, limits in ((True, Limits(50, 0, 5, 9, 24)), (False, None)):
+        told = limited(keeps, application=Application.HTTP)
+        assert (told.mode, told.limits) == (Mode.PROXY, limits)
+
+
+def test_the_prefix_is_that_of_the_family() -> None:
+    one = pool()
+    six = server(vip_address="fd00::1", client_rate_limit=1, client_prefix_v6=48)
+    told = distribution(six, one, (), Routes(), HOSTS, queries=True, limits=True)
+    assert told is not None and told.limits == Limits(-1, 0, 1, 0, 48)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lbapp.control.buckets import Ration, Shape, mask
 from lbapp.dataflow.fastpath import build, layout
 from lbapp.dataflow.fastpath.layout import Flow, FlowKey, Layout, Service, ServiceKey, Swept, Target
 
@@ -33,7 +34,10 @@ FIELDS = {
     ("fp_install_context", layout.INSTALL_CONTEXT.format): ["count", "opened"],
     ("fp_service_key", layout.SERVICE_KEY.format): ["address", "port", "protocol"],
     ("fp_service", layout.SERVICE_HEAD.format): ["number", "mode", "hash", "next", "idle_seconds", "slot_count", "mss",
-                                                 "window_scale", "sack"],
+                                                 "window_scale", "sack", "cost", "depth", "client_cost",
+                                                 "client_depth", "client_mask"],
+    ("fp_rate", layout.RATE.format): ["full", "over", "over_client"],
+    ("fp_client_key", layout.CLIENT_KEY.format): ["virtual_server", "network"],
     ("fp_target", layout.TARGET.format): ["address", "port", "mac", "ifindex", "member", "flags"],
     ("fp_stats_key", layout.STATS_KEY.format): ["virtual_server", "member"],
     ("fp_stats", layout.STATS.format): words("opened closed packets_in bytes_in packets_out bytes_out"),
@@ -126,6 +130,9 @@ ADDRESSES = st.one_of(st.binary(min_size=4, max_size=4), st.binary(min_size=16, 
 PORTS = st.integers(0, 0xFFFF)
 WORDS = st.integers(0, 0xFFFFFFFF)
 MACS = st.binary(min_size=6, max_size=6)
+SHAPES = st.builds(Shape, st.integers(1, 2**63 - 1), st.integers(0, 2**63 - 1))
+MASKS = st.one_of(st.integers(8, 32).map(lambda bits: mask(bits, 4)),
+                  st.integers(16, 128).map(lambda bits: mask(bits, 16)))
 
 
 @given(st.builds(FlowKey, ADDRESSES, ADDRESSES, PORTS, PORTS, st.integers(0, 255)))
@@ -147,7 +154,8 @@ def test_targets_come_back(target: Target) -> None:
 
 @given(st.builds(Service, WORDS, st.integers(0, 3), st.integers(0, 2), PORTS,
                  st.lists(WORDS, max_size=layout.SLOTS).map(tuple), PORTS, st.one_of(st.none(), st.integers(0, 14)),
-                 st.booleans()))
+                 st.booleans(), st.one_of(st.none(), st.builds(Ration, st.none(), SHAPES, MASKS), st.builds(
+                     Ration, SHAPES, st.one_of(st.none(), SHAPES), MASKS))))
 def test_services_come_back(service: Service) -> None:
     assert Service.unpack(service.pack()) == service
     assert len(service.pack()) == layout.SERVICE_SIZE

@@ -43,6 +43,7 @@ class FakeLink:
     """Remembers what it was told."""
 
     proxies = True
+    limits = True
 
     def __init__(self) -> None:
         self.told: list[tuple[dict[int, Distribution | None], bool]] = []
@@ -54,6 +55,7 @@ class FakeLink:
         self.left: list[Answered] = []
         self.traffic = {(1, 1): MemberTraffic(10, 8, 100, 1000)}
         self.taken: list[NewFlow] = []
+        self.refused: dict[int, tuple[int, int]] = {1: (10, 20)}
         self.closed = False
 
     def configure(self, changed: Mapping[int, Distribution | None], *, whole: bool = False) -> None:
@@ -81,7 +83,7 @@ class FakeLink:
         return [(5, 1, 1)]
 
     def read(self) -> Reading:
-        return Reading(2, {"hits": 7}, dict(self.traffic))
+        return Reading(2, {"hits": 7}, dict(self.traffic), refused=dict(self.refused))
 
     def connections(self, limit: int) -> Any:
         return iter(())
@@ -355,7 +357,7 @@ def test_what_is_asked_again_about_a_client_is_answered_as_before_and_counts_onc
     link = FakeLink()
     world.fastpaths.add(SWITCH, link)
     answers: list[AppReply] = []
-    monkeypatch.setattr(world.control, "app_query", lambda asked, now: answers.pop(0))
+    monkeypatch.setattr(world.control, "app_query", lambda asked, now, limited: answers.pop(0))
     first = AppQuery(query(), 1, 2, b"", b"GET / HTTP/1.1\r\n")
     decided = AppReply(first.query, Reply(first.query, Error.NOTAVAIL), answer=b"x" * 1000)
     answers += [AppReply(first.query), decided]
@@ -378,7 +380,7 @@ def test_answers_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(fastpaths_module, "RECENT_BYTES", 2500)
     asks: list[int] = []
 
-    def answer(asked: AppQuery, now: float) -> AppReply:
+    def answer(asked: AppQuery, now: float, limited: bool) -> AppReply:
         asks.append(asked.query.serial)
         return AppReply(asked.query, Reply(asked.query, Error.NOTAVAIL), answer=b"x" * 1000)
 
@@ -386,3 +388,28 @@ def test_answers_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch
     for serial in (1, 3, 5, 5, 3, 1):
         world.fastpaths.asked(SWITCH, [AppQuery(query()._replace(serial=serial), 1, 2, b"", b"GET")])
     assert asks == [1, 3, 5, 1]
+
+
+@pytest.mark.parametrize(("keeps", "mode", "errors"), [
+    (True, Mode.DECIDE, [Error.OK] * 4), (False, Mode.PUNT, [Error.OK] * 2 + [Error.CONNLIMIT] * 2)])
+def test_limits_are_kept_once(keeps: bool, mode: Mode, errors: list[Error]) -> None:
+    """By a fast path that can, else by the control segment."""
+    world = World()
+    world.configure(configuration(member(1), member(2), rate_limit=1, rate_burst=2))
+    link = FakeLink()
+    link.limits = keeps
+    world.fastpaths.add(SWITCH, link)
+    (told,) = link.told[-1][0].values()
+    assert told is not None
+    assert (told.mode, told.limits is not None) == (mode, keeps)
+    world.fastpaths.asked(SWITCH, [query(serial, port=4000 + serial) for serial in (1, 3, 5, 7)])
+    assert [reply.error for reply in link.replies] == errors
+    world.fastpaths.asked(SWITCH, [query(1, port=4001)])
+    assert link.replies[-1].error is Error.OK, "asked again"
+
+
+def test_what_was_refused_before_this_controller_is_not_its(world: World) -> None:
+    world.link.refused = {1: (12, 20), 2: (1, 5)}
+    reading = world.fastpaths.read(SWITCH)
+    assert reading is not None
+    assert reading.refused == {1: (2, 0), 2: (1, 5)}

@@ -36,7 +36,7 @@ from lbapp.control.messages import (
     Translation,
 )
 from lbapp.dataflow.agent import HELD
-from lbapp.dataflow.distribution import Distribution, Greeting
+from lbapp.dataflow.distribution import Distribution, Greeting, Limits
 from lbapp.dataflow.fastpath.layout import Hash, Mode
 from lbapp.fastpaths import MemberTraffic
 from lbapp.remote_agents import REPEATS, RemoteAgents, RemoteLink, Totals, own_identity, shared_key
@@ -340,3 +340,57 @@ def test_a_key_that_cannot_be_used_is_said(tmp_path: Path) -> None:
         shared_key(path)
     path.unlink()
     assert shared_key(path) == shared_key(path)
+
+
+# ------------------------------------------------------------------ limits on new connections
+
+
+def test_what_limits_refused_is_no_member() -> None:
+    totals = Totals()
+    totals.take(counted(10, (1, 0, 5, 7, 0, 0), (1, 3, 8, 6, 60, 600)))
+    assert totals.refused == {1: (0, 0)}, "before anybody listened"
+    totals.take(counted(20, (1, 0, 6, 9, 0, 0), (2, 0, 3, 0, 0, 0), (1, 3, 8, 6, 60, 600)))
+    assert totals.refused == {1: (1, 2), 2: (3, 0)}
+    assert totals.members == {(1, 3): MemberTraffic(8, 6, 60, 600)}
+    totals.take(counted(5, (1, 0, 2, 1, 0, 0)))
+    assert totals.refused == {1: (3, 3), 2: (3, 0)}, "a fast path that was set up anew"
+    totals.take(counted(6, (1, 0, 2, 4, 0, 0), (2, 0, 1, 1, 0, 0)))
+    assert totals.refused == {1: (3, 6), 2: (4, 1)}
+
+
+def test_who_keeps_limits(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    limits = Limits(100, 0, 5, 9, 24)
+    server = site.dfs()
+    site.agents.connect(server.address)
+    until(lambda: SWITCH in site.fastpaths.links)
+    link = site.fastpaths.links[SWITCH]
+    assert link.limits and "keeps no limits" not in caplog.text
+    link.configure({5: GREETED._replace(mode=Mode.DECIDE, greeting=None, limits=limits)}, whole=True)
+    until(lambda: any(isinstance(event, Added) for event in site.events))
+    assert next(event for event in site.events if isinstance(event, Added)).server.limits == limits
+    rows = [Traffic(5, 0, 4, 2, 0, 0), Traffic(5, 3, 9, 9, 9, 9)]
+    until(lambda: server.peers[77].send_counters(1, {"hits": 1}, rows[1:]))
+    until(lambda: server.peers[77].send_counters(1, {"hits": 2}, rows))
+    until(lambda: link.read().refused == {5: (4, 2)})
+    # An older one comes to its place: until it is known, it is told what it can do.
+    server.close()
+    until(lambda: ("changed", SWITCH) in site.fastpaths.told)
+    assert link.limits, "away: what it was told is in force"
+    site.events.clear()
+    site.dfs(listen=server.address, versions=VERSIONS[:2])
+    until(lambda: not link.limits)
+    until(lambda: any(isinstance(event, Added) for event in site.events))
+    added = next(event for event in site.events if isinstance(event, Added))
+    assert (added.server.mode, added.server.limits) == (Mode.PUNT, None)
+    assert "keeps no limits" in caplog.text
+
+
+def test_an_older_control_segment_hears_nothing_of_limits(site: Site) -> None:
+    server = site.dfs(versions=VERSIONS[:2])
+    site.agents.connect(server.address)
+    until(lambda: SWITCH in site.fastpaths.links)
+    link = site.fastpaths.links[SWITCH]
+    rows = [Traffic(5, 0, 4, 2, 0, 0), Traffic(5, 3, 9, 9, 9, 9)]
+    until(lambda: server.peers[77].send_counters(1, {"hits": 1}, rows))
+    until(lambda: (5, 3) in link.read().members)
+    assert not link.read().refused

@@ -15,6 +15,7 @@
 #include "connections.bpf.h"
 #include "fastpath.h"
 #include "handshake.bpf.h"
+#include "limits.bpf.h"
 #include "maps.bpf.h"
 #include "packet.bpf.h"
 #include "splice.bpf.h"
@@ -112,6 +113,24 @@ static __always_inline int strange(struct __sk_buff *skb, const struct fp_key *k
 	       || (mapped(key->source) && (key->source[12] >= 224 || key->source[12] == 0)) || zero16(key->source);
 }
 
+/*
+ * Beyond a limit. A SYN is answered, with no more bytes than it had: an honest client knows at once, and nobody else
+ * is told more than a closed port would tell.
+ */
+static __noinline int turn_away(struct __sk_buff *skb, const struct fp_key *key, const struct packet *packet)
+{
+	struct tcphdr tcp;
+	int verdict;
+
+	if (key->protocol != IPPROTO_TCP || packet->part != WHOLE || strange(skb, key)
+	    || bpf_skb_load_bytes(skb, packet->l4, &tcp, sizeof(tcp)))
+		return TC_ACT_SHOT;
+	verdict = reply(skb, packet, 0, bpf_ntohl(tcp.seq) + 1, TCP_RST | TCP_ACK);
+	if (verdict > 0)
+		count(FP_RESET_SENT);
+	return verdict;
+}
+
 /* A packet of no known connection. 0: now it is one's; positive: what becomes of it; negative: why it is a miss. */
 static __always_inline int begin(struct __sk_buff *skb, const struct fp_key *key, const struct packet *packet)
 {
@@ -119,7 +138,7 @@ static __always_inline int begin(struct __sk_buff *skb, const struct fp_key *key
 	struct fp_service *service;
 	struct fp_cookies *keys = 0;
 	__u32 zero = 0;
-	int first = 1;
+	int first = 1, rationed = 0, verdict;
 
 	if (key->protocol == IPPROTO_TCP) {
 		first = (packet->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN;
@@ -147,11 +166,19 @@ static __always_inline int begin(struct __sk_buff *skb, const struct fp_key *key
 			return -FP_MISS_MALFORMED;
 		return first ? greet(skb, key, packet, service, keys) : listen(skb, key, packet, service, keys);
 	}
-	if (service->mode == FP_DECIDE)
-		return decide(skb, key, service, packet->ifindex);
-	if (service->mode == FP_PUNT)
-		return punt(skb, packet, service->number);
-	return -FP_MISS_PASS;
+	if (service->mode != FP_DECIDE && service->mode != FP_PUNT)
+		return -FP_MISS_PASS;
+	if (limited(service)) {
+		rationed = ration(key, service);
+		if (rationed < 0)
+			return turn_away(skb, key, packet);
+	}
+	verdict = service->mode == FP_DECIDE ? decide(skb, key, service, packet->ifindex)
+					     : punt(skb, packet, service->number);
+	/* The switch has it now, and whoever decides there has buckets of its own. */
+	if (verdict < 0 && rationed)
+		give_back(key, service);
+	return verdict;
 }
 
 /* ------------------------------------------------------------------ the walk */

@@ -13,7 +13,7 @@
 
 #include <linux/types.h>
 
-#define FP_VERSION 2
+#define FP_VERSION 3
 #define FP_TICK_SHIFT 20
 #define FP_SLOTS 1021
 #define FP_FRAME 2048
@@ -87,6 +87,8 @@ enum fp_counter {
 	FP_ASKED_MEMBER,
 	FP_ASK_LOST,         /* the ring was full, or the segment longer than the window we offered: dropped */
 	FP_SPLICE_WAIT,      /* came before the splice was ready */
+	FP_OVER_RATE,        /* new connections refused: beyond what the virtual server may have */
+	FP_OVER_CLIENT,      /* beyond what the client's network may have */
 	FP_COUNTERS,
 };
 
@@ -138,7 +140,25 @@ struct fp_service {
 	__u16 mss;              /* FP_PROXY: what its members support, offered to clients */
 	__u8 window_scale;      /* 15: none */
 	__u8 sack;
+	__u64 cost;             /* of its bucket (bucket.bpf.h); 0: as many new connections as there are */
+	__u64 depth;
+	__u64 client_cost;      /* of each client network's */
+	__u64 client_depth;
+	__u8 client_mask[16];   /* what of a client's address is its network's */
 	__u32 slots[FP_SLOTS];  /* keys of targets */
+};
+
+/* Hash "rates", by number: what outlives a change of a virtual server with limits. */
+struct fp_rate {
+	__u64 full;             /* its bucket */
+	__u64 over;             /* refused by it */
+	__u64 over_client;      /* refused by those of clients' networks */
+};
+
+/* LRU hash "clients": the buckets of clients' networks. */
+struct fp_client_key {
+	__u32 virtual_server;
+	__u8 network[16];
 };
 
 struct fp_target {

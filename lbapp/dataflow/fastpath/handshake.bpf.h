@@ -11,6 +11,7 @@
 
 #include "answer.bpf.h"
 #include "cookie.bpf.h"
+#include "limits.bpf.h"
 
 #define REACH 0x20000       /* how far a client may be from where it began while its first data is being read */
 #define DOUBT_TICKS 2861    /* 3 s */
@@ -178,7 +179,7 @@ static __noinline int reply(struct __sk_buff *skb, const struct packet *packet, 
 	here->answer.acknowledgment = acknowledgment;
 	here->answer.flags = flags;
 	here->answer.words = 0;
-	here->answer.window = flags & TCP_ACK ? FP_WINDOW >> (flags >> 8 & 15) : 0;
+	here->answer.window = (flags & (TCP_ACK | TCP_RST)) == TCP_ACK ? FP_WINDOW >> (flags >> 8 & 15) : 0;
 	here->answer.options[0] = here->answer.options[1] = here->answer.options[2] = 0;
 	return answer(skb, packet, &here->answer, segment_length(skb, packet));
 }
@@ -277,12 +278,18 @@ static __noinline int listen(struct __sk_buff *skb, const struct fp_key *key, co
 		count(FP_GREETED_ACK);
 		return TC_ACT_SHOT;
 	}
+	/* Only here, where nobody can pretend to be somebody else: what is forged costs no client its token. */
+	if (limited(service) && !admit(key, service))
+		return reset(skb, packet, cookie + 1);
 	/* First the entry: the agent may have forgotten it again before this goes on. */
 	entry.isn = isn;
 	entry.cookie = cookie;
 	bpf_map_update_elem(&pending, key, &entry, BPF_ANY);
-	if (!ask_or_drop(skb, packet, service->number, FP_ASK_DATA, top))
+	if (!ask_or_drop(skb, packet, service->number, FP_ASK_DATA, top)) {
 		bpf_map_delete_elem(&pending, key);
+		if (limited(service))
+			give_back(key, service);
+	}
 	return TC_ACT_SHOT;
 }
 

@@ -16,7 +16,9 @@ from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
-VERSION = 2
+from lbapp.control.buckets import Ration, Shape
+
+VERSION = 3
 TICK_SHIFT = 20
 """A tick is 2**20 nanoseconds of CLOCK_MONOTONIC."""
 SLOTS = 1021
@@ -125,6 +127,8 @@ class Counter(enum.IntEnum):
     ASKED_MEMBER = 25
     ASK_LOST = 26
     SPLICE_WAIT = 27
+    OVER_RATE = 28
+    OVER_CLIENT = 29
 
 
 # ------------------------------------------------------------------ small things
@@ -242,10 +246,10 @@ INSTALL_CONTEXT = struct.Struct("=II")
 # ------------------------------------------------------------------ virtual servers
 
 SERVICE_KEY = struct.Struct("=16sHBx")
-SERVICE_HEAD = struct.Struct("=IIIIHHHBB")
+SERVICE_HEAD = struct.Struct("=IIIIHHHBBQQQQ16s")
 NO_SCALE = 15
 """As a window scale: none was offered, or none is to be."""
-SERVICE_SIZE = SERVICE_HEAD.size + 4 * SLOTS
+SERVICE_SIZE = (SERVICE_HEAD.size + 4 * SLOTS + 7) // 8 * 8
 TARGET = struct.Struct("=16sH6sIII")
 
 
@@ -278,6 +282,7 @@ class Service(NamedTuple):
             support; 0 is 536.
         window_scale: the same; None offers none.
         sack: the same.
+        ration: limits on new connections; None: there are none.
     """
 
     number: int
@@ -288,6 +293,7 @@ class Service(NamedTuple):
     mss: int = 0
     window_scale: int | None = None
     sack: bool = False
+    ration: Ration | None = None
 
     def pack(self) -> bytes:
         """As it lies in the maps.
@@ -299,15 +305,28 @@ class Service(NamedTuple):
             raise ValueError(f"{len(self.slots)} slots, at most {SLOTS}")
         head = SERVICE_HEAD.pack(self.number, self.mode, self.hash, 0, min(self.idle_seconds, 0xFFFF),
                                  len(self.slots), self.mss,
-                                 NO_SCALE if self.window_scale is None else self.window_scale, self.sack)
+                                 NO_SCALE if self.window_scale is None else self.window_scale, self.sack,
+                                 *_rationed(self.ration))
         return (head + array("I", self.slots).tobytes()).ljust(SERVICE_SIZE, b"\0")
 
     @classmethod
     def unpack(cls, data: _Data) -> Service:
         """The other way round."""
-        number, mode, kind, _, idle, count, mss, scale, sack = SERVICE_HEAD.unpack_from(data)
+        (number, mode, kind, _, idle, count, mss, scale, sack, cost, depth, client_cost, client_depth,
+         mask) = SERVICE_HEAD.unpack_from(data)
+        ration = Ration(Shape(cost, depth) if cost else None, Shape(client_cost, client_depth) if client_cost else None,
+                        unmapped(mask)) if cost or client_cost else None
         return cls(number, mode, kind, idle, struct.unpack_from(f"={count}I", data, SERVICE_HEAD.size), mss,
-                   None if scale == NO_SCALE else scale, bool(sack))
+                   None if scale == NO_SCALE else scale, bool(sack), ration)
+
+
+_NO_BUCKET = (0, 0)
+
+
+def _rationed(ration: Ration | None) -> tuple[int, int, int, int, bytes]:
+    if ration is None:
+        return 0, 0, 0, 0, b""
+    return *(ration.server or _NO_BUCKET), *(ration.client or _NO_BUCKET), mapped(ration.mask)
 
 
 class Target(NamedTuple):
@@ -335,6 +354,10 @@ class Target(NamedTuple):
 
 STATS_KEY = struct.Struct("=II")
 STATS = struct.Struct("=6Q")
+
+
+RATE = struct.Struct("=QQQ")
+CLIENT_KEY = struct.Struct("=I16s")
 
 
 class Traffic(NamedTuple):
@@ -544,5 +567,5 @@ def structs() -> Iterator[tuple[str, int]]:
         "fp_closed": CLOSED_RECORD.size - RING_HEADER.size, "fp_query": QUERY.size, "fp_install": INSTALL.size,
         "fp_install_context": INSTALL_CONTEXT.size, "fp_wanted": WANTED.size, "fp_sweep": SWEEP_SIZE,
         "fp_layout": LAYOUT.size, "fp_cookies": COOKIES.size, "fp_pending": PENDING.size,
-        "fp_splice": SPLICE_VALUE.size,
+        "fp_splice": SPLICE_VALUE.size, "fp_rate": RATE.size, "fp_client_key": CLIENT_KEY.size,
     }.items()

@@ -49,7 +49,7 @@ _U32 = struct.Struct("=I")
 _ZERO = bytes(4)
 _MONOTONIC_COARSE = 6
 """The clock that the programs look at for packets (linux/time.h); Python has no name for it."""
-_NOT_PINNED = ("installs", "sweeping", "decisions", "answers", "doubts")
+_NOT_PINNED = ("installs", "sweeping", "decisions", "answers", "doubts", "lately")
 _TRACKED = struct.Struct("=52xI24xIII4x")
 """State, serial, virtual server and member of a flow."""
 
@@ -122,11 +122,21 @@ class Tables:
         """
         changed = {key: service for key, service in services.items()
                    if service is not None and self._told.get(key) != service}
+        rates = self.maps["rates"]
+        for service in changed.values():
+            if service.ration is not None:
+                rates.update(_U32.pack(service.number), bytes(layout.RATE.size), kernel.NOEXIST)
         self._services.update_all({key.pack(): service.pack() for key, service in changed.items()})
         self._told.update(changed)
+        gone = set()
         for key in [key for key, service in services.items() if service is None]:
+            found = self._services.lookup(key.pack())
+            if found is not None:
+                gone.add(found[:4])
             self._services.delete(key.pack())
             self._told.pop(key, None)
+        if gone:
+            rates.delete_all(gone - {_U32.pack(service.number) for service in self._told.values()})
 
     def services(self) -> dict[ServiceKey, int]:
         """All virtual servers' numbers."""
@@ -372,6 +382,10 @@ class Tables:
     def forget_stats(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Drop the statistics of what is no more: (virtual server, member)."""
         self.maps["service_stats"].delete_all(layout.STATS_KEY.pack(*pair) for pair in pairs)
+
+    def refusals(self) -> dict[int, tuple[int, int]]:
+        """New connections that limits refused, by virtual server: by its own, and by those of client networks."""
+        return {_U32.unpack(key)[0]: layout.RATE.unpack(value)[1:] for key, value in self.maps["rates"].items()}
 
     def kernel_memory(self) -> dict[str, int]:
         """Bytes by map."""
