@@ -210,7 +210,7 @@ def fetch(client: httpx.Client, url: str, seconds: float = TIMEOUT_S) -> str:
         with client.stream("GET", url) as answer:
             if answer.status_code != 200:
                 raise _Missing(f"its status is {answer.status_code}")
-            for part in answer.iter_raw(1 << 16):
+            for part in answer.iter_raw():
                 parts.append(part)
                 size += len(part)
                 if size > MOST_BYTES:

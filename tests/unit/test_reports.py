@@ -26,7 +26,7 @@ SERVERS = (("10.0.0.1", 80), ("fd00::1", 443))
 WALL = 1_800_000_000.0
 
 
-def told(sequence: int = 1, run: bytes = RUN, time: float = WALL, **values: float) -> Told:
+def told(sequence: int = 1, run: bytes = RUN, time: float = WALL, **values: Any) -> Told:
     return Told(run, sequence, time, SERVERS, values or {"cpu": 0.5})
 
 
@@ -85,7 +85,7 @@ VALUES = st.dictionaries(st.text("ab", min_size=1, max_size=4), st.floats(0, 1))
 @given(st.text(max_size=5), st.text(max_size=5), VALUES)
 def test_different_reports_have_different_bytes(one: str, other: str, values: dict[str, float]) -> None:
     """No name runs into what follows."""
-    first, second = canonical(one, told(**values)), canonical(other, told(**values))
+    first, second = (canonical(name, told()._replace(values=values)) for name in (one, other))
     assert (first == second) == (one == other)
     fewer, more = (told()._replace(values=these) for these in (values, {**values, "z": 1.0}))
     assert canonical(one, fewer) != canonical(one, more)
@@ -201,8 +201,8 @@ def test_an_agent_ends() -> None:
 def test_a_report_with_an_absurd_value_does_not_count(name: str, value: float, flag: str,
                                                       caplog: pytest.LogCaptureFixture) -> None:
     place = Place()
-    assert place.take(told(**{name: value, "y": 1.0})) == (flag,)
-    assert place.take(told(2, **{name: value, "y": 1.0})) == (flag,)
+    assert place.take(told(1, RUN, WALL, **{name: value, "y": 1.0})) == (flag,)
+    assert place.take(told(2, RUN, WALL, **{name: value, "y": 1.0})) == (flag,)
     assert place.counted().flags == (flag,) and place.reports.agents(0.0)["s1"].flags == (flag,)
     assert [one for one in caplog.messages if "does not count" in one] == [
         f"agent s1: its report does not count: {flag}"]
