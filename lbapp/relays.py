@@ -90,22 +90,24 @@ class RelayLink:
             if not queries:
                 break
             self._relays.asked(self.switch, queries)
-        for serial in self.relay.spliced():
-            self._offer(serial)
+        for serial in self.relay.there():
+            number = self.relay.virtual_server(serial)
+            if number is not None and self._hybrid(number) and self.relay.part(serial):
+                self._offer(serial)
 
-    def _offer(self, serial: int, always: bool = False) -> bool:
+    def _offer(self, serial: int) -> bool:
         """Have a fast path take a connection over."""
         relayed = self.relay.hand_over(serial)
         if relayed is None:
             return False
-        if (always or self._hybrid(relayed.flow.virtual_server)) and self._hand_over(_new_flow(self.switch, relayed)):
+        if self._hand_over(_new_flow(self.switch, relayed)):
             return True
         self.relay.take_back(serial)
         return False
 
     def offer_all(self) -> int:
         """Have a fast path that has come take over what it can; returns how many connections that were."""
-        return sum(self._offer(serial, always=True) for serial in self.relay.serials())
+        return sum(self._offer(serial) for serial in self.relay.serials())
 
     def _out(self) -> bytes:
         going, self.relay.out = self.relay.out, []

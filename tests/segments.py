@@ -198,6 +198,8 @@ class View:
             self._fault(text)
         upward = (one.source, one.sport) == self._client
         way, back = (self.up, self.down) if upward else (self.down, self.up)
+        if one.flags & RST and self._lossy and self.ended:
+            return  # to a duplicate that came when its receiver had forgotten the connection already
         if one.flags & RST:
             self._fault(f"RST of the {'client' if upward else 'member'}")
             return
@@ -232,6 +234,8 @@ class View:
             return False
         if upward == bool(one.flags & ACK):
             self._fault("SYN-ACK of the client" if upward else "SYN of the member")
+        if way.isn is not None:
+            return True  # what a SYN says that comes again counts for nobody (RFC 9293, 3.10.7.4)
         way.isn, way.high = one.seq, max(way.high, 1)
         for kind, value in told:
             if kind == MSS:

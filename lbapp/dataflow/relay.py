@@ -8,7 +8,9 @@ above (``agent.py``, ``proxy.py``) cannot tell the difference. Owns the connecti
 Pure: frames in, ``out`` filled, the clock is given.
 
 A relayed connection that a fast path has taken over (binding ``hybrid``) is translated here for as long as packets of
-it still come; nobody is told of its end from here.
+it still come; nobody is told of its end from here. What is on its way through here would be overtaken by what comes
+next: so a connection with more than one packet under way is taken over only when all of it has been acknowledged.
+Until then acknowledgments are kept back, so that neither end sends more.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ DOUBT_SECONDS, DOUBT_OVER_SECONDS = 3.0, 60.0
 REACH = 0x20000
 """How far a client may be from where it began while its first data is being read."""
 HALF_CLOSED_SECONDS = 300.0
+PARTING_MOST = 256
+"""Packets of a connection after which a fast path takes it over though not all of them were acknowledged."""
 
 
 class Port(NamedTuple):
@@ -67,7 +71,8 @@ class Relayed(NamedTuple):
 class _Connection:
     """A relayed connection; ``sides`` are its flows as the agent gave them, the client's first."""
 
-    __slots__ = ("closed", "fins", "keys", "octets", "opened", "packets", "sides", "splice", "taken", "told", "used")
+    __slots__ = ("closed", "fins", "got", "kept", "keys", "octets", "opened", "packets", "parting", "sent", "sides",
+                 "splice", "taken", "told", "under_way", "used")
 
     def __init__(self, keys: tuple[FlowKey, FlowKey], sides: tuple[Flow, Flow], now: float) -> None:
         self.keys = keys
@@ -81,6 +86,37 @@ class _Connection:
         self.closed = False
         self.told = False
         self.taken = False
+        self.parting = 0  # packets since it was to be taken over; 0: it is not
+        # Of each side, in its own numbers: behind what it sent, what of it was acknowledged, and frames between.
+        self.sent: list[int | None] = [None, None]
+        self.got: list[int | None] = [None, None]
+        self.under_way = [0, 0]
+        self.kept: list[list[tuple[int, bytes]]] = [[], []]
+
+    @property
+    def calm(self) -> bool:
+        """Whether nothing that is under way can be overtaken by another path."""
+        return sum(self.under_way) <= 1
+
+    def count(self, side: int, part: Segment, number: int) -> bool:
+        """A packet goes on from a side, in so many frames; returns whether it acknowledges more of the other's."""
+        end = part.seq + len(part.payload) + (1 if part.flags & FIN else 0) & 0xFFFFFFFF
+        sent = self.sent[side]
+        if sent is None:
+            self.got[side] = sent = self.sent[side] = part.seq
+        if 0 < end - sent & 0xFFFFFFFF < 1 << 31:
+            self.sent[side] = end
+            self.under_way[side] += number
+        sent, got = self.sent[1 - side], self.got[1 - side]
+        ack = part.ack + (self.splice.offset if self.splice and not side else 0) & 0xFFFFFFFF
+        if not part.flags & ACK or sent is None or got is None:
+            return False
+        if not 0 < ack - got & 0xFFFFFFFF <= sent - got & 0xFFFFFFFF:
+            return False
+        self.got[1 - side] = ack
+        if ack == sent:
+            self.under_way[1 - side] = 0
+        return True
 
     @property
     def waits(self) -> bool:
@@ -117,7 +153,7 @@ class Relay:
         self._ended: deque[layout.Closed] = deque()
         self._traffic: dict[tuple[int, int], list[int]] = {}
         self._counts: Counter[str] = Counter()
-        self._spliced: list[int] = []
+        self._there: list[int] = []
         self._spent: OrderedDict[int, None] = OrderedDict()
 
     def __len__(self) -> int:
@@ -281,7 +317,19 @@ class Relay:
         one.packets[side] += 1
         one.octets[side] += len(frame)
         splice = one.splice or Splice(0)
-        self.out += [(flow.ifindex, made) for made in translated(frame, packet, part, flow, splice, bool(side))]
+        made = translated(frame, packet, part, flow, splice, bool(side))
+        more = not one.taken and one.count(side, part, len(made))
+        if one.parting:
+            one.parting += 1
+            if not any(one.under_way) or one.parting > PARTING_MOST:
+                one.parting, one.under_way = 0, [0, 0]
+                self._there.append(flow.serial)
+                self.out += [kept for side in one.kept for kept in side]
+                one.kept = [[], []]
+            elif more and not part.payload and not part.options and not part.flags & (SYN | FIN | RST):
+                one.kept[side] = [(flow.ifindex, frame) for frame in made]  # it says all that those before it did
+                return
+        self.out += [(flow.ifindex, frame) for frame in made]
         if part.flags & RST:
             self._close(one)
         elif part.flags & FIN:
@@ -309,6 +357,8 @@ class Relay:
         for side, key in enumerate(one.keys):
             self._flows[key] = one, side
         self._by_serial[inbound[1].serial] = one
+        if not one.waits:
+            self._there.append(inbound[1].serial)  # its member adopts it
         self._pending.pop(inbound[0], None)
         self._count_opened(one, 1)
         self._counts["opened_installed"] += 1
@@ -372,10 +422,23 @@ class Relay:
         """Of all connections, oldest first."""
         return list(self._by_serial)
 
-    def spliced(self) -> list[int]:
-        """The connections whose member has come since the last call."""
-        spliced, self._spliced = self._spliced, []
-        return spliced
+    def there(self) -> list[int]:
+        """The connections that a fast path may have: their members have come since the last call, or :meth:`part`
+        has put them off and they are calm now."""
+        there, self._there = self._there, []
+        return there
+
+    def part(self, serial: int) -> bool:
+        """Whether a fast path may take a connection over now; if not, it is of the next ones that are there."""
+        one = self._by_serial[serial]
+        if not one.calm:
+            one.parting = 1
+        return one.calm
+
+    def virtual_server(self, serial: int) -> int | None:
+        """A connection's; None where it has gone."""
+        one = self._by_serial.get(serial)
+        return one.sides[0].virtual_server if one is not None else None
 
     # -------------------------------------------------------------- what the agent sets
 
@@ -404,7 +467,7 @@ class Relay:
         for serial, splice in splices.items():
             if serial in self._by_serial:
                 self._by_serial[serial].splice = splice
-                self._spliced.append(serial)
+                self._there.append(serial)
         return splices.keys() - self._by_serial.keys()
 
     def forget_pending(self, keys: Iterable[FlowKey]) -> None:

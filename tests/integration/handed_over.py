@@ -7,6 +7,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,10 @@ class Site:
         return sum(bool(one["listeners"]) for one in self.lab.rest.get("/v1/server-agents")["server_agents"])
 
     def counters(self) -> dict[str, int]:
-        return dict(self.lab.rest.get("/v1/stats")["switches"][0]["fastpath"]["handshakes"])
+        """Of handshakes, the fast path's and those that the controller does itself."""
+        told = self.lab.rest.get("/v1/stats")["switches"][0]
+        both = (part["handshakes"] for part in (told["fastpath"], told["relay"]) if part)
+        return dict(sum((Counter(one) for one in both), Counter()))
 
     def shaken(self) -> Callable[[], tuple[int, int]]:
         """How many clients shook hands since, and with how many members the switch did."""
@@ -61,6 +65,7 @@ class Site:
 
         def since() -> tuple[int, int]:
             now = self.counters()
-            return now["greeted"] - before["greeted"], now["splice_wait"] - before["splice_wait"]
+            return (now.get("greeted", 0) - before.get("greeted", 0),
+                    now.get("splice_wait", 0) - before.get("splice_wait", 0))
 
         return since

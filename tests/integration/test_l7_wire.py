@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Virtual servers that read what clients say, judged by every segment that client and member send and get.
 
-Real kernels at both ends; what is right is said in tests/segments.py. Spliced and handed over, IPv4 and IPv6.
+Real kernels at both ends; what is right is said in tests/segments.py. Every binding, IPv4 and IPv6.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from topologies.single import SingleTopo
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
 WEB_SERVER = Path(__file__).with_name("web_server.py")
-SIZE = 5_000_000
-WAYS = {"splice": (80, 80, 9000), "handoff": (81, 8080, 9001)}
+WAYS = {"splice": (80, 80, 9000), "handoff": (81, 8080, 9001), "hybrid": (82, 8081, 9002), "relay": (83, 8082, 9003)}
 """The virtual server's port, and the member's: nginx, and what takes bodies. None is used both ways, so that no port of
 a client means two connections there."""
+SIZES = {way: 1_000_192 if way == "relay" else 5_000_192 for way in WAYS}
+"""Bytes of what is large, a multiple of 256; every packet of a relayed connection goes through the controller."""
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, SEND_QUEUE, OFF_NO_WINDOW_PROBE = 19, 20, 21, 2, -1
 CLOSE = b"Connection: close\r\n"
 
@@ -57,6 +58,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         lab = running.enter_context(Lab(SingleTopo(clients=1, servers=1), directory=directory / "lab",
                                         options=["--fastpath"]))
         lab.start_servers()
+        running.callback(end, lab.server().nginx(lab.directory / "files", (WAYS["relay"][1],)))
         for _, _, port in WAYS.values():
             running.callback(end, lab.server().popen(sys.executable, str(WEB_SERVER), "s1", str(port)))
         lab.start_controller()
@@ -89,14 +91,16 @@ class Connection:
 
     Args:
         site: the laboratory.
-        way: splice or handoff.
+        way: the binding.
         vip: the virtual address.
         isn: the client's initial sequence number; the kernel's choice where None.
     """
 
     def __init__(self, site: Site, way: str, vip: str, ends: list[Capture], isn: int | None = None) -> None:
         self._client = site.lab.client()
-        self._spliced, self._ends = way == "splice", ends
+        self._spliced, self._ends = way != "handoff", ends
+        # The switch's queue to the controller is short: what finds it full is dropped, and sent again.
+        self._lossy = way == "relay"
         self._since = site.shaken()
         with self._client.entered():
             self.socket = socket.socket(family_of(vip))
@@ -140,6 +144,7 @@ class Connection:
     def judge(self, lossy: bool = False) -> tuple[View, View]:
         """Wait for the end of the connection, and assert that all was as it has to be. Returns both ends' views."""
         self.socket.close()
+        lossy = lossy or self._lossy
         upper, lower = self._ends
         client, kept = View("client", self._known, lossy=lossy), []
         deadline = time.monotonic() + 10
@@ -169,15 +174,15 @@ both = pytest.mark.parametrize("vip", [VIP, VIP6], ids=["ipv4", "ipv6"])
 @pytest.mark.parametrize("last", ["server", "client"])
 def test_a_large_answer(site: Site, way: str, vip: str, last: str) -> None:
     """Whoever finishes first."""
-    digest = site.lab.make_file("five", SIZE)
+    digest = site.lab.make_file("large", SIZES[way])
     with captures(site.lab.client(), site.lab.server()) as ends:
         made = Connection(site, way, vip, ends)
-        made.say("GET", "/five", CLOSE if last == "server" else b"")
+        made.say("GET", "/large", CLOSE if last == "server" else b"")
         assert hashlib.sha256(made.answer()).hexdigest() == digest
         if last == "server":
             made.until_closed()
         _, member = made.judge()
-    assert len(member.down.stream) > SIZE
+    assert len(member.down.stream) > SIZES[way]
 
 
 @both
@@ -187,10 +192,10 @@ def test_a_client_that_finishes_first(site: Site, way: str, vip: str, wait: floa
     """Its FIN with the request, or while the answer is on its way (nginx would take that for the end of it all)."""
     with captures(site.lab.client(), site.lab.server()) as ends:
         made = Connection(site, way, vip, ends)
-        made.say("GET", "/bytes/5000192")
+        made.say("GET", f"/bytes/{SIZES[way]}")
         time.sleep(wait)
         made.socket.shutdown(socket.SHUT_WR)
-        assert made.answer() == bytes(range(256)) * (5000192 // 256)
+        assert made.answer() == bytes(range(256)) * (SIZES[way] // 256)
         made.until_closed()
         made.judge()
 
@@ -198,7 +203,7 @@ def test_a_client_that_finishes_first(site: Site, way: str, vip: str, wait: floa
 @both
 @both_ways
 def test_a_large_body(site: Site, way: str, vip: str) -> None:
-    body = os.urandom(SIZE)
+    body = os.urandom(SIZES[way])
     with captures(site.lab.client(), site.lab.server()) as ends:
         made = Connection(site, way, vip, ends)
         made.say("POST", "/", body=body)
@@ -268,7 +273,7 @@ def test_loss(site: Site, way: str, vip: str, sack: bool, isn: int | None, tmp_p
     digest, body = site.lab.make_file("one", 1_000_000), os.urandom(1_000_000)
     with contextlib.ExitStack() as wires:
         # A server agent needs it at its host: there the client alone has none.
-        for host in (client, member) if way == "splice" else (client,):
+        for host in (client,) if way == "handoff" else (client, member):
             host.run("sysctl", "-qw", f"net.ipv4.tcp_sack={int(sack)}")
             wires.callback(host.run, "sysctl", "-qw", "net.ipv4.tcp_sack=1")
         for host in (client, member):

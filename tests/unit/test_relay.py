@@ -402,7 +402,7 @@ def test_a_fast_path_takes_over(here: Relay, clock: Clock) -> None:
     here.install(pair())
     assert here.hand_over(SERIAL) is None, "its member is not there"
     here.set_splices({SERIAL: Splice(7, 2)})
-    assert here.spliced() == [SERIAL] and here.spliced() == []
+    assert here.there() == [SERIAL] and here.there() == []
     taken = here.hand_over(SERIAL)
     assert taken is not None and taken.splice == Splice(7, 2) and taken.key == pair()[0][0]
     assert not here.holds(SERIAL) and here.serials() == [SERIAL]
@@ -421,6 +421,45 @@ def test_a_fast_path_takes_over(here: Relay, clock: Clock) -> None:
     assert here.holds(SERIAL) and here.service_stats()[SERVICE, MEMBER][:2] == (1, 0)
     here.packet(WIRE, request(flags=RST))
     assert len(here.closed()) == 1
+
+
+def test_what_is_under_way_is_not_overtaken(here: Relay) -> None:
+    """Acknowledgments are kept back; with the last one, before any goes on, a fast path may have it."""
+    here.install(pair())
+    here.set_splices({SERIAL: Splice(7)})
+    assert here.there() == [SERIAL] and here.virtual_server(SERIAL) == SERVICE
+    for at in (0, 1000, 2000):
+        assert len(walked(here, request(seq=1 + at, ack=500, payload=bytes(1000)))) == 1
+    assert not here.part(SERIAL) and here.there() == []
+    assert walked(here, answer(seq=507, ack=1001)) == [] == here.there()
+    assert len(walked(here, answer(seq=507, ack=1001))) == 1, "the same again tells of a loss, and goes on"
+    assert len(walked(here, request(seq=3001, ack=500, payload=b"more"))) == 1
+    assert len(walked(here, answer(seq=507, ack=3001, payload=b"data"))) == 1, "data goes on"
+    assert walked(here, answer(seq=511, ack=3003)) == [] == here.there()
+    assert len(walked(here, answer(seq=511, ack=3005))) == 0 and here.there() == [], "the client has not got all"
+    here.packet(WIRE, request(seq=3005, ack=504))
+    assert here.there() == [SERIAL] and here.part(SERIAL), "before it goes on"
+    assert here.hand_over(SERIAL) is not None
+    assert [read(made).ack for _, made in here.out] == [3005, 511], "the last of each side"
+
+
+def test_one_packet_under_way_is_not_waited_for(here: Relay) -> None:
+    here.install(pair())
+    here.set_splices({SERIAL: Splice(7)})
+    walked(here, request(seq=1, ack=500, payload=bytes(1000)))
+    assert here.part(SERIAL) and here.virtual_server(99) is None
+
+
+def test_what_is_never_acknowledged_is_not_waited_for_for_ever(here: Relay) -> None:
+    here.install(pair())
+    here.set_splices({SERIAL: Splice(7)})
+    here.there()
+    for at in range(2):
+        walked(here, request(seq=1 + 1000 * at, ack=500, payload=bytes(1000)))
+    assert not here.part(SERIAL)
+    for _ in range(relay.PARTING_MOST):
+        assert len(walked(here, request(seq=1, ack=500, payload=bytes(1000)))) == 1
+    assert here.there() == [SERIAL] and here.part(SERIAL)
 
 
 def test_without_a_key_nobody_is_greeted(here: Relay) -> None:

@@ -150,6 +150,16 @@ def test_hybrid_hands_over_with_offsets() -> None:
     assert world.control.statistics().virtual_servers[NUMBER].closed == 0, "the fast path will tell"
 
 
+def test_hybrid_hands_over_what_a_member_adopts_at_once() -> None:
+    world = World(Binding.HYBRID)
+    world.control.adopting = frozenset({(MEMBER, 8080)})
+    ((_, greeting),) = world.client(SYN, 0, tcp_options=OPTIONS)
+    ((_, first),) = world.client(ACK | PSH, ack=greeting.seq + 1, payload=REQUEST)
+    assert first.payload == REQUEST
+    (flow,) = world.handed
+    assert (flow.member, flow.ack_offset) == (3, None) and not world.link.holds(flow.query.serial)
+
+
 def test_what_no_fast_path_takes_is_relayed_on() -> None:
     world = World(Binding.HYBRID)
     world.takes = False
