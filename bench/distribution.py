@@ -20,7 +20,7 @@ from rich.table import Table
 
 from bench import report
 from bench.lab import BenchError, raise_open_files, sweep
-from bench.queueing import Machine, Outcome, Trace, simulate
+from bench.queueing import BATCH_SECONDS, Machine, Outcome, Trace, simulate
 from lbapp.config.model import Algorithm
 
 
@@ -87,11 +87,14 @@ def _real(screen: Console, rounds: int, seconds: int, seed: int) -> None:
 @click.option("--traces", "names", default="", help="Some of skewed, slow, dying, large.")
 @click.option("--algorithms", default="", help="Some of the algorithms.")
 @click.option("--seed", type=int, default=1, show_default=True, help="The same seed, the same figures.")
+@click.option("--batch", type=click.FloatRange(0.001, 10), default=BATCH_SECONDS, show_default=True,
+              help="Seconds from one batch of ended connections to the next.")
 @click.option("--real", is_flag=True, help="HAProxy and lbapp with real servers instead (needs root).")
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="With --real.")
 @click.option("--seconds", type=click.IntRange(5, 600), default=20, show_default=True,
               help="With --real: of load, a turn.")
-def main(requests: int, names: str, algorithms: str, seed: int, real: bool, rounds: int, seconds: int) -> None:
+def main(requests: int, names: str, algorithms: str, seed: int, batch: float, real: bool, rounds: int,
+         seconds: int) -> None:
     """Compare the algorithms by what they make of slow, dying and many members (see docs/benchmarks.md)."""
     screen = report.console()
     if real:
@@ -108,7 +111,7 @@ def main(requests: int, names: str, algorithms: str, seed: int, real: bool, roun
     for trace in known:
         if trace.name in chosen:
             with screen.status(trace.name):
-                outcomes = [(algorithm, simulate(trace, algorithm, seed)) for algorithm in wanted]
+                outcomes = [(algorithm, simulate(trace, algorithm, seed, batch)) for algorithm in wanted]
             screen.print(table(trace, outcomes))
 
 

@@ -167,8 +167,15 @@ def control_segment(algorithm: Algorithm, machines: Sequence[Machine]) -> Contro
     return control
 
 
-def simulate(trace: Trace, algorithm: Algorithm, seed: int) -> Outcome:
-    """Run a trace to the end of its last request."""
+def simulate(trace: Trace, algorithm: Algorithm, seed: int, batch: float = BATCH_SECONDS) -> Outcome:
+    """Run a trace to the end of its last request.
+
+    Args:
+        trace: what comes, and who is there.
+        algorithm: who selects.
+        seed: of the requests.
+        batch: seconds from one batch of ended connections to the next.
+    """
     control = control_segment(algorithm, trace.machines)
     servers = [Server(machine) for machine in trace.machines]
     arrivals = requests(trace, seed)
@@ -177,7 +184,7 @@ def simulate(trace: Trace, algorithm: Algorithm, seed: int) -> Outcome:
     ended: list[Closed] = []
     took: list[float] = []
     used: list[tuple[float, float]] = []
-    batch_at, arrived = BATCH_SECONDS, 0
+    batch_at, arrived = batch, 0
 
     def reschedule(index: int) -> None:
         when = servers[index].next()
@@ -193,7 +200,7 @@ def simulate(trace: Trace, algorithm: Algorithm, seed: int) -> Outcome:
                 server.advance(now)
             used = [(server.busy, server.could) for server in servers]
         if now == batch_at:
-            batch_at += BATCH_SECONDS
+            batch_at += batch
             if ended:
                 control.handle(Delete(SWITCH, tuple(ended)), now)
                 ended.clear()

@@ -86,6 +86,15 @@ def test_a_dying_member_is_left():
     assert simulate(trace, Algorithm.LEAST_RESPONSE_TIME, 1).percentile(99) < turns / 3
 
 
+def test_late_news_misleads_those_who_count_connections():
+    """What has ended and is not told of yet makes fast members look full; who knows how fast they are is not misled."""
+    trace = Trace("quick", "", SLOW.machines[:6], 6000, seconds=20.0, load=0.5, tail=0)
+    late, soon = ({algorithm: simulate(trace, algorithm, 1, batch).percentile(99) for algorithm in (
+        Algorithm.LEAST_CONNECTIONS, Algorithm.LEAST_RESPONSE_TIME)} for batch in (0.3, 0.005))
+    assert late[Algorithm.LEAST_CONNECTIONS] > 1.5 * soon[Algorithm.LEAST_CONNECTIONS]
+    assert late[Algorithm.LEAST_RESPONSE_TIME] < 1.5 * soon[Algorithm.LEAST_RESPONSE_TIME]
+
+
 def test_where_all_are_alike_measuring_does_no_harm():
     """Sizes that differ a thousandfold tell nothing of members that are the same."""
     trace = Trace("skewed", "", TEN, 8000, seconds=20.0)
