@@ -23,6 +23,8 @@ from lbapp.reports import LONGEST_NAME, Outdated, Unsigned
 from lbapp.server_agent import report
 from lbapp.server_agent.report import Told
 
+MOST_REPORT = 64 << 10
+"""Bytes: all that fits into a report's limits fits into half of it."""
 FILTERS = ("virtual_server", "member", "client", "protocol", "state", "switch")
 
 
@@ -147,6 +149,8 @@ class Live:
         query(request)
         if len(name) > LONGEST_NAME or not name.isprintable():
             raise invalid(f"expected a printable name of at most {LONGEST_NAME} characters", "name")
+        if len(request.body) > MOST_REPORT:
+            raise ApiError(Problem.TOO_LARGE, f"expected a report of at most {MOST_REPORT} bytes")
         try:
             told = msgspec.convert(json_object(request), LoadReport)
         except msgspec.ValidationError as error:

@@ -173,7 +173,7 @@ def document() -> JsonObject:
             "delete": _operation("It ends", "204", None, _path_parameters("{id}"))},
         "/v1/server-agents/{id}/report": {
             "put": _operation("An agent beside servers reports their load", "200", _ref("ReportAnswer"),
-                              _path_parameters("{id}"), _content(_ref("LoadReport")), ("400", "409"))},
+                              _path_parameters("{id}"), _content(_ref("LoadReport")), ("400", "409", "413"))},
         "/v1/events": {"get": _operation("What happened, oldest first", "200", _listing("events", "EventView"), [
             *(_parameter(name, "query", {"type": "string"}, "Only such") for name in HAPPENINGS), *_PAGING],
             None, ("400",))},

@@ -175,7 +175,8 @@ def test_an_agent_that_dies_leaves_the_configured_weight(reported: Reported) -> 
 def test_absurd_reports_are_flagged_and_do_not_count(reported: Reported) -> None:
     distributed(reported, algorithm="FORMULA", formula="speed * (1 - cpu)", stale=30)
     reported.say("s1", 7)
-    for name, cpu in zip(NAMES, (f"/bin/cat {reported.directory}/s1/number", "/bin/echo 0", "/bin/echo 0"), strict=True):
+    cpus = {"s1": f"/bin/cat {reported.directory}/s1/number", "s2": "/bin/echo 0", "s3": "/bin/echo 0"}
+    for name, cpu in cpus.items():
         reported.start(name, "--value", reported.source(name), "--value", f"cpu=command:{cpu}")
     wait_until(lambda: reported.report("s1").get("flags") == ["cpu: expected 0 to 1, got 7"], 60, "the flag")
     said = "the report of agent s1 is flagged: cpu: expected 0 to 1, got 7"
@@ -222,7 +223,8 @@ def test_agents_that_adopt_connections_report_as_well(reported: Reported) -> Non
     log = reported.directory / "adopting.log"
     agent = reported.lab.controller.namespace.popen(
         LBAPP, "--token-file", str(reported.lab.controller.state / "token"), "server-agent", "--name", "both",
-        "--netns", f"/proc/{host.pid}/ns/net", "--listen-port", "80", "--bus-key", str(reported.key), "--log-file", str(log))
+        "--netns", f"/proc/{host.pid}/ns/net", "--listen-port", "80", "--bus-key", str(reported.key),
+        "--log-file", str(log))
     try:
         def shown() -> dict[str, Any]:
             listed = reported.lab.rest.get("/v1/server-agents")["server_agents"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lbapp.api.live import MOST_REPORT
 from lbapp.server_agent.report import Told, document, sign
 from tests.unit.rest_process import error_of, rest_process
 
@@ -96,6 +97,14 @@ def without(name: str) -> dict[str, Any]:
 def test_a_bad_report_is_a_400_that_names_the_field(rest: Any, body: dict[str, Any], field: str) -> None:
     found = error_of(rest.ask("PUT", f"{PATH}/report", body), 400)["field"]
     assert found.startswith(field), found
+
+
+def test_a_report_is_not_read_beyond_its_bounds(rest: Any) -> None:
+    values = {f"v{number}" + "x" * 60: 1.0000000000000002 for number in range(64)}
+    largest = Told(RUN, 2**53 - 1, time.time(), (("fd00:1234:5678:9abc:def0:1234:5678:9abc", 65535),) * 256,
+                   {name[:64]: value for name, value in values.items()})
+    assert len(json.dumps(document(largest, sign(KEY, "s1", largest)), indent=1)) < MOST_REPORT
+    error_of(rest.ask("PUT", f"{PATH}/report", {**loads(), "values": {"x" * MOST_REPORT: 1}}), 413)
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "a%0Ab", "%00"])
