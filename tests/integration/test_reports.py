@@ -234,7 +234,7 @@ def test_agents_that_adopt_connections_report_as_well(reported: Reported) -> Non
         if agent.poll() is not None:
             pytest.skip(f"no connections are adopted here: {log.read_text().strip()[-200:]}")
         wait_until(lambda: bool(shown()["listeners"]) and bool(shown()["report"]), 60, "both")
-        assert shown()["listeners"] == sorted(shown()["report"]["servers"])
+        assert set(shown()["listeners"]) <= set(shown()["report"]["servers"])
     finally:
         end(agent)
     wait_until(lambda: shown() == {}, 60, "its end")
