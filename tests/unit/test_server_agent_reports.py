@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The lbapp authors
 # SPDX-License-Identifier: Apache-2.0
-"""What an agent beside servers reports: ``lbapp.server_agent.measure``, ``lbapp.server_agent.reporter``; the command."""
+"""What an agent beside servers reports: ``lbapp.server_agent.measure`` and ``reporter``; the command."""
 
 from __future__ import annotations
 
