@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -23,6 +24,8 @@ DEEPEST = 32
 LARGEST = 256
 """Operations, numbers and names in one."""
 MOST_ARGUMENTS = 16
+_NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}")
+"""What values that are reported can be called."""
 
 Values = Mapping[str, float]
 Term = Callable[[Values], float]
@@ -153,6 +156,8 @@ class _Reader:
         name = node.id
         if name in FUNCTIONS:
             raise self._wrong(node, f"expected {name}(...)")
+        if not _NAME.fullmatch(name):
+            raise self._wrong(node, f"expected the name of a value, small letters, digits and _, got {name[:70]!r}")
         self.names.add(name)
 
         def term(values: Values) -> float:

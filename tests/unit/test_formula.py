@@ -77,6 +77,7 @@ def test_which_values_it_speaks_of() -> None:
     ("abs(1, 2)", "expected 1 arguments of abs, got 2"), ("round(1, ndigits=2)", "round without names of arguments"),
     ("min(*cpu)", "expected 2 to 16 arguments"), ("max(1, *cpu)", "column 8: a star is not part of formulas"),
     ("max(" + ", ".join(["1"] * 17) + ")", "got 17"), ("cpu # well", "column 5: expected printable ASCII"),
+    ("1 - CPU", "column 5: expected the name of a value"), ("a" * 65, "column 1: expected the name of a value"),
     ("cpu\n+1", "column 4: expected printable ASCII"), ("\u03bc", "column 1: expected printable ASCII"),
     ("cpu\x00", "column 4: expected printable ASCII"), ("1; 2", "column 2: expected an expression"),
     ("import os", "expected an expression"), ("yield 1", "column 1: yield is not part|expected an expression"),
