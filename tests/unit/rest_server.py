@@ -99,8 +99,15 @@ class Runtime:
                 client=f"192.0.2.{serial % 5}:{1000 + serial}", destination="10.0.0.100:80", state="ESTABLISHED")
 
     def server_agents(self) -> list[views.ServerAgentView]:
-        return [views.ServerAgentView(name=name, listeners=[f"{address}:{port}" for address, port in told],
-                                      expires_in=9.0) for name, told in self._agents.items()]
+        now = time.monotonic()
+        reports = {name: views.ReportView(
+            age_seconds=now - heard.at, sequence=heard.told.sequence, servers=[one for one, _ in heard.told.endpoints],
+            values=dict(heard.told.values), flags=list(heard.flags), signed=heard.signed, refused=heard.refused)
+            for name, heard in self._reports.agents(now).items()}
+        return [*(views.ServerAgentView(name=name, listeners=[f"{address}:{port}" for address, port in told],
+                                        expires_in=9.0) for name, told in self._agents.items()),
+                *(views.ServerAgentView(name=name, listeners=[], expires_in=None, report=report)
+                  for name, report in reports.items() if name not in self._agents)]
 
     def announce(self, name: str, listeners: list[tuple[str, int]]) -> views.Lease | None:
         if len(self._agents) >= 2 and name not in self._agents:
@@ -112,7 +119,7 @@ class Runtime:
         return self._reports.take(name, told, signature, time.monotonic(), time.time())
 
     def withdraw(self, name: str) -> bool:
-        return self._agents.pop(name, None) is not None
+        return bool((self._agents.pop(name, None) is not None) | self._reports.withdraw(name))
 
     def statistics(self) -> views.StatisticsView:
         return views.StatisticsView(

@@ -5,8 +5,13 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +19,7 @@ import pytest
 from lbapp.api.live import MOST_REPORT
 from lbapp.server_agent.report import Told, document, sign
 from tests.unit.rest_process import error_of, rest_process
+from topologies.namespace import wait_until
 
 PATH = "/v1/server-agents/s1"
 
@@ -46,6 +52,39 @@ def test_an_agent_announces_itself_and_gets_the_keys(rest: Any) -> None:
     ({"listeners": [{"address": "10.0.0.1", "port": 80}] * 257}, "listeners")])
 def test_a_bad_announcement_is_a_400_that_names_the_field(rest: Any, body: dict[str, Any], field: str) -> None:
     assert error_of(rest.ask("PUT", PATH, body), 400)["field"] == field
+
+
+def test_the_command_reports_alone(rest: Any, tmp_path: Path) -> None:
+    """``lbapp server-agent --report-only`` as a process of its own, until it is told to end."""
+    key = tmp_path / "key"
+    key.write_bytes(KEY)
+    key.chmod(0o600)
+
+    def shown() -> dict[str, Any]:
+        listed = rest.ask("GET", "/v1/server-agents").json()["server_agents"]
+        return next((one["report"] for one in listed if one["name"] == "alone"), {})
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        agent = subprocess.Popen([
+            str(Path(sys.executable).with_name("lbapp")), "--url", f"http://127.0.0.1:{rest.port}", "server-agent",
+            "--report-only", "--name", "alone", "--listener", f"127.0.0.1:{port}", "--report-interval", "0.2",
+            "--bus-key", str(key), "--value", "five=command:/bin/echo 5"],
+            env={**os.environ, "LBAPP_TOKEN": rest.token}, stderr=subprocess.PIPE, text=True)
+        try:
+            with socket.create_connection(("127.0.0.1", port)):
+                wait_until(lambda: {"cpu", "memory", "five"} <= shown().get("values", {}).keys() or
+                           agent.poll() is not None, 60, "its reports")
+                assert agent.poll() is None, agent.communicate()[1]
+                wait_until(lambda: shown()["values"]["clients"] == 1, 60, "the client that is counted")
+            assert shown()["signed"] and shown()["flags"] == [] and shown()["values"]["five"] == 5
+            agent.terminate()
+            said = agent.communicate(timeout=60)[1]
+            assert agent.returncode == 0 and "Traceback" not in said
+            assert shown() == {}
+        finally:
+            agent.kill()
+            agent.wait()
 
 
 # ------------------------------------------------------------------ how loaded their servers are
