@@ -207,6 +207,8 @@ class Meter:
             return {}
         if now - self._searched >= SEARCH_S or not self._pids:
             self._searched, self._pids = now, owners(inodes)
+            if not self._pids:
+                raise ValueError("no process is found that listens there; those of other users only root finds")
         times: dict[int, tuple[float, float]] = {}
         for pid in self._pids:
             try:

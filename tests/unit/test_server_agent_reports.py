@@ -118,7 +118,7 @@ def test_busy_and_idle_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert meter.measure([])["cpu"] == 1.0
 
 
-def test_the_cpu_of_those_who_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_of_those_who_listen(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     monkeypatch.setattr(psutil, "cpu_count", lambda: 2)
     meter = Meter(of_servers=True, clock=lambda: now[0])
@@ -131,7 +131,10 @@ def test_the_cpu_of_those_who_listen(monkeypatch: pytest.MonkeyPatch) -> None:
         used = meter.measure([("127.0.0.1", port)])["cpu"]
         assert 0.05 <= used <= 1.0  # 0.2 s of one of two cores, and whatever came besides
     now[0] = 100.0
-    assert "cpu" not in meter.measure([("127.0.0.1", port)])  # nobody listens
+    for _ in range(2):
+        assert "cpu" not in meter.measure([("127.0.0.1", port)])  # nobody listens
+        now[0] += 1
+    assert len(messages(caplog)) == 1 and "no process is found that listens there" in messages(caplog)[0]
 
 
 def test_what_cannot_be_measured_is_missing_and_said_once(monkeypatch: pytest.MonkeyPatch,
