@@ -20,13 +20,13 @@ from collections import OrderedDict
 from collections.abc import Container, Iterable
 from typing import NamedTuple
 
-from lbapp.config.model import UNLIMITED, Algorithm, Member, Persistence, Pool
+from lbapp.config.model import UNLIMITED, Algorithm, Member, Persistence, Pool, VirtualServer
 from lbapp.config.pool import Override
 from lbapp.control.messages import Binding, Query, Translation
 from lbapp.control.neighbours import Neighbours
 from lbapp.control.persistence import Clients, Keys
 from lbapp.control.selection import ALGORITHMS, Candidate, Selector
-from lbapp.control.services import Service, Way
+from lbapp.control.services import Service, Services, Way
 from lbapp.control.statistics import Counts, Ledger
 
 Choice = tuple[int, Translation, Way, tuple[Counts, Counts, Counts]]
@@ -75,6 +75,12 @@ class SwitchState:
         self.counts = counts
         self.groups: dict[int, dict[str, Group]] = {}
         self.chosen: OrderedDict[int, Chosen] = OrderedDict()
+
+    def note(self, serial: int, chosen: Chosen, most: int) -> None:
+        """Remember why a connection went where it went; of more than ``most`` the oldest makes room."""
+        self.chosen[serial] = chosen
+        if len(self.chosen) > most:
+            self.chosen.popitem(last=False)
 
     def stale(self, number: int) -> None:
         """What a virtual server selects from has changed."""
@@ -146,6 +152,19 @@ class Choosing:
             # Nobody to be reached is no reason to forget whose turn it is.
             group.selector.update(candidates)
         return group
+
+    def eligible(self, services: Services, switch_id: int, virtual_server: VirtualServer,
+                 pool: Pool | None) -> tuple[Member, ...]:
+        """The members, in the pool's order, that take new connections and can be reached from a switch."""
+        if pool is None or not pool.admin_state_up:
+            return ()
+        hosts = self._neighbours.hosts(switch_id)
+        service = services.by_number.get(virtual_server.number)
+        if service is not None and service.virtual_server is virtual_server and service.pool is pool:
+            return tuple(way.member for way in service.ways if way.member.takes_new and way.next_hop in hosts)
+        routes = services.routes
+        return tuple(member for member in pool.members if member.takes_new and routes.reaches(virtual_server, member)
+                     and routes.next_hop(virtual_server, member) in hosts)
 
     def choose(self, group: Group, pool_id: str, query: Query, said: bytes | None, now: float,
                failed: Container[int] = ()) -> Choice | Full | None:

@@ -274,10 +274,7 @@ class ControlSegment:
         if reply.error is not Error.OK:
             return AppReply(query, reply, answer=told.unavailable)
         binding = Binding.SPLICE if told.edit is not None else self._binding(service, reply.member)
-        chosen = switch.chosen
-        chosen[query.serial] = Chosen(told.policy, told.read, binding)
-        if len(chosen) > self._limits.chosen:
-            chosen.popitem(last=False)
+        switch.note(query.serial, Chosen(told.policy, told.read, binding), self._limits.chosen)
         return AppReply(query, reply, binding, edit=told.edit)
 
     def _binding(self, service: Service, number: int) -> Binding:
@@ -538,15 +535,7 @@ class ControlSegment:
 
         The virtual server's own state (disabled, maintenance) is not considered.
         """
-        if pool is None or not pool.admin_state_up:
-            return ()
-        hosts = self._neighbours.hosts(switch)
-        service = self._services.by_number.get(virtual_server.number)
-        if service is not None and service.virtual_server is virtual_server and service.pool is pool:
-            return tuple(way.member for way in service.ways if way.member.takes_new and way.next_hop in hosts)
-        routes = self._services.routes
-        return tuple(member for member in pool.members if member.takes_new and routes.reaches(virtual_server, member)
-                     and routes.next_hop(virtual_server, member) in hosts)
+        return self._choosing.eligible(self._services, switch, virtual_server, pool)
 
     def connections(self) -> Iterator[Connection]:
         """Copies of the connections that are known, by switch, oldest first."""

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -126,6 +127,20 @@ def test_one_after_the_other(lab: Lab) -> None:
 
 def test_one_after_the_other_with_rule_pairs(lab: Lab) -> None:
     one_after_the_other(lab, 8081)
+
+
+def test_a_wait_that_is_longer_than_an_agents_patience(lab: Lab) -> None:
+    """It keeps no packet for more than three seconds; the client's SYN comes again."""
+    limited(lab, limit=3, timeout=40)
+    client = lab.client("c1")
+    held = Held(client, VIP, 80)
+    late = Visitor(client, VIP, 80)
+    waiting(lab, "one", 1)
+    time.sleep(6.5)
+    assert line_of(lab, "one")["waiting"] == 1 and not late.done.is_set()
+    held.close()
+    assert late.wait().server == "s1", (late.answer, late.error)
+    late.close()
 
 
 def test_nobody_waits_for_ever(lab: Lab) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,9 +68,9 @@ def test_a_tls_session(lab: Lab, tmp_path: Path) -> None:
     assert [one["type"] for one in lab.rest.get("/v1/persistence?pool=tls")["persistence"]] == ["TLS_SESSION_ID"]
 
 
-def limited(lab: Lab, **line: object) -> None:
-    configure(lab, [pool("one", "ROUND_ROBIN", members(lab, PYTHON_PORT, names=["s1"], connection_limit=1),
-                         waiting=line)], [server("web", 80, "one", application="http")])
+def limited(lab: Lab, inspect_timeout: int = 10, **line: object) -> None:
+    one = pool("one", "ROUND_ROBIN", members(lab, PYTHON_PORT, names=["s1"], connection_limit=1), waiting=line)
+    configure(lab, [one], [server("web", 80, "one", application="http", inspect_timeout=inspect_timeout)])
     wait_until(lambda: lab.rest.get("/v1/stats?pool=one")["members"][0]["active"] == 0, 30, "nobody is there")
 
 
@@ -95,6 +96,19 @@ def test_requests_are_served_one_after_the_other(lab: Lab) -> None:
             visitor.close()
     after = waiting(lab, "one", 0)
     assert [after[name] - before[name] for name in ("waited", "refused_full", "timed_out")] == [3, 1, 0]
+
+
+def test_a_wait_that_is_longer_than_reading_may_take(lab: Lab) -> None:
+    limited(lab, 1, limit=3, timeout=40)
+    client = lab.client("c1")
+    first = Visitor(client, VIP, 80).wait()
+    late = Visitor(client, VIP, 80)
+    waiting(lab, "one", 1)
+    time.sleep(6.5)
+    assert line_of(lab, "one")["waiting"] == 1 and not late.done.is_set()
+    first.close()
+    assert late.wait().server == "s1", (late.answer, late.error)
+    late.close()
 
 
 def test_who_waits_too_long_is_answered(lab: Lab) -> None:
