@@ -27,6 +27,10 @@ MOST_AGENTS = 4096
 LONGEST_NAME = 255
 CLOCK_SECONDS = 60.0
 """How far an agent's clock may be from the controller's."""
+MOST_PER_SECOND = 50
+"""Reports of all agents together, where that is often enough: each takes the controller half a millisecond."""
+IDLE_SECONDS = 10.0
+"""How often agents report while no pool looks at it."""
 FORGET_SECONDS = 3600.0
 """An agent that is silent for so long is forgotten; no pool counts an older report."""
 WITHDRAWN_SECONDS = 3 * CLOCK_SECONDS
@@ -117,6 +121,12 @@ class Reports:
         self._agents[agent] = Heard(told, now, flags, self.key is not None, heard.refused if heard else 0, latest)
         self._master.report(agent, told.endpoints, told.values, now, flags)
         return flags
+
+    def interval(self) -> float:
+        """How many seconds an agent is to let pass until its next report, unless it was told to let more pass."""
+        fair = len(self._agents) / MOST_PER_SECOND
+        needs = self._master.needs
+        return max(IDLE_SECONDS, fair) if needs is None else min(max(needs[0], fair), needs[1] / 3)
 
     def _admit(self, agent: str, told: Told, signature: bytes | None, heard: Heard | None, now: float) -> None:
         if self.key is not None:

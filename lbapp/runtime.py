@@ -29,6 +29,7 @@ from lbapp.api.views import (
     MonitorView,
     PersistenceView,
     RelayStatistics,
+    ReportAnswer,
     ReportView,
     ServerAgentView,
     StatisticsView,
@@ -49,7 +50,7 @@ from lbapp.handoffs import LEASE_SECONDS
 from lbapp.health import HealthService
 from lbapp.readings import CLOSING, Readings
 from lbapp.remembering import endpoint
-from lbapp.reports import Heard
+from lbapp.reports import Heard, Reports
 from lbapp.server_agent.report import Told
 
 LOG = logging.getLogger("lbapp.runtime")
@@ -471,10 +472,11 @@ class ControllerRuntime:
             report=_report_view(heard[name], now) if name in heard else None)
             for name in announced.keys() | heard.keys()]
 
-    def report(self, name: str, told: Told, signature: bytes | None) -> tuple[str, ...]:
+    def report(self, name: str, told: Told, signature: bytes | None) -> ReportAnswer:
         """An agent beside servers says how loaded they are."""
-        flags: tuple[str, ...] = self._application.reports.take(name, told, signature, time.monotonic(), time.time())
-        return flags
+        reports: Reports = self._application.reports
+        flags = reports.take(name, told, signature, time.monotonic(), time.time())
+        return ReportAnswer(flags=list(flags), interval=round(reports.interval(), 3))
 
     def announce(self, name: str, listeners: list[tuple[str, int]]) -> Lease | None:
         """An agent beside servers says what it adopts connections for."""

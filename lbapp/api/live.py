@@ -15,7 +15,7 @@ import webob
 from lbapp.api.errors import ApiError, Problem, from_validation, invalid
 from lbapp.api.requests import json_object, limit_of, query
 from lbapp.api.resources import Answer, ok
-from lbapp.api.views import ConnectionView, ReportAnswer, Runtime, StatisticsView
+from lbapp.api.views import ConnectionView, Runtime, StatisticsView
 from lbapp.config.fields import canonical_address
 from lbapp.config.snapshot import breathe
 from lbapp.handoffs import MOST_AGENTS, MOST_LISTENERS
@@ -164,14 +164,14 @@ class Live:
             except ValueError as error:
                 raise invalid(str(error), f"servers[{index}].address") from None
         try:
-            flags = self.runtime.report(
+            answer = self.runtime.report(
                 name, Told(bytes.fromhex(told.run), told.sequence, told.time, tuple(servers), told.values),
                 None if told.signature is None else bytes.fromhex(told.signature))
         except Unsigned as refused:
             raise ApiError(Problem.UNAUTHORIZED, str(refused), "signature") from None
         except Outdated as refused:
             raise ApiError(Problem.CONFLICT, str(refused)) from None
-        return ok(ReportAnswer(flags=list(flags)))
+        return ok(answer)
 
     def withdraw(self, request: webob.Request, name: str) -> Answer:
         """DELETE of an agent beside servers."""

@@ -311,9 +311,15 @@ class ReportView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReportAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """What is wrong with a report that was taken; with anything, it does not count."""
+    """Of a report that was taken.
+
+    Attributes:
+        flags: what is wrong with it; with anything, it does not count.
+        interval: the next one is wanted after so many seconds, and no sooner.
+    """
 
     flags: list[str]
+    interval: float
 
 
 class ServerAgentView(msgspec.Struct, frozen=True, kw_only=True):
@@ -453,8 +459,8 @@ class Runtime(Protocol):
         """An agent beside servers says what it adopts connections for; None: there are too many agents."""
         ...
 
-    def report(self, name: str, told: Told, signature: bytes | None) -> tuple[str, ...]:
-        """An agent beside servers says how loaded they are; returns what is wrong with that.
+    def report(self, name: str, told: Told, signature: bytes | None) -> ReportAnswer:
+        """An agent beside servers says how loaded they are.
 
         Raises:
             lbapp.reports.Refused: it is not taken.

@@ -208,6 +208,13 @@ class Master:
         """The active buffer: another object only after a flip."""
         return self.buffers.active
 
+    @property
+    def needs(self) -> tuple[float, float] | None:
+        """How often reports are looked at, and after how long they are stale: the least of all pools, in seconds. None:
+        no pool looks at any."""
+        wanted = [one.distribution for one in self._pools.values()]
+        return (min(one.interval for one in wanted), min(one.stale for one in wanted)) if wanted else None
+
     def standing(self, number: int) -> Standing | None:
         """Why a member has its weight; None: no distribution has it."""
         for distributed in self._pools.values():

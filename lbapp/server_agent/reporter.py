@@ -30,6 +30,8 @@ LOG = logging.getLogger("lbapp.server_agent")
 
 INTERVAL_S = 3.0
 ANSWER_S = 2.0
+LONGEST_S = 300.0
+"""Between reports, whatever the controller says."""
 FIRST_S = 1.0
 """After the start: then there is something to measure."""
 
@@ -44,7 +46,7 @@ class Reporting:
         only: report, and adopt no connections.
         values: of the operator's own; they take the place of measured ones of the same name.
         of_servers: whether ``cpu`` is that of the processes that listen, instead of the host's.
-        interval: seconds between reports.
+        interval: seconds between reports, at least; the controller may want fewer.
         key: the buses' shared key; None: reports are not signed.
     """
 
@@ -79,6 +81,7 @@ class Reporter:
         self._client: Client | None = None
         self._failure: str | None = None
         self._flags: tuple[str, ...] = ()
+        self._wanted = 0.0
 
     def close(self) -> None:
         """Close the connection to the controller."""
@@ -113,12 +116,18 @@ class Reporter:
         if self._failure is not None:
             LOG.info("the controller gets reports of this server's load again")
             self._failure = None
-        said = answer.get("flags") if isinstance(answer, dict) else None
+        said, wanted = (answer.get("flags"), answer.get("interval")) if isinstance(answer, dict) else (None, None)
+        self._wanted = min(max(wanted, 0.0), LONGEST_S) if isinstance(wanted, float | int) and wanted > 0 else 0.0
         flags = tuple(str(flag)[:200] for flag in said[:report.MOST_VALUES]) if isinstance(said, list) else ()
         if flags and flags != self._flags:
             LOG.warning("reports do not count: %s", "; ".join(flags))
         self._flags = flags
         return True
+
+    @property
+    def pause(self) -> float:
+        """Seconds until the next report."""
+        return max(self._reporting.interval, self._wanted)
 
     def withdraw(self) -> bool:
         """Tell the controller that there will be no more. False if it does not know."""
@@ -138,7 +147,7 @@ class Reporter:
                     self.step()
                 except Exception:
                     LOG.exception("this server's load cannot be reported")
-                stop.wait(self._reporting.interval)
+                stop.wait(self.pause)
         finally:
             if not self._reporting.only:
                 self.close()

@@ -115,8 +115,9 @@ class Runtime:
         self._agents[name] = listeners
         return views.Lease(cookie_keys=("00" * 16, None), window_scale=7, lease_seconds=10.0)
 
-    def report(self, name: str, told: Told, signature: bytes | None) -> tuple[str, ...]:
-        return self._reports.take(name, told, signature, time.monotonic(), time.time())
+    def report(self, name: str, told: Told, signature: bytes | None) -> views.ReportAnswer:
+        flags = self._reports.take(name, told, signature, time.monotonic(), time.time())
+        return views.ReportAnswer(flags=list(flags), interval=0.5)
 
     def withdraw(self, name: str) -> bool:
         return bool((self._agents.pop(name, None) is not None) | self._reports.withdraw(name))

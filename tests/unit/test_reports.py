@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lbapp import reports
-from lbapp.config.pool import Member
+from lbapp.config.model import Configuration
+from lbapp.config.pool import Algorithm, Distribution, Member, Pool
 from lbapp.control.master import Master
 from lbapp.reports import Outdated, Reports, Unsigned
 from lbapp.server_agent import report
@@ -183,6 +184,20 @@ def test_an_agent_ends() -> None:
         place.take(told(3))
     place.take(told(4))
     assert set(place.reports.agents(1.0)) == {"s1"} and place.counted() is not None
+
+
+@pytest.mark.parametrize(("agents", "pools", "interval"), [
+    (1, [], 10.0), (600, [], 12.0), (1, [(5.0, 15.0)], 5.0), (1, [(1.0, 15.0), (5.0, 60.0)], 1.0),
+    (200, [(1.0, 15.0)], 4.0), (4000, [(1.0, 15.0)], 5.0), (4000, [(5.0, 300.0)], 80.0), (1, [(60.0, 15.0)], 5.0)])
+def test_how_often_agents_are_to_report(agents: int, pools: list[tuple[float, float]], interval: float) -> None:
+    """As often as it is looked at; less often where they are many, but never so seldom that reports are stale."""
+    place = Place()
+    for number in range(agents):
+        place.take(told(), f"s{number}")
+    place.master.distribute(Configuration(pools={str(index): Pool(
+        name=f"p{index}", lb_algorithm=Algorithm.WEIGHTED_ROUND_ROBIN, distribution=Distribution(
+            interval=every, stale=stale)) for index, (every, stale) in enumerate(pools)}), 0.0)
+    assert place.reports.interval() == interval
 
 
 # ------------------------------------------------------------------ what is absurd

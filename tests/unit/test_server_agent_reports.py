@@ -243,6 +243,20 @@ def test_failures_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
         assert one.step()
 
 
+@pytest.mark.parametrize(("wanted", "pause"), [
+    (1, 3.0), (5.5, 5.5), (1e9, 300.0), (-1, 3.0), (None, 3.0), ("9", 3.0), (float("1e400"), 300.0), (math.nan, 3.0)])
+def test_the_controller_says_how_often(wanted: Any, pause: float) -> None:
+    controller = Controller()
+    one = reporter(controller)
+    assert one.pause == 3.0
+    controller.answer = {"flags": [], "interval": 20}
+    one.step()
+    assert one.pause == 20
+    one._call = lambda *_: {"flags": [], "interval": wanted}  # type: ignore[method-assign]
+    one.step()
+    assert one.pause == pause
+
+
 def test_addresses_that_cannot_be_had(caplog: pytest.LogCaptureFixture) -> None:
     def none() -> Any:
         raise AdoptError("this host's addresses cannot be listed")
