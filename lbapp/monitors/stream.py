@@ -49,10 +49,17 @@ def words(error: OSError) -> str:
 
 
 def endpoint(address: str, port: int) -> tuple[socket.AddressFamily, Any]:
-    """Family and socket address."""
-    if ":" in address:
-        return socket.AF_INET6, (address, port, 0, 0)
-    return socket.AF_INET, (address, port)
+    """Family and socket address.
+
+    Raises:
+        ValueError: it is no address; a name would be looked up, and everything would wait for that.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        socket.inet_pton(family, address)
+    except OSError:
+        raise ValueError(f"{address!r} is no address") from None
+    return family, (address, port, 0, 0) if family == socket.AF_INET6 else (address, port)
 
 
 class Stream:
