@@ -25,7 +25,7 @@ from lbapp.dataflow.fastpath.cookies import Options
 from lbapp.dataflow.fastpath.layout import Ask, Flow, FlowKey, QueryRecord, Reason, Result, Service, ServiceKey, Splice
 from lbapp.dataflow.frames import ACK, FIN, RST, SYN, Packet, Segment
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
-from lbapp.dataflow.splicing import hops, translated
+from lbapp.dataflow.splicing import fit, hops, translated
 
 MAX_RELAYED = 4096
 """Connections relayed at once."""
@@ -83,9 +83,7 @@ class _Connection:
         self.packets = [0, 0]
         self.octets = [0, 0]
         self.fins = 0
-        self.closed = False
-        self.told = False
-        self.taken = False
+        self.closed = self.told = self.taken = False
         self.parting = 0  # packets since it was to be taken over; 0: it is not
         # Of each side, in its own numbers: behind what it sent, what of it was acknowledged, and frames between.
         self.sent: list[int | None] = [None, None]
@@ -178,12 +176,14 @@ class Relay:
         it = packet.signature
         key = FlowKey(it.source, it.destination, it.source_port, it.destination_port, it.protocol)
         known = self._flows.get(key)
+        service = self._services.get(ServiceKey(it.destination, it.destination_port, it.protocol))
+        if not fit(frame, packet) and (known is not None or service is not None):
+            raise frames.MalformedError("nothing that may be translated")
         if known is not None:
             if not known[0].closed or packet.tcp_flags & (SYN | ACK | RST | FIN) != SYN:
                 self._follow(known[0], known[1], port, frame, packet)
                 return known[0].sides[0].virtual_server
             self._remove(known[0], Reason.SHUTDOWN)
-        service = self._services.get(ServiceKey(it.destination, it.destination_port, it.protocol))
         if service is None:
             return None
         part = frames.segment(frame, packet)

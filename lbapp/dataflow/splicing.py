@@ -22,6 +22,17 @@ def hops(frame: bytes) -> int:
     return frame[22] if frame[12:14] == b"\x08\x00" else frame[21]
 
 
+def fit(frame: bytes, packet: Packet) -> bool:
+    """Whether a packet is one that the fast path would translate: its checksum here is made anew, and would hide what
+    is wrong with it. IPv4 options and fragments are nobody's here; neither are ports of 0."""
+    it = packet.signature
+    if not it.source_port or not it.destination_port or it.source == it.destination:
+        return False
+    if len(it.source) == 16:
+        return True
+    return packet.offset == 34 and not frame[20] & 0x20 and frames.ones_sum(frame[14:34]) == 0xFFFF
+
+
 def _with_sacks(packed: bytes, offset: int) -> bytes:
     """TCP options, every edge of SACK blocks moved."""
     made = bytearray(packed)

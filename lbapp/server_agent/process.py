@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from lbapp.dataflow.fastpath.kernel import KernelError
 from lbapp.dataflow.fastpath.netlink import Netlink, NetlinkError
 from lbapp.server_agent import adopt
 from lbapp.server_agent.adopt import Adopter, AdoptError, Listener
+from lbapp.server_agent.listening import heard, listening
 from lbapp.server_agent.measure import Meter
 from lbapp.server_agent.namespaces import Outside, inside
 from lbapp.server_agent.reporter import Reporter, Reporting, beside
@@ -42,6 +44,8 @@ from lbapp.server_agent.sources import Sources
 LOG = logging.getLogger("lbapp.server_agent")
 
 INTERVAL_S = 3.0
+LOOK_S = 0.5
+"""How often who listens is looked at: no connection is to be handed to a server that has died."""
 ANSWER_S = 2.0
 """An answer is waited for so long."""
 GRACE_S = 0.5
@@ -150,14 +154,18 @@ class ServerAgent:
         addresses: this host's.
         sysctl: the kernel's settings.
         outside: a block in which the controller can be reached.
+        there: who listens.
     """
 
     def __init__(self, settings: Settings, adopter: Adopter, netlink: Netlink, connect: Callable[[], Client],
                  addresses: Callable[[], list[str]] = own_addresses, sysctl: Path = adopt.SYSCTL,
-                 outside: Outside = contextlib.nullcontext) -> None:
+                 outside: Outside = contextlib.nullcontext,
+                 there: Callable[[], Collection[tuple[str, int]]] = listening) -> None:
         self.settings, self._adopter, self._netlink = settings, adopter, netlink
         self._connect, self._addresses, self._sysctl = connect, addresses, sysctl
-        self._outside = outside
+        self._outside, self._there = outside, there
+        self._ports = frozenset(one.port for one in settings.wanted)
+        self._heard: frozenset[tuple[str, int]] = frozenset()
         self._client: Client | None = None
         self._lease: Lease | None = None
         self._told: str | None = None
@@ -182,7 +190,8 @@ class ServerAgent:
                 self.attach()
             else:
                 self.attach()
-            lease = self._announce(self.settings.served(self._addresses))
+            self._heard = self._listening()
+            lease = self._announce(heard(self.settings.served(self._addresses), self._heard))
         except (ClientError, AdoptError, KernelError, NetlinkError) as error:
             self._lease = None
             if isinstance(error, ApiError) and error.status == 401:
@@ -192,6 +201,13 @@ class ServerAgent:
         self._say(None)
         self._look()
         return min(INTERVAL_S, lease.seconds / 3)
+
+    def changed(self) -> bool:
+        """Whether a server has come or gone since the last step: that is not to be kept for the next one."""
+        return self._lease is not None and self._listening() != self._heard
+
+    def _listening(self) -> frozenset[tuple[str, int]]:
+        return frozenset(one for one in self._there() if one[1] in self._ports)
 
     def withdraw(self) -> bool:
         """Tell the controller that nothing more is adopted here. False if it does not know."""
@@ -317,8 +333,10 @@ def run(settings: Settings, connect: Callable[[], Client]) -> None:
             LOG.info("agent %s: connections are adopted for %s", settings.name, ", ".join(
                 f"{one.address or 'any address'} port {one.port}" for one in settings.wanted))
             with beside(reporter, sources):  # ends before the agent says that it is over
-                while not stop.wait(agent.step()):
-                    pass
+                while not stop.is_set():
+                    again = time.monotonic() + agent.step()
+                    while not stop.wait(LOOK_S) and time.monotonic() < again and not agent.changed():
+                        pass
             if agent.withdraw():
                 stop.clear()  # a second signal ends the pause
                 stop.wait(GRACE_S)

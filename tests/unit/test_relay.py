@@ -303,6 +303,31 @@ def test_damaged_packets_are_nobodys(here: Relay) -> None:
     assert here.out == [] and here.counters()["shot"] >= 5
 
 
+def test_what_the_fast_path_would_not_translate_is_dropped(here: Relay) -> None:
+    """Its checksum would be made anew, and would be right then."""
+    here.install(pair())
+    here.set_splices({SERIAL: Splice(7)})
+    good = request(payload=b"x")
+
+    def summed(made: bytearray) -> bytes:
+        made[24:26] = bytes(2)
+        made[24:26] = (0xFFFF - frames.ones_sum(bytes(made[14:made[14] % 16 * 4 + 14]))).to_bytes(2, "big")
+        return bytes(made)
+
+    spoiled, first = bytearray(good), bytearray(good)
+    spoiled[24] ^= 1
+    first[20] |= 0x20
+    longer = bytearray(good[:34] + bytes((1, 1, 1, 0)) + good[34:])
+    longer[14], longer[17] = 0x46, longer[17] + 4
+    assert len(walked(here, good)) == 1
+    for made in (bytes(spoiled), summed(first), summed(longer)):
+        assert walked(here, made) == []
+    assert here.counters()["shot"] == 3
+    for ports in ({"sport": 0}, {"dport": 0}):
+        data = frame(FAMILIES[4][0], FAMILIES[4][1], flags=SYN, **ports)
+        assert walked(here, data) == []
+
+
 def test_a_members_other_packets_are_not_ours(here: Relay) -> None:
     assert here.packet(WIRE, answer()) is None
     assert here.packet(WIRE, frame("10.0.1.7", "10.0.0.1", 17, 8080, 40000)) is None

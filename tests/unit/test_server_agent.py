@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lbapp.client import Client, ClientError
 from lbapp.dataflow.fastpath.netlink import IFF_UP, Filter, Link
 from lbapp.server_agent import adopt, process
 from lbapp.server_agent.adopt import Listener
+from lbapp.server_agent.listening import listening
 from lbapp.server_agent.process import Lease, ServerAgent, Settings
 
 ONE, TWO = "00" * 16, "ab" * 16
@@ -117,10 +119,11 @@ class Host:
         self.controller, self.tables = Controller(), Tables(self.events)
         self.interfaces = Interfaces(self.events, "lo", "eth0")
         self.sysctl = directory
+        self.there = {("0.0.0.0", 80), ("::", 443)}
         settings.setdefault("listeners", (Listener("10.0.0.51", 80),))
         self.agent = ServerAgent(Settings("a host", **settings), self.tables,  # type: ignore[arg-type]
                                  self.interfaces, self.controller.connect,  # type: ignore[arg-type]
-                                 lambda: ["10.0.0.51", "fd00::51"], directory)
+                                 lambda: ["10.0.0.51", "fd00::51"], directory, there=lambda: self.there)
 
 
 @pytest.fixture
@@ -151,6 +154,32 @@ def test_new_keys_are_written_at_once(host: Host) -> None:
     host.controller.answer = {"cookie_keys": [ONE, TWO], "window_scale": 5, "lease_seconds": 3}
     assert host.agent.step() == 1.0  # three times a lease
     assert host.events[-1] == ("keys", ONE, TWO) and host.tables.scale == 5
+
+
+def test_who_does_not_listen_is_not_announced(tmp_path: Path) -> None:
+    host = Host(tmp_path, listeners=(Listener("10.0.0.51", 80), Listener("10.0.0.52", 81)), ports=(443,))
+    host.agent.step()
+    assert host.controller.announced()[-1] == [("10.0.0.51", 80), ("10.0.0.51", 443), ("fd00::51", 443)]
+    assert not host.agent.changed()
+    host.there.add(("10.0.0.9", 8080))
+    assert not host.agent.changed(), "nobody asked for it"
+    host.there.discard(("::", 443))
+    host.there.add(("10.0.0.52", 81))
+    assert host.agent.changed()
+    host.agent.step()
+    assert host.controller.announced()[-1] == [("10.0.0.51", 80), ("10.0.0.52", 81)]
+    assert not host.agent.changed()
+
+
+def test_the_kernels_table_of_listeners(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_connection(one.getsockname()) as client, \
+            socket.create_server(("::", 0), family=socket.AF_INET6) as two:
+        found = listening()
+        assert {one.getsockname()[:2], ("::", two.getsockname()[1])} <= found
+        assert client.getsockname()[:2] not in found
+    assert "" not in {address for address, _ in found}
+    (tmp_path / "tcp").write_text("  sl  local_address rem_address   st ...\n")
+    assert listening(tmp_path) == frozenset(), "no IPv6, no listener"
 
 
 def test_ports_are_announced_with_every_address(tmp_path: Path) -> None:
