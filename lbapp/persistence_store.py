@@ -15,6 +15,7 @@ import logging
 import os
 import sqlite3
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ FILE = "persistence.db"
 INTERVAL = 1.0
 PURGE_SECONDS = 60.0
 """How often what is over is deleted."""
+AT_ONCE = 5000
+"""Changes that are gathered before others have their turn."""
 MOST_PENDING = 1 << 20
 """Changes that wait for a disk that does not take them; the oldest are lost."""
 
@@ -51,7 +54,7 @@ class Pending:
 
     def __init__(self) -> None:
         self.cleared: dict[tuple[str, int], None] = {}
-        self.entries: dict[tuple[str, bytes], Row | None] = {}
+        self.entries: OrderedDict[tuple[str, bytes], Row | None] = OrderedDict()
         self.lost = 0
 
     def __bool__(self) -> bool:
@@ -70,7 +73,7 @@ class Pending:
             used = clock - one.age
             self.entries[key] = (*key, one.kind, one.member, used, used + one.timeout) if one.member else None
         while len(self.entries) > MOST_PENDING:
-            del self.entries[next(iter(self.entries))]
+            self.entries.popitem(last=False)
             self.lost += 1
 
 
@@ -226,13 +229,24 @@ class Keeper:
         """Write what has changed."""
         if self._working:
             return
+        self._working = True
+        try:
+            self._keep()
+        finally:
+            self._working = False
+
+    def _keep(self) -> None:
         now, clock = time.monotonic(), time.time()
-        self._pending.add(self._clients.changes(now), clock)
+        while True:
+            changes = self._clients.changes(now, AT_ONCE)
+            self._pending.add(changes, clock)
+            if len(changes.entries) < AT_ONCE:
+                break
+            eventlet.sleep(0)
         purge = clock if now - self._purged >= PURGE_SECONDS else None
         if not self._pending and purge is None:
             return
         writing, self._pending = self._pending, Pending()
-        self._working = True
         try:
             self._elsewhere(self._store.write, writing, purge)
         except (OSError, sqlite3.Error) as error:
@@ -243,8 +257,6 @@ class Keeper:
             if self.failing:
                 LOG.info("clients are kept in %s again; %d changes were lost", self._store.path, writing.lost)
             self.failing = False
-        finally:
-            self._working = False
 
     def _failed(self, error: Exception) -> None:
         if not self.failing:

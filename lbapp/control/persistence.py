@@ -166,8 +166,9 @@ class Clients:
         self._tables: dict[str, _Table] = {}
         self._turns: deque[str] = deque()
         self._size = 0
-        self._changed: dict[tuple[str, bytes], None] = {}
-        self._cleared: dict[tuple[str, int], None] = {}
+        # A plain dictionary looks for its first key behind all that were deleted.
+        self._changed: OrderedDict[tuple[str, bytes], None] = OrderedDict()
+        self._cleared: OrderedDict[tuple[str, int], None] = OrderedDict()
         self.unkept = 0
 
     def __len__(self) -> int:
@@ -317,19 +318,19 @@ class Clients:
     def _change(self, pool_id: str, key: bytes) -> None:
         self._changed[pool_id, key] = None
         if len(self._changed) > self._limits.changes:
-            del self._changed[next(iter(self._changed))]
+            self._changed.popitem(last=False)
             self.unkept += 1
 
     def _clear(self, pool_id: str, member: int) -> None:
         self._cleared[pool_id, member] = None
         if len(self._cleared) > CLEARED_MOST:
-            del self._cleared[next(iter(self._cleared))]
+            self._cleared.popitem(last=False)
             self.unkept += 1
 
-    def changes(self, now: float) -> Changes:
-        """What has changed since the last time this was asked."""
-        changed, self._changed = self._changed, {}
-        cleared, self._cleared = tuple(self._cleared), {}
+    def changes(self, now: float, most: int = 1 << 30) -> Changes:
+        """What has changed since the last time this was asked: ``most`` entries, what is left the next time."""
+        changed = [self._changed.popitem(last=False)[0] for _ in range(min(most, len(self._changed)))]
+        cleared, self._cleared = tuple(self._cleared), OrderedDict()
         entries = []
         for pool_id, key in changed:
             table = self._tables.get(pool_id)

@@ -181,6 +181,19 @@ def test_a_restart(tmp_path: Path) -> None:
     other.stop()
 
 
+def test_many_changes_are_gathered_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AT_ONCE", 3)
+    known = clients()
+    one = keeper(tmp_path, known)
+    for number in range(10):
+        known.bind("p", bytes((10, 0, 0, number)), 1, time.monotonic())
+    turns: list[float] = []
+    monkeypatch.setattr(eventlet, "sleep", turns.append)
+    one.keep()
+    assert turns == [0, 0, 0]
+    assert len(PersistenceStore(tmp_path).load(time.time())) == 10
+
+
 def test_nothing_is_written_where_nothing_changed(tmp_path: Path) -> None:
     calls: list[Any] = []
     known = clients()
