@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import struct
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -154,6 +156,17 @@ def test_a_rate_in_real_time(tables: Bench) -> None:
     took = time.monotonic() - begun
     assert got <= 100 + 2000 * took + 1
     assert got >= min(asked, 100)
+
+
+def test_processors_that_race_get_no_more_than_there_is(tables: Bench) -> None:
+    """Threads of this process, whose packets the kernel lets walk at the same time where it has processors for them."""
+    tables.serve(VIRTUAL, [MEMBER], ration=few(server=300, client=200, prefix=24))
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda index: opened(tables, range(1, 301), f"10.1.{index % 2}.{index}"), range(4)))
+    seen = Counter(one for some in found for one in some)
+    assert seen["forwarded"] + seen["reset"] == 1200
+    assert 290 <= seen["forwarded"] <= 300
+    assert sum(tables.refusals()[NUMBER]) == seen["reset"]
 
 
 # ------------------------------------------------------------------ clients' networks
