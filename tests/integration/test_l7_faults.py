@@ -3,7 +3,8 @@
 """What goes wrong, and what strangers do, on every binding of virtual servers that read what clients say.
 
 One laboratory, a virtual server and three servers of its own for each binding: dead, silent and refusing members, all
-of them gone, floods, frames that are none, bad wires.
+of them gone, floods, frames that are none, bad wires. And what changes the request that a member gets
+(``close_after_first``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +28,7 @@ import pytest
 from tests.integration.bad_wire import bad_wire
 from tests.integration.capture import Capture, captures
 from tests.integration.handed_over import Site
-from tests.integration.l7_site import PYTHON_PORT, WEB_SERVER, rule, to_pool, url
+from tests.integration.l7_site import PYTHON_PORT, WEB_SERVER, connect, rule, to_pool, url
 from tests.integration.support import VIP, VIP6, configure, held, members, pool, server
 from topologies.hosts import LabHost
 from topologies.lab import Lab, unavailable
@@ -37,6 +39,8 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailabl
 
 BINDINGS = {"splice": 81, "handoff": 82, "hybrid": 83, "relay": 84}
 """The virtual server's port, which is nginx's as well; what takes bodies is at :data:`PYTHON_PORT` and so much."""
+CLOSING = {"splice": 91, "auto": 92, "hybrid": 93, "relay": 94}
+"""The same of virtual servers with ``close_after_first``; with ``auto`` members adopt what need not be changed."""
 NAMES = ["s1", "s2", "s3"]
 ALL = set(NAMES)
 every = pytest.mark.parametrize("binding", list(BINDINGS))
@@ -45,6 +49,8 @@ FAULT = "table inet fault {{\n chain in {{\n type filter hook input priority -10
 
 class Place:
     """The laboratory, and who serves."""
+
+    agents: Site
 
     def __init__(self, lab: Lab) -> None:
         self.lab, self.client = lab, lab.client()
@@ -102,24 +108,27 @@ def _place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         made = Place(lab)
         running.callback(made.stop)
         for host in lab.servers:
-            for port in BINDINGS.values():
+            running.callback(end, host.nginx(lab.directory / "files", tuple(CLOSING.values())))
+            for port in (*BINDINGS.values(), *CLOSING.values()):
                 running.callback(end, host.popen(sys.executable, str(WEB_SERVER), host.name, str(PYTHON_PORT + port)))
         for binding in BINDINGS:
             made.start(binding)
         lab.start_controller()
         wait_until(lambda: lab.rest.get("/v1/stats")["switches"][0].get("fastpath"), 10, "a fast path")
         pools, servers = [], []
-        for binding, port in BINDINGS.items():
+        for binding, port, closes in [*((*one, False) for one in BINDINGS.items()),
+                                      *((*one, True) for one in CLOSING.items())]:
             for word, vip in (("four", VIP), ("six", VIP6)):
-                name, six = f"{binding}-{word}", vip == VIP6
+                name, six = f"{'closing-' if closes else ''}{binding}-{word}", vip == VIP6
                 pools += [pool(name, "ROUND_ROBIN", members(lab, port, six)),
                           pool(f"bodies-{name}", "ROUND_ROBIN", members(lab, PYTHON_PORT + port, six))]
-                servers.append(server(name, port, name, vip, application="http", binding=binding, l7_policies=[
-                    to_pool(f"bodies-{name}", rule("METHOD", "EQUAL_TO", "PUT"))]))
+                servers.append(server(
+                    name, port, name, vip, application="http", binding=binding, close_after_first=closes,
+                    l7_policies=[to_pool(f"bodies-{name}", rule("METHOD", "EQUAL_TO", "PUT"))]))
         configure(lab, pools, servers)
-        agents = Site(lab, (BINDINGS["handoff"], PYTHON_PORT + BINDINGS["handoff"]))
-        running.callback(agents.stop_agents)
-        agents.start_agents()
+        made.agents = Site(lab, (BINDINGS["handoff"], PYTHON_PORT + BINDINGS["handoff"], CLOSING["auto"]))
+        running.callback(made.agents.stop_agents)
+        made.agents.start_agents()
         yield made
 
 
@@ -371,3 +380,58 @@ def test_bodies_arrive_whole_both_ways(place: Place, binding: str, how: str, vip
         told = client.run("curl", "-gsS", "--max-time", "100", "-H", "Expect:", "-T", str(upload),
                           place.url(binding, "/", vip), timeout=120).stdout
         assert told.strip() == hashlib.sha256(data).hexdigest()
+
+
+# ------------------------------------------------------------------ one request a connection
+
+
+closing = pytest.mark.parametrize("binding", list(CLOSING))
+both = pytest.mark.parametrize("vip", [VIP, VIP6], ids=["ipv4", "ipv6"])
+TOLD = "%{num_connects} %header{x-server}\\n"
+
+
+@closing
+@both
+@pytest.mark.parametrize("options", [(), ("-H", "Connection: keep-alive"), ("-0", "-H", "Connection: Keep-Alive")],
+                         ids=["silent", "kept", "old"])
+def test_every_request_is_balanced_by_itself(_place: Place, binding: str, vip: str, options: tuple[str, ...]) -> None:
+    where = [word for _ in range(6) for word in ("-o", "/dev/null", url(vip, "/", CLOSING[binding]))]
+    told = _place.client.run("curl", "-gsS", "--max-time", "10", *options, "-w", TOLD, *where).stdout.split("\n")
+    assert Counter(told) == Counter({"1 s1": 2, "1 s2": 2, "1 s3": 2, "": 1}), "a connection each, and all have turns"
+
+
+@closing
+def test_bodies_behind_a_changed_request(_place: Place, binding: str, tmp_path: Path) -> None:
+    """As much as there is, over bad wires too: what follows the request is where it belongs."""
+    lab, client, data = _place.lab, _place.client, os.urandom(1 << 20)
+    digest = lab.make_file("behind", len(data))
+    upload, target = tmp_path / "upload", tmp_path / "got"
+    upload.write_bytes(data)
+    for how in ({}, BAD["order"], BAD["1%"]):
+        with contextlib.ExitStack() as wires:
+            for host in (client, *lab.servers) if how else ():
+                wires.enter_context(bad_wire(host, lab.directory, **how))
+            # With the second one the body comes at once behind the head, and not when the server has asked for it.
+            for expect in ((), ("-H", "Expect:")):
+                told = client.run("curl", "-gsS", "--max-time", "60", *expect, "-T", str(upload),
+                                  url(VIP, "/", CLOSING[binding]), timeout=70).stdout
+                assert told.strip() == hashlib.sha256(data).hexdigest()
+            client.run("curl", "-gsS", "--max-time", "60", "-o", str(target), url(VIP, "/behind", CLOSING[binding]),
+                       timeout=70)
+            assert hashlib.sha256(target.read_bytes()).hexdigest() == digest
+
+
+def test_what_need_not_be_changed_is_handed_over(_place: Place) -> None:
+    where = url(VIP, "/", CLOSING["auto"])
+    since = _place.agents.shaken()
+    assert set(_place.client.who(where, 9)) == ALL  # these say Connection: close
+    wait_until(lambda: since() == (9, 0), 5, "no handshake with a member")
+    _place.client.curl(where)
+    wait_until(lambda: since()[0] == 10 and since()[1] >= 1, 5, "one that is spliced")
+
+
+def test_who_asks_for_another_protocol_is_left_alone(_place: Place) -> None:
+    with connect(_place.client, VIP, CLOSING["splice"]) as it:
+        for _ in range(2):
+            it.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+            assert b"HTTP/1.1 200 " in it.recv(4096)
