@@ -310,7 +310,8 @@ class ControlSegment:
             return self._late(waiter, self._refuse(query, number if service is not None else 0, Error.NOTAVAIL))
         if 0 <= service.limit <= self._ledger.virtual_server(number).active:
             return None
-        reply = self._select(switch, service, waiter.pool, query, now, waiter.told, waiter.said)
+        pool = waiter.pool if waiter.told is not None else service.virtual_server.default_pool_id or ""
+        reply = self._select(switch, service, pool, query, now, waiter.told, waiter.said)
         return None if reply is None else self._late(waiter, reply)
 
     def _give_up(self, waiter: Waiter) -> Reply | AppReply:

@@ -183,6 +183,18 @@ def test_without_the_line_or_the_virtual_server_nobody_waits_any_more() -> None:
     assert play.control.line("p", 0.0).waited == 0, "its counters went with it"
 
 
+def test_another_pool_takes_the_place_of_the_one_that_is_waited_for() -> None:
+    play = one_at_a_time()
+    for serial in (2, 3):
+        (play >> query(serial)).none()
+    first = site(members=[member(1, connection_limit=1)], pool={"waiting": LINE}, default_pool_id="q")
+    other = Pool(name="other", members=(member(2, connection_limit=1),), waiting=LINE)
+    told = play.configure(Configuration(virtual_servers=first.virtual_servers, pools={**first.pools, "q": other}))
+    assert answers(told.ignore()) == [accepted(2, 2, tracked=True)]
+    assert (play.control.line("p", 0.0).now, play.control.line("q", 0.0).now) == (0, 1)
+    (play >> closed(2, 2)) << accepted(3, 2, tracked=True)
+
+
 def test_nobody_can_be_reached_any_more() -> None:
     play = one_at_a_time()
     (play >> query(2)).none()
