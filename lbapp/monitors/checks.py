@@ -57,11 +57,13 @@ class Check(ABC):
         silence_is_good: no answer in time is no failure.
         lacks: what there was not, when its time is over.
         gate: what it waits for before its time begins.
+        needs_port: it goes to a port.
     """
 
     silence_is_good = False
     lacks = "answer"
     gate: asyncio.Semaphore | None = None
+    needs_port = True
 
     def __init__(self, target: Target, around: Surroundings) -> None:
         self.target, self.monitor, self.around = target, target.monitor, around
@@ -217,6 +219,14 @@ def _plain(text: str) -> str:
     return text.strip().strip('"').rstrip(".").lower()
 
 
+class NoPort(Check):
+    """What cannot be done: the member takes connections to any port, and the monitor names none."""
+
+    async def run(self) -> bool:
+        """See :class:`Check`."""
+        raise CheckFailed("the member has no port of its own, and the monitor names none")
+
+
 def make(target: Target, around: Surroundings) -> Check:
     """The check that a target's monitor asks for."""
     from lbapp.monitors.external import External
@@ -229,7 +239,8 @@ def make(target: Target, around: Surroundings) -> Check:
         MonitorType.UDP: Udp, MonitorType.ICMP: Echo, MonitorType.DNS: Dns, MonitorType.GRPC: Grpc,
         MonitorType.EXTERNAL: External,
     }
-    return kinds[target.monitor.type](target, around)
+    kind = kinds[target.monitor.type]
+    return (NoPort if kind.needs_port and not target.checked_port else kind)(target, around)
 
 
 def of(monitor: Monitor) -> str:

@@ -4,7 +4,12 @@
 
 from __future__ import annotations
 
+import errno
+
 from lbapp.monitors.protocol import REASON_MOST
+
+OUR_OWN = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL, errno.EAGAIN})
+"""Errors that tell what this host lacks, and nothing of the member."""
 
 
 class CheckFailed(Exception):

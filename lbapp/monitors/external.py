@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lbapp.monitors.checks import Check, Surroundings
-from lbapp.monitors.errors import CheckFailed, printable
+from lbapp.monitors.errors import OUR_OWN, CheckFailed, printable
 from lbapp.monitors.protocol import Target
 from lbapp.monitors.stream import words
 
@@ -78,6 +78,7 @@ class External(Check):
     """See the module."""
 
     lacks = "end"
+    needs_port = False
 
     def __init__(self, target: Target, around: Surroundings) -> None:
         super().__init__(target, around)
@@ -90,9 +91,12 @@ class External(Check):
         path = executable(self.around.scripts, self.monitor.command)
         try:
             running = _Running(self.around.loop, [str(path), *self._arguments], self._before)
-        except (OSError, subprocess.SubprocessError) as error:
-            why = words(error) if isinstance(error, OSError) else "its limits cannot be set"
-            raise CheckFailed(f"{path.name} cannot be started: {why}") from None
+        except OSError as error:
+            if error.errno in OUR_OWN:
+                raise
+            raise CheckFailed(f"{path.name} cannot be started: {words(error)}") from None
+        except subprocess.SubprocessError:
+            raise CheckFailed(f"{path.name} cannot be started: its limits cannot be set") from None
         try:
             status = await running.ended
         finally:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
+import gc
 import heapq
 import itertools
 import logging
@@ -31,7 +31,7 @@ import click
 
 from lbapp.monitors import checks, namespace
 from lbapp.monitors.checks import Check, Surroundings
-from lbapp.monitors.errors import CheckFailed, printable
+from lbapp.monitors.errors import OUR_OWN, CheckFailed, printable
 from lbapp.monitors.protocol import (
     TARGETS_MOST,
     Changed,
@@ -63,7 +63,8 @@ MESSAGES_MOST = 50
 CHANGED_BATCH = 500
 LATENCY_BATCH = 2000
 WRITE_BUFFER = 1 << 20
-_OUR_OWN = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL, errno.EAGAIN})
+GARBAGE_OBJECTS = 20_000
+"""New objects after which the young ones are looked at for cycles (Python's own: 700)."""
 
 
 class Watch:
@@ -219,7 +220,7 @@ class Checker:
         except OSError as error:
             if isinstance(error, TimeoutError) and error.errno is None:
                 return watch.check.silence_is_good, f"no {watch.check.lacks} within {timeout:g} s", None
-            if error.errno not in _OUR_OWN:
+            if error.errno not in OUR_OWN:
                 return False, words(error), None
             self._complain("checks are left out: %s", words(error))
             return False, "", None
@@ -367,9 +368,16 @@ def _say(out: asyncio.WriteTransport, report: Report) -> None:
     out.write(encode(report) + b"\n")
 
 
+def _complain(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What nobody foresaw is told in a line."""
+    error = context.get("exception")
+    LOG.error("%s: %s", context.get("message", "a fault"), printable(f"{type(error).__name__}: {error}"))
+
+
 async def serve(scripts: Path | None, log: _Log, most: int) -> str:
     """Work until the controller hangs up; returns why it is over, where that is a fault."""
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_complain)
     checker = Checker(Surroundings(loop, scripts), most)
     wire = _Wire(checker)
     out = await wire.connect()
@@ -410,6 +418,10 @@ def main(scripts: Path | None, netns: Path | None, log_level: str) -> None:
     logger.handlers[:] = [log]
     logger.propagate = False
     logger.setLevel(log_level.upper())
+    # Checks make few cycles; what was imported need not be looked through for them.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GARBAGE_OBJECTS, 20, 50)
     try:
         if netns is not None:
             namespace.enter(netns)

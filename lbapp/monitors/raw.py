@@ -163,13 +163,17 @@ class _HalfOpens(_Waiting):
         packet = self._syn(address, there, port, own, number)
         waiter = self._waiting[key] = self._loop.create_future()
         self._expected[key] = (number + 1) & 0xFFFFFFFF
-        again = self._loop.call_later(AGAIN_S, self._send, packet, address)
+        again = self._loop.call_later(AGAIN_S, self._send_again, packet, address)
         try:
             self._send(packet, address)
             return bool(await waiter)
         finally:
             again.cancel()
             del self._waiting[key], self._expected[key]
+
+    def _send_again(self, packet: bytes, address: str) -> None:
+        with contextlib.suppress(OSError):
+            self._send(packet, address)
 
     def _syn(self, address: str, there: bytes, port: int, own: int, number: int) -> bytes:
         with socket.socket(self._family, socket.SOCK_DGRAM) as probe:
@@ -240,6 +244,8 @@ def _shared(kind: type[Any], around: Surroundings, family: socket.AddressFamily)
 
 class Echo(Check):
     """Asks by ICMP echo."""
+
+    needs_port = False
 
     async def run(self) -> bool:
         """See :class:`Check`."""

@@ -63,6 +63,12 @@ def test_another_port_than_the_members_own() -> None:
         assert finds(target(one.getsockname()[1], type="TCP", port=port)) == "up"
 
 
+def test_a_member_without_a_port_of_its_own() -> None:
+    assert finds(target(0, type="TCP")) == "the member has no port of its own, and the monitor names none"
+    with tcp_server(silent) as port:
+        assert finds(target(0, type="TCP", port=port)) == "up"
+
+
 def test_what_is_said_by_tcp_arrives_though_nothing_is_expected() -> None:
     heard: list[bytes] = []
 
@@ -117,6 +123,23 @@ def test_more_half_open_checks_of_a_port_than_there_are_ports_for() -> None:
 
     failed, left = asyncio.run(flood())
     assert (failed, left) == (["16 checks of this port are on their way already"], 0)
+
+
+@needs_root
+def test_a_syn_that_is_not_answered_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raw, "AGAIN_S", 0.05)
+    sent: list[bytes] = []
+    send = raw._HalfOpens._send
+
+    def lose_the_first(self: raw._HalfOpens, packet: bytes, address: str) -> None:
+        sent.append(packet)
+        if len(sent) > 1:
+            send(self, packet, address)
+
+    monkeypatch.setattr(raw._HalfOpens, "_send", lose_the_first)
+    with tcp_server(silent) as port:
+        assert finds(target(port, type="TCP_HALF_OPEN")) == "up"
+    assert len(sent) == 2 and sent[0] == sent[1]
 
 
 @needs_root

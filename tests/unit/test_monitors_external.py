@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,23 @@ def test_what_is_not_started(tmp_path: Path) -> None:
     script(tmp_path, "", "text").write_text("no program\n")
     assert finds(target(80, type="EXTERNAL", command="text"), tmp_path) == (
         "text cannot be started: exec format error")
+
+
+def test_a_host_that_can_start_nothing_says_nothing_of_the_member(tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    script(tmp_path, "exit 0")
+    started: list[int] = []
+    popen = subprocess.Popen
+
+    def fail_once(*arguments: Any, **options: Any) -> Any:
+        started.append(1)
+        if len(started) == 1:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return popen(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", fail_once)
+    assert finds(target(80, type="EXTERNAL", command="check", interval=2, timeout=2, jitter=0), tmp_path) == "up"
+    assert len(started) == 2
 
 
 @pytest.mark.parametrize("name", ["../check", "/bin/true", "..", ".", "a/b"])

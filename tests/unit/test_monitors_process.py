@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from lbapp.monitors import checks
+from lbapp.monitors import checks, namespace
 from lbapp.monitors import process as module
 from lbapp.monitors.checks import Check, Surroundings
 from lbapp.monitors.process import Checker
@@ -322,6 +322,14 @@ def test_nonsense_ends_the_process_with_a_word(started: Callable[..., Process]) 
     messages = [text for report in process.reports() for _, text in report.messages]
     assert len(messages) == 1 and messages[0].startswith("the controller says what makes no sense: Expected `array`")
     assert process.end() == 1
+
+
+def test_what_is_no_network_namespace_is_not_entered(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"Invalid argument|Operation not permitted"):
+        namespace.enter(tmp_path / "file")
+    with pytest.raises(FileNotFoundError):
+        namespace.enter(tmp_path / "none")
 
 
 def test_a_network_namespace_that_does_not_exist(started: Callable[..., Process], tmp_path: Path) -> None:
