@@ -32,6 +32,8 @@ RATIOS: tuple[tuple[str, str, str, float], ...] = (
 """Target, metric, the target it is compared with, and the least share of that one's figure."""
 
 MESSAGES_PER_CLOSED = 1 / 64
+ASKING_PER_CONNECTION = 1 + MESSAGES_PER_CLOSED
+"""One question, and its share of a message about connections that have ended."""
 CONTROLLER_US = 25.0
 SCALE_CONNECTIONS = 100_000
 SCALE_RULES = 60
@@ -75,12 +77,16 @@ def goals(targets: Mapping[str, Mapping[str, float]], scale: Mapping[str, float]
         scale: what ``bench scale`` measured; empty if it was not run.
     """
     held, fast = scale.get("connections_held"), scale.get("fast_connections_held")
+    naive = targets.get("lbapp-handoff", {}).get("naive_per_conn")
+    beside = "" if naive is None else f", against {naive:.1f} of a controller that is asked for each packet"
     return [
         *(_ratio(targets, *row) for row in RATIOS),
         _most(f"lbapp-ovs: controller at most {CONTROLLER_US:.0f} µs CPU a punted connection",
               targets.get("lbapp-ovs", {}).get("controller_us_per_conn"), CONTROLLER_US, " µs"),
         _most("lbapp-fastpath: at most 1/64 message to the control segment a closed connection",
               targets.get("lbapp-fastpath", {}).get("messages_per_closed"), MESSAGES_PER_CLOSED, ""),
+        _most("lbapp-handoff: at most 1 + 1/64 messages to the control segment a connection",
+              targets.get("lbapp-handoff", {}).get("asking_per_conn"), ASKING_PER_CONNECTION, beside),
         Goal(f"{SCALE_CONNECTIONS} concurrent connections held",
              "not measured" if held is None else f"{held:.0f}", None if held is None else held >= SCALE_CONNECTIONS),
         _most(f"at most {SCALE_RULES} OpenFlow rules a virtual server while they are held",

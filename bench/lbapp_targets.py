@@ -65,10 +65,16 @@ class RunningController:
 
 def counted(stats: Mapping[str, Any], total: int) -> Messages:
     """The messages of ``GET /v1/stats``, over all switches, with the total from elsewhere."""
-    kinds = [sum(int(switch[kind]) for switch in stats["switches"]) for kind in ("flow_mods", "packet_ins")]
+    flow_mods, packet_ins, removed = (sum(int(switch[kind]) for switch in stats["switches"])
+                                      for kind in ("flow_mods", "packet_ins", "flows_removed"))
     agents = [switch["fastpath"] for switch in stats["switches"] if switch.get("fastpath")]
-    return Messages(total, *kinds, *(sum(int(agent[kind]) for agent in agents)
-                                     for kind in ("deletes", "delete_messages")))
+    closed, closing, asked = (sum(int(agent[kind]) for agent in agents)
+                              for kind in ("deletes", "delete_messages", "queries"))
+    # Proxied handshakes are answered before there is a connection whose packets could be counted.
+    shaken = sum(int(agent["handshakes"].get(kind, 0)) for agent in agents for kind in ("greeted", "greeted_ack"))
+    packets = sum(int(server["packets"] or 0) for server in stats["virtual_servers"])
+    return Messages(total, flow_mods, packet_ins, closed, closing, packet_ins + removed + asked + closing,
+                    packets + shaken)
 
 
 class Installation:

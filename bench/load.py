@@ -35,7 +35,9 @@ class Messages(NamedTuple):
     """Messages between switch and controller since its start.
 
     ``total``, ``flow_mods`` and ``packet_ins`` are OpenFlow's. ``closed`` connections were told of over the message
-    bus, in ``closed_messages``.
+    bus, in ``closed_messages``. ``asking`` are all messages to the control segment, whoever carries them: packet-ins,
+    flow-removed, questions one by one, and those of closed connections. ``packets`` of connections are as many as a
+    controller would be asked about that decides for each packet.
     """
 
     total: int
@@ -43,6 +45,8 @@ class Messages(NamedTuple):
     packet_ins: int
     closed: int = 0
     closed_messages: int = 0
+    asking: int = 0
+    packets: int = 0
 
 
 class Controller(Protocol):

@@ -23,7 +23,8 @@ from bench.rounds import METRICS, Sample, Spread
 RESULTS = Path(__file__).resolve().parent / "results"
 RATES = ("new_conn_per_s", "keepalive_req_per_s", "big_mb_per_s", "up_gbit_per_s", "down_gbit_per_s", "p99_ms")
 LATENCY = ("first_byte_p50_ms", "first_byte_p99_ms", "first_byte_added_p99_ms")
-COSTS = ("controller_us_per_conn", "messages_per_conn", "flow_mods_per_conn", "packet_ins_per_conn")
+COSTS = ("controller_us_per_conn", "asking_per_conn", "naive_per_conn", "messages_per_conn", "flow_mods_per_conn",
+         "packet_ins_per_conn")
 SYN_SHARE = 0.0005
 """More SYNs sent again than this share of the connections, and the reader is told."""
 COLOURS = {"bare": "#9aa0a6", "nft": "#5f6368", "haproxy-tcp": "#e8710a", "haproxy-http": "#f9ab00",

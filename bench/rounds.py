@@ -36,6 +36,8 @@ METRICS: dict[str, str] = {
     "flow_mods_per_conn": "flow-mods/connection",
     "packet_ins_per_conn": "packet-ins/connection",
     "messages_per_closed": "messages/closed connection",
+    "asking_per_conn": "messages to the control segment/connection",
+    "naive_per_conn": "the same, were it asked for each packet",
 }
 QUIET_PATIENCE = 5.0
 NOTHING_BETWEEN = "bare"
@@ -118,6 +120,9 @@ def _measure(lab: Lab, site: load.Site, target: Target, seconds: int, sample: Sa
         metrics["messages_per_conn"] = (after.total - before.total) / made
         metrics["flow_mods_per_conn"] = (after.flow_mods - before.flow_mods) / made
         metrics["packet_ins_per_conn"] = (after.packet_ins - before.packet_ins) / made
+        metrics["asking_per_conn"] = (after.asking - before.asking) / made
+        if after.packets > before.packets:
+            metrics["naive_per_conn"] = (after.packets - before.packets) / made
         if after.closed > before.closed:
             metrics["messages_per_closed"] = (after.closed_messages - before.closed_messages) / (
                 after.closed - before.closed)

@@ -23,7 +23,8 @@ from click.testing import CliRunner
 from bench import __main__ as command
 from bench import connections, goals, holder, lab, load, machine, packets, prober, report, rounds, scale
 from bench.lab import BenchError
-from bench.lbapp_targets import OURS, Lbapp
+from bench.lbapp_targets import OURS, Lbapp, counted
+from bench.load import Messages
 from bench.targets import BASELINES, NGINX_PROXY, UPSTREAM, VIP, Target
 from lbapp.config.model import Member, Pool, VirtualServer
 from lbapp.dataflow.frames import parse
@@ -232,6 +233,7 @@ def test_goals_at_their_limits_are_met() -> None:
     targets = figures(100, 100)
     targets["lbapp-ovs"]["controller_us_per_conn"] = 25.0
     targets["lbapp-fastpath"]["messages_per_closed"] = 1 / 64
+    targets["lbapp-handoff"]["asking_per_conn"] = 1 + 1 / 64
     assert all(goal.met for goal in goals.goals(targets, scale_figures))
     short = {**scale_figures, "connections_held": 99_999, "held_rules_per_virtual_server": 61,
              "fast_connections_held": 999_999, "fast_bytes_per_connection": 513, "idle_agent_percent": 1.1}
@@ -280,6 +282,23 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     summary: rounds.Spread = {"nft": {"p99_ms": (2.0, 1.0, 3.0)}, "haproxy-tcp": {"p99_ms": (4.0, 4.0, 4.0)}}
     report.plot(summary, ["nft", "haproxy-tcp"], tmp_path / "latest.png")
     assert (tmp_path / "latest.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_messages_are_counted_whoever_carries_them() -> None:
+    agent = {"deletes": 640, "delete_messages": 10, "queries": 650, "handshakes": {"greeted": 650, "greeted_ack": 650}}
+    stats = {"virtual_servers": [{"packets": 5000}, {"packets": None}], "switches": [
+        {"flow_mods": 3, "packet_ins": 7, "flows_removed": 1, "fastpath": agent},
+        {"flow_mods": 1, "packet_ins": 2, "flows_removed": 0, "fastpath": None}]}
+    assert counted(stats, 99) == Messages(99, 4, 9, 640, 10, 9 + 1 + 650 + 10, 5000 + 1300)
+
+
+def test_messages_of_handoff_stand_beside_the_naive_count() -> None:
+    def goal(**metrics: float) -> goals.Goal:
+        return next(one for one in goals.goals({"lbapp-handoff": metrics}, {}) if "1 + 1/64" in one.text)
+
+    found = goal(asking_per_conn=1.0014, naive_per_conn=9.07)
+    assert found.met and found.measured == "1.001, against 9.1 of a controller that is asked for each packet"
+    assert goal(asking_per_conn=1.1).met is False and goal().met is None
 
 
 def test_work_of_others_is_told() -> None:
