@@ -193,7 +193,8 @@ class ControllerRuntime:
         return [DrainingView(
             pool=pool.name, member=endpoint(member.address, member.protocol_port), name=member.name,
             seconds=round(self._health.elapsed(report.draining_since or 0.0), 1), drain_timeout=member.drain_timeout,
-            connections=held[member.number]) for pool, member, report in found]
+            # What is left after its time gets no packet through any more, and is reset with the next one.
+            connections=0 if report.ended else held[member.number]) for pool, member, report in found]
 
     def _held(self) -> Counter[int]:
         """How many connections there are, by member: those that are in the data flow segment, and those of rules."""

@@ -64,6 +64,7 @@ class Report(NamedTuple):
     reason: str
     monitors: Mapping[str, tuple[State, str]]
     draining_since: float | None = None
+    ended: bool = False
     share: float = 1.0
 
 
@@ -335,4 +336,4 @@ class Health:
         if known is None:
             return None
         return Report(known.state, known.since, known.reason, dict(known.monitors), known.draining,
-                      known.condition.share)
+                      known.ended, known.condition.share)
