@@ -109,7 +109,7 @@ def every_way(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, d
                                             options=["--fastpath"]))
         agents = Site(lab, list(WAYS))
         more: dict[str, subprocess.Popen[Any]] = {}
-        running.callback(lambda: [end(one) for one in more.values()])
+        running.callback(lambda: [one.kill() for one in more.values()])
         lab.start_servers()
         lab.start_controller()
         wait_until(lambda: lab.rest.get("/v1/stats")["switches"][0].get("fastpath"), 10, "a fast path")
