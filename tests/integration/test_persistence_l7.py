@@ -6,23 +6,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.integration import beside
 from tests.integration.l7_site import PYTHON_PORT, TLS_PORT, laboratory, url
 from tests.integration.lines import Visitor, line_of, waiting
 from tests.integration.support import VIP, change_member, configure, members, pool, server
+from tests.integration.test_persistence import one_after_the_other
 from topologies.lab import Lab, unavailable
 from topologies.namespace import wait_until
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
 
-@pytest.fixture(scope="module", params=["splice", "relay"])
+@pytest.fixture(scope="module", params=["splice", "relay", "bus"])
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     splice = request.param == "splice"
-    yield from laboratory(tmp_path_factory, *(["--fastpath"] if splice else []), fastpath=splice)
+    if request.param != "bus":
+        yield from laboratory(tmp_path_factory, *(["--fastpath"] if splice else []), fastpath=splice)
+        return
+    key = beside.shared_key(tmp_path_factory)
+    for made in laboratory(tmp_path_factory, "--agent", f"127.0.0.1:{beside.ONE}", "--bus-key", str(key),
+                           fastpath=False):
+        for _ in beside.beside(made, key):
+            wait_until(partial(beside.fastpath, made), 15, "the agent is connected")
+            yield made
 
 
 def asked(lab: Lab, *options: str, port: int = 80) -> str:
@@ -109,6 +120,10 @@ def test_a_wait_that_is_longer_than_reading_may_take(lab: Lab) -> None:
     first.close()
     assert late.wait().server == "s1", (late.answer, late.error)
     late.close()
+
+
+def test_first_packets_wait_as_well(lab: Lab) -> None:
+    one_after_the_other(lab, 80)
 
 
 def test_who_waits_too_long_is_answered(lab: Lab) -> None:

@@ -11,11 +11,14 @@ import pytest
 
 from lbapp.config.model import Application, Configuration, L7Policy, PolicyAction, Pool, Protocol, State, VirtualServer
 from lbapp.config.pool import Algorithm, Member, Override, Persistence, PersistenceType, Waiting
+from lbapp.config.routing import Routes
 from lbapp.control.choosing import admits
 from lbapp.control.engine import ControlSegment, Limits
 from lbapp.control.l7.values import missing, value
 from lbapp.control.messages import AppQuery, AppReply, Error, Host, Query, SwitchUp
 from lbapp.control.persistence import Clients, Kept, Keys
+from lbapp.dataflow.distribution import distribution
+from lbapp.dataflow.fastpath.layout import Mode
 from tests.hellos import extension, hello, server_name
 from tests.playbook import Playbook, accepted, closed, host, member, query, refused, replied, site, up
 
@@ -86,6 +89,20 @@ def test_by_what_the_client_addressed() -> None:
         asked = asked._replace(signature=asked.signature._replace(destination=bytes((203, 0, 113, last))))
         found.append(replied(play.control, asked, 0.0).member)
     assert found == [1, 2, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("fields", "expected"), [
+    ({}, Mode.DECIDE), ({"persistence": SOURCE}, Mode.PUNT), ({"members": (member(1, connection_limit=5),)}, Mode.PUNT),
+    ({"waiting": Waiting()}, Mode.DECIDE)])
+@pytest.mark.parametrize("queries", [True, False])
+def test_neither_a_switch_nor_a_fast_path_decides(fields: dict[str, Any], expected: Mode, queries: bool) -> None:
+    members = fields.get("members", (member(1), member(2)))
+    made = site(members=members, pool={key: value for key, value in fields.items() if key != "members"})
+    server, pool = made.virtual_servers["v"], made.pools["p"]
+    assert server.switch_decides(pool) is (expected is Mode.DECIDE)
+    told = distribution(server, pool, members, Routes(), {f"10.0.0.{n}": host(n) for n in (1, 2)}, queries=queries)
+    assert told is not None
+    assert told.mode is (expected if queries or expected is Mode.DECIDE else Mode.PASS)
 
 
 def test_with_rule_pairs_too() -> None:
