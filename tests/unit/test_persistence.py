@@ -97,7 +97,8 @@ def test_by_what_the_client_addressed() -> None:
 @pytest.mark.parametrize("queries", [True, False])
 def test_neither_a_switch_nor_a_fast_path_decides(fields: dict[str, Any], expected: Mode, queries: bool) -> None:
     members = fields.get("members", (member(1), member(2)))
-    made = site(members=members, pool={key: value for key, value in fields.items() if key != "members"})
+    made = site(members=members, algorithm=Algorithm.WEIGHTED_ROUND_ROBIN,
+                pool={key: value for key, value in fields.items() if key != "members"})
     server, pool = made.virtual_servers["v"], made.pools["p"]
     assert server.switch_decides(pool) is (expected is Mode.DECIDE)
     told = distribution(server, pool, members, Routes(), {f"10.0.0.{n}": host(n) for n in (1, 2)}, queries=queries)
