@@ -71,7 +71,9 @@ def counted(stats: Mapping[str, Any], total: int) -> Messages:
     closed, closing, asked = (sum(int(agent[kind]) for agent in agents)
                               for kind in ("deletes", "delete_messages", "queries"))
     # Proxied handshakes are answered before there is a connection whose packets could be counted.
-    shaken = sum(int(agent["handshakes"].get(kind, 0)) for agent in agents for kind in ("greeted", "greeted_ack"))
+    relays = [switch["relay"] for switch in stats["switches"] if switch.get("relay")]
+    shaken = sum(int(one["handshakes"].get(kind, 0)) for one in (*agents, *relays)
+                 for kind in ("greeted", "greeted_ack"))
     packets = sum(int(server["packets"] or 0) for server in stats["virtual_servers"])
     return Messages(total, flow_mods, packet_ins, closed, closing, packet_ins + removed + asked + closing,
                     packets + shaken)

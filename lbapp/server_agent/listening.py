@@ -17,7 +17,6 @@ from lbapp.server_agent.adopt import Listener
 
 NET = Path("/proc/thread-self/net")
 _LISTEN = "0A"
-_ANY = frozenset({"0.0.0.0", "::"})
 
 
 def listening(net: Path = NET) -> frozenset[tuple[str, int]]:
@@ -49,6 +48,8 @@ def _address(digits: str) -> str:
 
 
 def heard(wanted: Iterable[Listener], there: Collection[tuple[str, int]]) -> list[Listener]:
-    """Those that somebody listens for. ``::`` may be of IPv6 alone, which the table does not tell: it counts as any."""
-    at_any = {port for address, port in there if address in _ANY}
-    return [one for one in wanted if one.port in at_any or (one.address, one.port) in there]
+    """Those that somebody listens for. ``::`` may be of IPv6 alone, which the table does not tell: it is of both."""
+    def any_of(one: Listener) -> bool:
+        return ("::", one.port) in there or (("0.0.0.0", one.port) in there and ":" not in (one.address or ""))
+
+    return [one for one in wanted if any_of(one) or (one.address, one.port) in there]

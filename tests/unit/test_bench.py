@@ -288,8 +288,9 @@ def test_messages_are_counted_whoever_carries_them() -> None:
     agent = {"deletes": 640, "delete_messages": 10, "queries": 650, "handshakes": {"greeted": 650, "greeted_ack": 650}}
     stats = {"virtual_servers": [{"packets": 5000}, {"packets": None}], "switches": [
         {"flow_mods": 3, "packet_ins": 7, "flows_removed": 1, "fastpath": agent},
-        {"flow_mods": 1, "packet_ins": 2, "flows_removed": 0, "fastpath": None}]}
-    assert counted(stats, 99) == Messages(99, 4, 9, 640, 10, 9 + 1 + 650 + 10, 5000 + 1300)
+        {"flow_mods": 1, "packet_ins": 2, "flows_removed": 0, "fastpath": None,
+         "relay": {"handshakes": {"greeted": 2}}}]}
+    assert counted(stats, 99) == Messages(99, 4, 9, 640, 10, 9 + 1 + 650 + 10, 5000 + 1300 + 2)
 
 
 def test_messages_of_handoff_stand_beside_the_naive_count() -> None:

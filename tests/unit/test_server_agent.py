@@ -119,7 +119,7 @@ class Host:
         self.controller, self.tables = Controller(), Tables(self.events)
         self.interfaces = Interfaces(self.events, "lo", "eth0")
         self.sysctl = directory
-        self.there = {("0.0.0.0", 80), ("::", 443)}
+        self.there = {("::", 80), ("::", 443)}
         settings.setdefault("listeners", (Listener("10.0.0.51", 80),))
         self.agent = ServerAgent(Settings("a host", **settings), self.tables,  # type: ignore[arg-type]
                                  self.interfaces, self.controller.connect,  # type: ignore[arg-type]
@@ -164,6 +164,10 @@ def test_who_does_not_listen_is_not_announced(tmp_path: Path) -> None:
     host.there.add(("10.0.0.9", 8080))
     assert not host.agent.changed(), "nobody asked for it"
     host.there.discard(("::", 443))
+    host.there.add(("0.0.0.0", 443))
+    host.agent.step()
+    assert host.controller.announced()[-1] == [("10.0.0.51", 80), ("10.0.0.51", 443)], "of IPv4 alone"
+    host.there.discard(("0.0.0.0", 443))
     host.there.add(("10.0.0.52", 81))
     assert host.agent.changed()
     host.agent.step()
