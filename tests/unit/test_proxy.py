@@ -5,151 +5,37 @@ a client and a member that are played, a fast path that remembers, a clock that 
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
 import pytest
 
-from lbapp.control.messages import AppQuery, AppReply, Binding, Edit, Error, Host, Query, Refused, Reply, Translation
+from lbapp.control.messages import AppReply, Binding, Error, Host, Refused, Reply, Translation
 from lbapp.dataflow import frames, handshake, proxy
-from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.cookies import Options
 from lbapp.dataflow.frames import ACK, FIN, RST, SYN, Segment
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
-from lbapp.dataflow.proxy import Proxy
-
-SWITCH, SERVICE = 5, 7
-CLIENT, VIP, MEMBERS = (bytes((10, 0, 0, 1)), 40000), (bytes((10, 0, 0, 100)), 80), {
-    3: (bytes((10, 0, 0, 13)), 8080), 4: (bytes((10, 0, 0, 14)), 8080)}
-CLIENT_MAC, MEMBER_MAC = bytes((10, 0, 0, 0, 0, 1)), bytes((10, 0, 0, 0, 0, 3))
-CLIENT_WIRE, MEMBER_WIRE = 101, 104
-ISN, COOKIE, MEMBER_ISN = 0xFFFFFFF0, 0x9A000001, 0xFFFF0000
-REQUEST = b"GET /a HTTP/1.1\r\nHost: a.example\r\n\r\n"
-OPTIONS = Options(1460, 7, True)
-
-
-class Wire(NamedTuple):
-    ifindex: int
-
-
-class FakeFastPath:
-    def __init__(self) -> None:
-        self.ports = {1: Wire(CLIENT_WIRE), 4: Wire(MEMBER_WIRE)}
-        self.room = layout.Result.OPENED
-        self.installed: list[tuple[layout.FlowKey, layout.Flow]] = []
-        self.splices: dict[int, layout.Splice] = {}
-        self.closed: list[layout.FlowKey] = []
-        self.injected: list[tuple[int, bytes]] = []
-        self.sent: list[tuple[int, bytes]] = []
-        self.pending_forgotten: list[layout.FlowKey] = []
-
-    def port_of(self, ifindex: int) -> int | None:
-        return next((number for number, wire in self.ports.items() if wire.ifindex == ifindex), None)
-
-    def install(self, flows: Sequence[tuple[layout.FlowKey, layout.Flow]]) -> list[layout.Result]:
-        self.installed += flows
-        return [self.room] * (len(flows) // 2)
-
-    def set_splices(self, splices: dict[int, layout.Splice]) -> None:
-        self.splices.update(splices)
-
-    def close_flow(self, key: layout.FlowKey) -> None:
-        self.closed.append(key)
-
-    def forget_pending(self, keys: Sequence[layout.FlowKey]) -> None:
-        self.pending_forgotten += keys
-
-    def inject(self, ifindex: int, frame: bytes) -> bool:
-        self.injected.append((ifindex, frame))
-        return True
-
-    def send(self, ifindex: int, frame: bytes) -> bool:
-        self.sent.append((ifindex, frame))
-        return True
-
-
-class World:
-    """The proxy, and both ends of a connection."""
-
-    def __init__(self) -> None:
-        self.fast, self.counters = FakeFastPath(), Counter[str]()
-        self.greeting: Greeting | None = Greeting(seconds=10.0)
-        self.proxy = Proxy(self.fast, SWITCH, itertools.count(101, 2), self.flows, lambda _: self.greeting,
-                           self.counters)
-        self.states: list[int] = []
-
-    def flows(self, reply: Reply, state: int) -> Any:
-        self.states.append(state)
-        if reply.translation is None or reply.translation.host.port not in self.fast.ports:
-            return None
-        key = layout.FlowKey(CLIENT[0], VIP[0], CLIENT[1], VIP[1], 6)
-        return ((key, ("in", reply.member)), (key, ("out", reply.member)))
-
-    def client(self, at: int = 0, payload: bytes = b"", flags: int = ACK, *, kind: int | None = None,
-               now: float = 0.0, ack: int = COOKIE + 1, options: Options = OPTIONS,
-               isn: int = ISN) -> AppQuery | None:
-        """The client sends, from that offset of its data."""
-        frame = frames.tcp(VIRTUAL_MAC, CLIENT_MAC, CLIENT, VIP, Segment(isn + 1 + at, ack, flags, 500, b"", payload))
-        if kind is None:
-            kind = layout.Ask.LATER if at or not payload else layout.Ask.DATA
-        self.proxy.from_client(layout.QueryRecord(CLIENT_WIRE, SERVICE, frame, kind, options.pack()), now)
-        return self.asked(now)
-
-    def asked(self, now: float) -> AppQuery | None:
-        questions = self.proxy.flush(now)
-        assert len(questions) <= 1
-        return questions[0] if questions else None
-
-    def member(self, ack: int, flags: int = ACK, payload: bytes = b"", *, member: int = 3, seq: int = MEMBER_ISN,
-               options: bytes = b"", now: float = 0.0) -> AppQuery | None:
-        """The member sends; ``ack`` counts from the client's initial sequence number."""
-        frame = frames.tcp(VIRTUAL_MAC, MEMBER_MAC, MEMBERS[member], CLIENT,
-                           Segment(seq, ISN + ack, flags, 500, options, payload))
-        self.proxy.from_member(layout.QueryRecord(MEMBER_WIRE, SERVICE, frame, layout.Ask.MEMBER, 0), now)
-        return self.asked(now)
-
-    def answer(self, query: Query, member: int = 3, binding: Binding = Binding.SPLICE, port: int = 4,
-               now: float = 0.0) -> list[Refused]:
-        address, number = MEMBERS[member]
-        return self.proxy.reply([AppReply(query, Reply(query, Error.OK, member, Translation(
-            address, number, Host(MEMBER_MAC, port))), binding)], now)
-
-    def change(self, query: Query, edit: Edit, member: int = 3, now: float = 0.0) -> list[Refused]:
-        address, number = MEMBERS[member]
-        return self.proxy.reply([AppReply(query, Reply(query, Error.OK, member, Translation(
-            address, number, Host(MEMBER_MAC, 4))), edit=edit)], now)
-
-    def more(self, query: Query, now: float = 0.0) -> None:
-        assert self.proxy.reply([AppReply(query)], now) == []
-
-    def to_client(self) -> list[Segment]:
-        return self._sent(CLIENT_WIRE, VIP, CLIENT, CLIENT_MAC)
-
-    def to_member(self, member: int = 3) -> list[Segment]:
-        return self._sent(MEMBER_WIRE, CLIENT, MEMBERS[member], MEMBER_MAC)
-
-    def _sent(self, wire: int, source: tuple[bytes, int], destination: tuple[bytes, int], mac: bytes) -> list[Segment]:
-        there, self.fast.sent = [frame for where, frame in self.fast.sent if where == wire], [
-            one for one in self.fast.sent if one[0] != wire]
-        found = []
-        for frame in there:
-            packet = frames.parse(frame)
-            assert frames.with_checksum(frame, packet) == frame
-            assert frame[:6] == mac
-            assert packet.signature[:4] == (*source, *destination)
-            found.append(frames.segment(frame, packet))
-        return found
+from tests.proxy_world import (
+    CLIENT,
+    CLIENT_MAC,
+    CLIENT_WIRE,
+    COOKIE,
+    ISN,
+    MEMBER_ISN,
+    MEMBER_MAC,
+    MEMBER_WIRE,
+    MEMBERS,
+    OPTIONS,
+    REQUEST,
+    SERVICE,
+    SWITCH,
+    SYN_ACK,
+    VIP,
+    World,
+)
 
 
 @pytest.fixture
 def world() -> World:
     return World()
-
-
-SYN_ACK = b"\x02\x04\x05\x8c\x01\x01\x04\x02\x01\x03\x03\x09"
 
 
 def test_one_segment_is_spliced(world: World) -> None:
@@ -219,91 +105,6 @@ def test_a_request_in_pieces_is_acknowledged_and_then_repeated_until_it_has_arri
     assert wire == MEMBER_WIRE
     assert frames.segment(frame, frames.parse(frame)).payload == b"HTTP/1.1 200 OK"
     assert not len(world.proxy)
-
-
-CLOSE = Edit(len(REQUEST) - 2, 0, b"Connection: close\r\n")
-SHORTER = Edit(0, 4, b"X")
-
-
-@pytest.mark.parametrize("edit", [CLOSE, SHORTER], ids=["longer", "shorter"])
-def test_what_the_member_is_told_instead_leaves_what_follows_its_numbers(world: World, edit: Edit) -> None:
-    asked = world.client(0, REQUEST)
-    assert asked is not None
-    assert not world.change(asked.query, edit)
-    assert world.states == [layout.SPLICE]
-    more = len(edit.text) - edit.removed
-    (syn,) = world.to_member()
-    assert syn == Segment(ISN - more & 0xFFFFFFFF, 0, SYN, 64240, syn.options, b"")
-    # Its client sends what follows the request; then it says all of it again.
-    assert world.client(len(REQUEST), b"body") is None
-    assert world.client(0, REQUEST + b"body") is None
-    world.member(1 - more, SYN | ACK, options=SYN_ACK)
-    told = REQUEST[:edit.at] + edit.text + REQUEST[edit.at + edit.removed:] + b"body"
-    (sent,) = world.to_member()
-    assert (sent.seq, sent.payload) == (ISN + 1 - more & 0xFFFFFFFF, told)
-    assert world.client(0, REQUEST + b"body") is None and not world.fast.injected, "not by the client's segments"
-    world.member(5 - more)
-    assert [part.payload for part in world.to_member()] == [told[4:]]
-    world.member(1 + len(REQUEST) + 4, payload=b"HTTP/1.1 200 OK")
-    assert world.fast.splices == {101: layout.Splice(MEMBER_ISN - COOKIE & 0xFFFFFFFF, 2)}, "nothing but the member's"
-    ((wire, frame),) = world.fast.injected
-    assert (wire, frames.segment(frame, frames.parse(frame)).payload) == (MEMBER_WIRE, b"HTTP/1.1 200 OK")
-    assert not len(world.proxy) and not world.to_client()
-
-
-def test_the_next_member_is_asked_for_with_what_the_client_said(world: World) -> None:
-    asked = world.client(0, REQUEST)
-    assert asked is not None
-    world.change(asked.query, CLOSE)
-    world.to_member()
-    again = world.member(1 - len(CLOSE.text), RST | ACK, seq=0)
-    assert again is not None
-    assert (again.data, again.seq, again.failed) == (REQUEST, ISN + 1 & 0xFFFFFFFF, (3,))
-    world.change(again.query, CLOSE, member=4)
-    assert world.to_member(4)[0].seq == ISN - len(CLOSE.text) & 0xFFFFFFFF
-    # No SYN but another one than the client's own begins anew.
-    world.client(-1, b"", SYN, kind=layout.Ask.LATER)
-    assert len(world.proxy) == 1
-    world.client(-20, b"", SYN, kind=layout.Ask.LATER)
-    assert len(world.proxy) == 0
-
-
-def test_a_change_beyond_what_was_said_is_refused(world: World) -> None:
-    asked = world.client(0, REQUEST)
-    assert asked is not None
-    (refused,) = world.change(asked.query, Edit(len(REQUEST), 1, b""))
-    assert refused.serial == asked.query.serial
-    assert world.to_client()[-1].flags & RST and not world.fast.installed
-    assert not len(world.proxy) and not world.proxy._bytes
-
-
-def test_an_answer_of_several_segments_is_passed_on_whole(world: World) -> None:
-    """Those of the same batch, those that were read late, and what the client says meanwhile."""
-    asked = world.client(0, REQUEST)
-    assert asked is not None
-    world.change(asked.query, CLOSE)
-    world.member(1 - len(CLOSE.text), SYN | ACK, options=SYN_ACK)
-    end = 1 + len(REQUEST)
-
-    def record(source: tuple[bytes, int], to: tuple[bytes, int], wire: int, kind: int, part: Segment) -> Any:
-        return layout.QueryRecord(wire, SERVICE, frames.tcp(VIRTUAL_MAC, MEMBER_MAC, source, to, part), kind, 0)
-
-    def of_member(at: int, payload: bytes, flags: int = ACK) -> Any:
-        return record(MEMBERS[3], CLIENT, MEMBER_WIRE, layout.Ask.MEMBER,
-                      Segment(MEMBER_ISN + 1 + at, ISN + end, flags, 500, b"", payload))
-
-    for at, payload, flags in ((0, b"one", ACK), (3, b"two", ACK), (6, b"", ACK | RST)):
-        world.proxy.from_member(of_member(at, payload, flags), 0.0)
-    world.proxy.from_client(record(CLIENT, VIP, CLIENT_WIRE, layout.Ask.LATER, Segment(
-        ISN + end, COOKIE + 1, ACK, 500, b"", b"next")), 0.0)
-    assert world.asked(0.0) is None
-    passed = [(wire, frames.segment(frame, frames.parse(frame))) for wire, frame in world.fast.injected]
-    assert [(wire, part.payload, part.flags & RST) for wire, part in passed] == [
-        (MEMBER_WIRE, b"onetwo", 0), (MEMBER_WIRE, b"", RST), (CLIENT_WIRE, b"next", 0)]
-    world.proxy.from_member(of_member(6, b"late"), 0.1)
-    assert world.asked(0.1) is None
-    assert frames.segment(world.fast.injected[-1][1], frames.parse(world.fast.injected[-1][1])).payload == b"late"
-    assert not world.counters["proxy_stray"] and not world.proxy._bytes
 
 
 def test_a_large_request_goes_in_segments_the_member_can_take(world: World) -> None:
@@ -561,13 +362,13 @@ def test_asked_again_when_the_client_repeats_itself(world: World) -> None:
 def test_tables_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy, "MAX_HANDSHAKES", 3)
     for port in range(5):
-        monkeypatch.setattr(f"{__name__}.CLIENT", (CLIENT[0], 50000 + port))
+        monkeypatch.setattr("tests.proxy_world.CLIENT", (CLIENT[0], 50000 + port))
         assert world.client(0, b"GET") is not None
     assert len(world.proxy) == 3 and world.counters["proxy_dropped"] == 2
     monkeypatch.setattr(proxy, "MAX_TOTAL", 100)
-    monkeypatch.setattr(f"{__name__}.CLIENT", (CLIENT[0], 60000))
+    monkeypatch.setattr("tests.proxy_world.CLIENT", (CLIENT[0], 60000))
     assert world.client(0, bytes(500)) is not None
-    monkeypatch.setattr(f"{__name__}.CLIENT", (CLIENT[0], 60001))
+    monkeypatch.setattr("tests.proxy_world.CLIENT", (CLIENT[0], 60001))
     assert world.client(0, b"GET") is not None
     assert len(world.proxy) == 1 and world.proxy._bytes == 3
 

@@ -1,0 +1,143 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""A client and a member that are played, a fast path that remembers, a clock that is told: what the tests of
+:mod:`lbapp.dataflow.proxy` have in common. Asserts nothing but that frames are whole."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from lbapp.control.messages import AppQuery, AppReply, Binding, Edit, Error, Host, Query, Refused, Reply, Translation
+from lbapp.dataflow import frames
+from lbapp.dataflow.distribution import Greeting
+from lbapp.dataflow.fastpath import layout
+from lbapp.dataflow.fastpath.cookies import Options
+from lbapp.dataflow.frames import ACK, Segment
+from lbapp.dataflow.pipeline import VIRTUAL_MAC
+from lbapp.dataflow.proxy import Proxy
+
+SYN_ACK = b"\x02\x04\x05\x8c\x01\x01\x04\x02\x01\x03\x03\x09"
+SWITCH, SERVICE = 5, 7
+CLIENT, VIP, MEMBERS = (bytes((10, 0, 0, 1)), 40000), (bytes((10, 0, 0, 100)), 80), {
+    3: (bytes((10, 0, 0, 13)), 8080), 4: (bytes((10, 0, 0, 14)), 8080)}
+CLIENT_MAC, MEMBER_MAC = bytes((10, 0, 0, 0, 0, 1)), bytes((10, 0, 0, 0, 0, 3))
+CLIENT_WIRE, MEMBER_WIRE = 101, 104
+ISN, COOKIE, MEMBER_ISN = 0xFFFFFFF0, 0x9A000001, 0xFFFF0000
+REQUEST = b"GET /a HTTP/1.1\r\nHost: a.example\r\n\r\n"
+OPTIONS = Options(1460, 7, True)
+
+
+class Wire(NamedTuple):
+    ifindex: int
+
+
+class FakeFastPath:
+    def __init__(self) -> None:
+        self.ports = {1: Wire(CLIENT_WIRE), 4: Wire(MEMBER_WIRE)}
+        self.room = layout.Result.OPENED
+        self.installed: list[tuple[layout.FlowKey, layout.Flow]] = []
+        self.splices: dict[int, layout.Splice] = {}
+        self.closed: list[layout.FlowKey] = []
+        self.injected: list[tuple[int, bytes]] = []
+        self.sent: list[tuple[int, bytes]] = []
+        self.pending_forgotten: list[layout.FlowKey] = []
+
+    def port_of(self, ifindex: int) -> int | None:
+        return next((number for number, wire in self.ports.items() if wire.ifindex == ifindex), None)
+
+    def install(self, flows: Sequence[tuple[layout.FlowKey, layout.Flow]]) -> list[layout.Result]:
+        self.installed += flows
+        return [self.room] * (len(flows) // 2)
+
+    def set_splices(self, splices: dict[int, layout.Splice]) -> None:
+        self.splices.update(splices)
+
+    def close_flow(self, key: layout.FlowKey) -> None:
+        self.closed.append(key)
+
+    def forget_pending(self, keys: Sequence[layout.FlowKey]) -> None:
+        self.pending_forgotten += keys
+
+    def inject(self, ifindex: int, frame: bytes) -> bool:
+        self.injected.append((ifindex, frame))
+        return True
+
+    def send(self, ifindex: int, frame: bytes) -> bool:
+        self.sent.append((ifindex, frame))
+        return True
+
+
+class World:
+    """The proxy, and both ends of a connection."""
+
+    def __init__(self) -> None:
+        self.fast, self.counters = FakeFastPath(), Counter[str]()
+        self.greeting: Greeting | None = Greeting(seconds=10.0)
+        self.proxy = Proxy(self.fast, SWITCH, itertools.count(101, 2), self.flows, lambda _: self.greeting,
+                           self.counters)
+        self.states: list[int] = []
+
+    def flows(self, reply: Reply, state: int) -> Any:
+        self.states.append(state)
+        if reply.translation is None or reply.translation.host.port not in self.fast.ports:
+            return None
+        key = layout.FlowKey(CLIENT[0], VIP[0], CLIENT[1], VIP[1], 6)
+        return ((key, ("in", reply.member)), (key, ("out", reply.member)))
+
+    def client(self, at: int = 0, payload: bytes = b"", flags: int = ACK, *, kind: int | None = None,
+               now: float = 0.0, ack: int = COOKIE + 1, options: Options = OPTIONS,
+               isn: int = ISN) -> AppQuery | None:
+        """The client sends, from that offset of its data."""
+        frame = frames.tcp(VIRTUAL_MAC, CLIENT_MAC, CLIENT, VIP, Segment(isn + 1 + at, ack, flags, 500, b"", payload))
+        if kind is None:
+            kind = layout.Ask.LATER if at or not payload else layout.Ask.DATA
+        self.proxy.from_client(layout.QueryRecord(CLIENT_WIRE, SERVICE, frame, kind, options.pack()), now)
+        return self.asked(now)
+
+    def asked(self, now: float) -> AppQuery | None:
+        questions = self.proxy.flush(now)
+        assert len(questions) <= 1
+        return questions[0] if questions else None
+
+    def member(self, ack: int, flags: int = ACK, payload: bytes = b"", *, member: int = 3, seq: int = MEMBER_ISN,
+               options: bytes = b"", now: float = 0.0) -> AppQuery | None:
+        """The member sends; ``ack`` counts from the client's initial sequence number."""
+        frame = frames.tcp(VIRTUAL_MAC, MEMBER_MAC, MEMBERS[member], CLIENT,
+                           Segment(seq, ISN + ack, flags, 500, options, payload))
+        self.proxy.from_member(layout.QueryRecord(MEMBER_WIRE, SERVICE, frame, layout.Ask.MEMBER, 0), now)
+        return self.asked(now)
+
+    def answer(self, query: Query, member: int = 3, binding: Binding = Binding.SPLICE, port: int = 4,
+               now: float = 0.0) -> list[Refused]:
+        address, number = MEMBERS[member]
+        return self.proxy.reply([AppReply(query, Reply(query, Error.OK, member, Translation(
+            address, number, Host(MEMBER_MAC, port))), binding)], now)
+
+    def change(self, query: Query, edit: Edit, member: int = 3, now: float = 0.0) -> list[Refused]:
+        address, number = MEMBERS[member]
+        return self.proxy.reply([AppReply(query, Reply(query, Error.OK, member, Translation(
+            address, number, Host(MEMBER_MAC, 4))), edit=edit)], now)
+
+    def more(self, query: Query, now: float = 0.0) -> None:
+        assert self.proxy.reply([AppReply(query)], now) == []
+
+    def to_client(self) -> list[Segment]:
+        return self._sent(CLIENT_WIRE, VIP, CLIENT, CLIENT_MAC)
+
+    def to_member(self, member: int = 3) -> list[Segment]:
+        return self._sent(MEMBER_WIRE, CLIENT, MEMBERS[member], MEMBER_MAC)
+
+    def _sent(self, wire: int, source: tuple[bytes, int], destination: tuple[bytes, int], mac: bytes) -> list[Segment]:
+        there, self.fast.sent = [frame for where, frame in self.fast.sent if where == wire], [
+            one for one in self.fast.sent if one[0] != wire]
+        found = []
+        for frame in there:
+            packet = frames.parse(frame)
+            assert frames.with_checksum(frame, packet) == frame
+            assert frame[:6] == mac
+            assert packet.signature[:4] == (*source, *destination)
+            found.append(frames.segment(frame, packet))
+        return found
