@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from topologies import l7_scene
+from topologies import health_scene, l7_scene
 from topologies.controller import API
 from topologies.hosts import ECHO_PORT, LabHost
 from topologies.lab import BIG_BYTES, Lab
@@ -65,6 +65,7 @@ class Demo:
         self.messages()
         self.other_families()
         self.disable_a_member()
+        health_scene.play(self)
         self.kill_the_controller()
         self.rates()
         self.fast_path()

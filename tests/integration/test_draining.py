@@ -109,7 +109,12 @@ def every_way(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, d
                                             options=["--fastpath"]))
         agents = Site(lab, list(WAYS))
         more: dict[str, subprocess.Popen[Any]] = {}
-        running.callback(lambda: [one.kill() for one in more.values()])
+
+        def end_more() -> None:
+            for process in more.values():
+                end(process)
+
+        running.callback(end_more)
         lab.start_servers()
         lab.start_controller()
         wait_until(lambda: lab.rest.get("/v1/stats")["switches"][0].get("fastpath"), 10, "a fast path")
