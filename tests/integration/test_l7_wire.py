@@ -25,6 +25,7 @@ import pytest
 from tests.integration.bad_wire import bad_wire
 from tests.integration.capture import Capture, captures, offload, real_checksums
 from tests.integration.handed_over import Site
+from tests.integration.late_isn import late_isn
 from tests.integration.support import VIP, VIP6, configure, family_of, members, pool, server
 from tests.segments import View, compare
 from topologies.lab import Lab, unavailable
@@ -261,6 +262,25 @@ def test_numbers_that_begin_again(site: Site, way: str, vip: str, back: int) -> 
         assert made.answer().decode().strip() == hashlib.sha256(body).hexdigest()
         client, _ = made.judge()
     assert client.up.high > back
+
+
+@both
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "handoff"])
+@pytest.mark.parametrize("back", [1, 500_000])
+def test_members_numbers_that_begin_again(site: Site, way: str, vip: str, back: int, tmp_path: Path) -> None:
+    """The member's initial number is so far below 2**32: its SYN-ACK, its head, its body go over it. (Where it is
+    handed the connection, the cookie is its number.)"""
+    client, member = site.lab.client(), site.lab.server()
+    with contextlib.ExitStack() as settings:
+        client.run("sysctl", "-qw", "net.ipv4.tcp_sack=0")
+        settings.callback(client.run, "sysctl", "-qw", "net.ipv4.tcp_sack=1")
+        settings.enter_context(late_isn(member, WAYS[way][2], 2**32 - back, tmp_path))
+        with captures(client, member) as ends:
+            made = Connection(site, way, vip, ends)
+            made.say("GET", f"/bytes/{SIZES[way]}")
+            assert made.answer() == bytes(range(256)) * (SIZES[way] // 256)
+            _, seen = made.judge()
+    assert seen.down.isn == 2**32 - back and seen.down.high > back
 
 
 @both
