@@ -24,6 +24,7 @@ RATIOS: tuple[tuple[str, str, str, float], ...] = (
     *(("lbapp-fastpath", metric, NFT, 1.0) for metric in BULK),
     *(("lbapp-fastpath", metric, REFERENCE, 1.8) for metric in BULK),
     ("lbapp-agent", "new_conn_per_s", REFERENCE, 1.2),
+    ("lbapp-watched", "new_conn_per_s", "lbapp-plain", 0.97),
     ("lbapp-handoff", "new_conn_per_s", HTTP, 1.3),
     *((target, metric, HTTP, least) for target in ("lbapp-splice", "lbapp-handoff")
       for metric, least in (("keepalive_req_per_s", 1.3), ("big_mb_per_s", 1.8))),

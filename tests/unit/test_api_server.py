@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may call, TLS, and fault 17: huge bodies, slow senders, nonsense; nothing changes, nobody else notices.
 
-And what only reads: lbapp/api/live.py and lbapp/api/openapi.py
+And what only reads: lbapp/api/live.py, lbapp/api/happenings.py and lbapp/api/openapi.py
 """
 
 from __future__ import annotations

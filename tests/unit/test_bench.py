@@ -207,7 +207,8 @@ def figures(ours: float, theirs: float) -> dict[str, dict[str, float]]:
             "nft": dict.fromkeys(metrics, theirs), "haproxy-http": dict.fromkeys(metrics, theirs),
             "lbapp-splice": dict.fromkeys(metrics, 1.8 * ours), "lbapp-handoff": dict.fromkeys(metrics, 1.8 * ours),
             "lbapp-fastpath": {**dict.fromkeys(metrics, 2 * ours), "messages_per_closed": 1 / 60},
-            "lbapp-agent": dict.fromkeys(metrics, 1.2 * ours)}
+            "lbapp-agent": dict.fromkeys(metrics, 1.2 * ours), "lbapp-plain": dict.fromkeys(metrics, theirs),
+            "lbapp-watched": dict.fromkeys(metrics, 0.97 * ours)}
 
 
 def test_goals_are_computed_from_the_figures() -> None:
@@ -215,6 +216,7 @@ def test_goals_are_computed_from_the_figures() -> None:
     assert found["lbapp-punted new_conn_per_s at least 0.95 times haproxy-tcp"] is False
     assert found["lbapp-fastpath new_conn_per_s at least 1.15 times nft"] is True
     assert found["lbapp-agent new_conn_per_s at least 1.20 times haproxy-tcp"] is False
+    assert found["lbapp-watched new_conn_per_s at least 0.97 times lbapp-plain"] is False
     assert found["lbapp-splice big_mb_per_s at least 1.80 times haproxy-http"] is False
     assert found["lbapp-splice new_conn_per_s at least 1.00 times haproxy-http"] is True
     assert found["lbapp-handoff keepalive_req_per_s at least 1.30 times haproxy-http"] is True
