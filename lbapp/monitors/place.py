@@ -27,10 +27,12 @@ import os
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from lbapp.dataflow.fastpath.records import read
 from lbapp.dataflow.ovs import Ovs, OvsError
 from lbapp.monitors import namespace
 
@@ -41,6 +43,7 @@ INSIDE = "members"
 """The interface in the namespace."""
 NAME_MOST = 15
 COMMAND_S = 15.0
+OPENED_S = 5.0
 _SIOCETHTOOL = 0x8946
 _ETHTOOL_SET = {"checksums": 0x17, "segmentation": 0x1F, "generic segmentation": 0x24}
 
@@ -179,13 +182,28 @@ class Place:
             self._ovs.delete_port(self._bridge, self._port)
             there = False
         if not there:
-            number = self._ovs.add_port(self._bridge, self._port, tag=self._tag)
-            LOG.info("members are checked from %s, port %d of %s", ", ".join(sorted(self._addresses)), number,
+            vlan = [] if self._tag is None else ["--", "set", "Port", self._port, f"tag={self._tag}"]
+            self._ovs.vsctl("--may-exist", "add-port", self._bridge, self._port, *vlan)
+            LOG.info("members are checked from %s, port %d of %s", ", ".join(sorted(self._addresses)), self._number(),
                      self._bridge)
         elif self._tag is not None:
             self._ovs.vsctl("set", "Port", self._port, f"tag={self._tag}")
         else:
             self._ovs.vsctl("clear", "Port", self._port, "tag")
+
+
+    def _number(self) -> int:
+        """The port's OpenFlow number, in one reading: a fast path may be exchanging its interface just now."""
+        deadline = time.monotonic() + OPENED_S
+        while True:
+            found = [one for one in read(self._ovs) if (one.bridge, one.wire or one.name) == (self._bridge, self._port)]
+            for one in found:
+                if one.ofport is not None:
+                    return one.ofport
+            if time.monotonic() > deadline:
+                why = found[0].error if found else "its record is gone"
+                raise PlaceError(f"{self._port} cannot be a port of {self._bridge}: {why or 'it is not opened'}")
+            time.sleep(0.05)
 
 
 def _ip(*arguments: str) -> str:

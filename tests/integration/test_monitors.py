@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from lbapp.config.monitor import Monitor
+from lbapp.dataflow.fastpath.records import Record, read
 from lbapp.dataflow.ovs import PrivateOvs
 from lbapp.monitors.place import INSIDE, Place, PlaceError, port_name
 from lbapp.monitors.supervisor import Changed, Monitors, Target
@@ -132,26 +133,21 @@ def test_a_member_that_dies_and_comes_back(lab, checked):
     heard.wait(everything)
 
 
-def port_of(lab: Lab, name: str) -> str:
-    """The OpenFlow port number behind a Port record, whatever interface stands there now."""
-    interface = lab.ovs.vsctl("get", "Port", name, "interfaces").strip("[] \n")
-    return lab.ovs.vsctl("get", "Interface", interface, "ofport").strip()
-
-
 def test_the_fast_path_takes_it_for_an_ordinary_port(lab, place):
     name = port_name(lab.bridges[0])
     index = json.loads(lab.root.run("ip", "-json", "link", "show", name).stdout)[0]["ifindex"]
 
-    def interface() -> str:
-        uuid = lab.ovs.vsctl("get", "Port", name, "interfaces").strip("[] \n")
-        return lab.ovs.vsctl("get", "Interface", uuid, "name").strip().strip('"')
+    def record() -> Record:
+        """The port's, whatever interface stands there now."""
+        (found,) = [one for one in read(lab.ovs) if (one.wire or one.name) == name]
+        return found
 
     if lab.controller.fastpath:
-        wait_until(lambda: interface() == f"lbo{index}", 15, "a wire in front of the port")
-    number = port_of(lab, name)
+        wait_until(lambda: record().name == f"lbo{index}" and record().ofport, 15, "a wire in front of the port")
+    number = record().ofport
     # Another process, after a crash of the first, finds it all there and moves nothing.
     assert Place(lab.ovs, lab.bridges[0], ADDRESSES).ensure() == place.netns
-    assert port_of(lab, name) == number
+    assert record().ofport == number
     assert json.loads(lab.root.run("ip", "-json", "link", "show", name).stdout)[0]["ifindex"] == index
     place.remove()
     assert name not in lab.ovs.vsctl("list-ports", lab.bridges[0]).split()
