@@ -53,9 +53,9 @@ def bad_wire(host: LabHost, directory: Path, *, loss: float = 0, twice: float = 
             for name in (host.interface, SLOW):
                 host.run("ethtool", "-K", name, *(word for one in OFFLOADS for word in (one, "off")))
         for interface, where, section in ((host.interface, "egress", "tc/bad"), (LATE, "ingress", "tc/late")):
-            # A server agent may have its own program on the host's interface, and keeps it.
-            if "clsact" not in host.run("tc", "qdisc", "show", "dev", interface).stdout:
-                host.run("tc", "qdisc", "add", "dev", interface, "clsact")
+            # A server agent may have its own program on the host's interfaces, and may be putting it there now: who
+            # comes second is refused, and finds what it wants.
+            host.run("tc", "qdisc", "add", "dev", interface, "clsact", check=False)
             host.run("tc", "filter", "add", "dev", interface, where, "bpf", "da", "obj", str(program), "sec", section)
         yield
     finally:

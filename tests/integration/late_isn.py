@@ -32,8 +32,7 @@ def late_isn(host: LabHost, port: int, isn: int, directory: Path) -> Iterator[No
     subprocess.run(["bpftool", "prog", "loadall", str(program), str(pins)], check=True, capture_output=True, timeout=30)
     try:
         # Both programs have one map: they are loaded together, and pinned until they are attached.
-        if "clsact" not in host.run("tc", "qdisc", "show", "dev", host.interface).stdout:
-            host.run("tc", "qdisc", "add", "dev", host.interface, "clsact")
+        host.run("tc", "qdisc", "add", "dev", host.interface, "clsact", check=False)  # it may be there
         for where, name in (("egress", "on_the_way_out"), ("ingress", "on_the_way_in")):
             # Before anybody else's, which go on from here.
             host.run("tc", "filter", "add", "dev", host.interface, where, "pref", "1", "bpf", "da", "object-pinned",
