@@ -241,3 +241,32 @@ def test_an_operator_overrides_and_a_fallback_serves(watched: Lab) -> None:
         assert all(one.error is None for one in probe.stop())
     texts = [one["text"] for one in lab.rest.get("/v1/events?kind=fallback&pool=least")["events"]]
     assert texts[-2:] == ["pool sorry is used", "its own members are used again"]
+
+
+@pytest.mark.parametrize("port", [8080, 8081], ids=["l4", "l7"])
+def test_clients_failures_tell_of_a_member(watched: Lab, port: int, told: Any) -> None:
+    """Without monitors: who refuses clients is left out for a while, and then tried again."""
+    lab = watched
+    lab.rest.patch("/v1/pools/least", {"monitors": [], "passive": {"failures": 3, "window": 30, "hold": 5},
+                                       "lb_algorithm": "ROUND_ROBIN"})
+    with probing(lab.client("c1"), VIP, port, rate=30) as probe:
+        probe.quiet(10, 15)
+        begun = time.monotonic()
+        fault(lab, "s1", REJECT)
+        if port == 8080 and not lab.controller.fastpath:
+            # Open vSwitch alone does not tell a RST from a FIN (docs/health.md).
+            wait_until(lambda: sum(one.error is not None for one in probe.since(begun)) > 9, 15, "clients are refused")
+            assert health(lab, "s1", "least")["state"] != "down"
+            return
+        wait_until(lambda: health(lab, "s1", "least")["state"] == "down", 15, "clients have noticed", every=0.02)
+        down = time.monotonic()
+        fault(lab, "s1", None)
+        probe.quiet(30, 15)
+        assert "s1" not in {one.name for one in probe.since(down + 0.5) if one.at < down + 4}
+        wait_until(lambda: "s1" in probe.names(time.monotonic() - 1.0), 20, "s1 is tried again")
+        failed = sum(one.error is not None for one in probe.since(begun))
+    told(f"left out after {down - begun:.2f} s and {failed} failed requests")
+    assert failed == 0 or port == 8080
+    reason = next(one["text"] for one in reversed(lab.rest.get("/v1/events?limit=1000&pool=least")["events"])
+                  if one["kind"] == "member_failed")
+    assert reason.startswith("3 connections of clients failed within 30 s (refused")
