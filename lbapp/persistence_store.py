@@ -4,8 +4,9 @@
 
 Owns a SQLite database, ``persistence.db`` in the state directory (mode 0600), and writes what has changed once a
 second, in native threads: no packet waits for a disk. Ages are kept by the wall clock, because a controller that was
-away knows no other. Decides nothing, and never stops anything: with a full disk or a broken file traffic goes on, one
-line in the log says so, and what could not be written is tried again, as far as there is room.
+away knows no other; when that clock is set while the controller runs, what is kept moves with it. Decides nothing, and
+never stops anything: with a full disk or a broken file traffic goes on, one line in the log says so, and what could not
+be written is tried again, as far as there is room.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ AT_ONCE = 5000
 """Changes that are gathered before others have their turn."""
 MOST_PENDING = 1 << 20
 """Changes that wait for a disk that does not take them; the oldest are lost."""
+JUMP_SECONDS = 1.0
+"""A wall clock that has moved so much more or less than the time that went by was set."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS clients (
@@ -56,9 +59,17 @@ class Pending:
         self.cleared: dict[tuple[str, int], None] = {}
         self.entries: OrderedDict[tuple[str, bytes], Row | None] = OrderedDict()
         self.lost = 0
+        self.shift = 0.0
 
     def __bool__(self) -> bool:
-        return bool(self.cleared or self.entries)
+        return bool(self.cleared or self.entries or self.shift)
+
+    def move(self, seconds: float) -> None:
+        """The wall clock was set forward by so much (or back): what is written, and what waits here, moves along."""
+        self.shift += seconds
+        for key, row in self.entries.items():
+            if row is not None:
+                self.entries[key] = (*row[:4], row[4] + seconds, row[5] + seconds)
 
     def add(self, changes: Changes, clock: float) -> None:
         """Take changes over; ``clock`` is the time now, on the wall."""
@@ -165,6 +176,8 @@ class PersistenceStore:
     def _write(connection: sqlite3.Connection, pending: Pending, purge: float | None) -> None:
         connection.execute("BEGIN IMMEDIATE")
         try:
+            if pending.shift:
+                connection.execute("UPDATE clients SET used = used + ?, expires = expires + ?", (pending.shift,) * 2)
             for pool, member in pending.cleared:
                 connection.execute("DELETE FROM clients WHERE (? = '' OR pool = ?) AND (? = 0 OR member = ?)",
                                    (pool, pool, member, member))
@@ -198,6 +211,7 @@ class Keeper:
         self._pending = Pending()
         self._working = False
         self._purged = float("-inf")
+        self._ahead = time.time() - time.monotonic()
         self._thread: Any = None
         self.failing = False
 
@@ -237,6 +251,10 @@ class Keeper:
 
     def _keep(self) -> None:
         now, clock = time.monotonic(), time.time()
+        jumped, self._ahead = clock - now - self._ahead, clock - now
+        if abs(jumped) >= JUMP_SECONDS:
+            LOG.warning("the clock was set by %+.0f s; clients are known for as long as before", jumped)
+            self._pending.move(jumped)
         while True:
             changes = self._clients.changes(now, AT_ONCE)
             self._pending.add(changes, clock)

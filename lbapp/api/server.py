@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import resource
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -34,6 +35,7 @@ REQUEST_SECONDS = 300.0
 """For a request as a whole, the bulk apply of a large site included."""
 URL_LIMIT = 8192
 CONNECTION_LIMIT = 512
+"""But half of what this process may open at most: the rest is for switches, agents, the database and commands."""
 LINGER_SECONDS = 2.0
 _LINGER_BYTES = 4 << 20
 _BACKLOG = 128
@@ -133,6 +135,11 @@ def _tls(certificate: str, key: str | None) -> Any:
     return context
 
 
+def _most() -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return CONNECTION_LIMIT if limit == resource.RLIM_INFINITY else max(1, min(CONNECTION_LIMIT, limit // 2))
+
+
 class Server:
     """A listening socket and its connections.
 
@@ -159,7 +166,7 @@ class Server:
             self._socket, self._socket.getsockname(), application, log=LOG, log_output=False, debug=False,
             keepalive=SOCKET_SECONDS, socket_timeout=SOCKET_SECONDS, url_length_limit=URL_LIMIT,
             environ={"wsgi.url_scheme": "https", "HTTPS": "on"} if self._context else None)
-        self._room = eventlet.semaphore.Semaphore(CONNECTION_LIMIT)
+        self._room = eventlet.semaphore.Semaphore(_most())
         self._open: set[Any] = set()
         self._loop: Any = None
 
@@ -187,6 +194,7 @@ class Server:
                 connection.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
+        failing = False
         while True:
             self._room.acquire()
             try:
@@ -196,9 +204,12 @@ class Server:
                 if error.errno in (errno.EBADF, errno.EINVAL):
                     return
                 # Out of descriptors, or the peer is gone already: the next one may fare better.
-                LOG.warning("cannot accept a connection: %s", error)
+                if not failing:
+                    LOG.warning("cannot accept a connection: %s; trying again", error)
+                failing = True
                 eventlet.sleep(_ACCEPT_PAUSE)
                 continue
+            failing = False
             eventlet.spawn_n(self._serve, connection, address)
 
     def _serve(self, connection: Any, address: Any) -> None:

@@ -46,6 +46,8 @@ def _run(*command: str) -> str:
         raise DatabaseError(f"{command[0]} is not installed (Debian package openvswitch-switch)") from None
     except subprocess.TimeoutExpired:
         raise DatabaseError(f"{command[0]} {command[1]} did not end within {TOOL_SECONDS:.0f} s") from None
+    except OSError as error:
+        raise DatabaseError(f"{command[0]} cannot be started: {error.strerror or error}") from None
     if done.returncode:
         raise DatabaseError(f"{command[0]} failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout.strip()

@@ -222,7 +222,8 @@ class Store:
         if kind == "constraint violation":
             raise Invalid(f"the database refused: {details}")
         LOG.error("the configuration database could not commit: %s", json.dumps(failed))
-        raise Unavailable(f"the configuration database could not write: {details or kind}")
+        why = failed.get("io-error")  # such as a disk that is full
+        raise Unavailable(f"the configuration database could not write: {details or kind}{f': {why}' if why else ''}")
 
     def _wait(self, generation: int, seconds: float) -> None:
         with self._news:

@@ -59,6 +59,9 @@ CONNTRACK_TIMEOUTS: Mapping[str, int] = {
 }
 """Seconds that conntrack keeps a connection of ours (keys of OVSDB's CT_Timeout_Policy)."""
 
+COMMAND_DESCRIPTORS = 12
+"""What a command needs at most while it is started: its pipes, and the one that tells that it was."""
+
 DROP_COUNTERS = ("packet_in_overflow", "rconn_overflow")
 """Coverage counters of packets that found the queue to the controller full: the datapath's queue, the socket's."""
 
@@ -88,15 +91,18 @@ class Ovs:
         """Run one of OVS's commands against this instance and return what it printed.
 
         Raises:
-            OvsError: the command is not installed, failed, or did not answer in time.
+            OvsError: the command is not installed, cannot be started, failed, or did not answer in time.
         """
         try:
+            _room_for_a_command()
             done = subprocess.run(argv, env={**os.environ, **self.environment}, timeout=timeout, check=False,
                                   stdin=subprocess.DEVNULL, capture_output=True, text=True)
         except FileNotFoundError:
             raise OvsError(f"{argv[0]} is not installed (Debian package openvswitch-switch)") from None
         except subprocess.TimeoutExpired:
             raise OvsError(f"no answer within {timeout:g} s from: {_short(argv)}") from None
+        except OSError as error:
+            raise OvsError(f"{argv[0]} cannot be started: {error.strerror or error}") from None
         if done.returncode:
             reason = (done.stderr or done.stdout).strip().splitlines()
             raise OvsError(f"{_short(argv)}: {reason[-1] if reason else f'exit status {done.returncode}'}")
@@ -397,6 +403,21 @@ class PrivateOvs(Ovs):
             if process is not None:
                 _end(process)
         self._switch = self._database = None
+
+
+def _room_for_a_command() -> None:
+    """Find out whether there are descriptors enough: with too few, Popen would leave open the ones it got.
+
+    Raises:
+        OSError: there are not.
+    """
+    found: list[int] = []
+    try:
+        while len(found) < COMMAND_DESCRIPTORS:
+            found.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    finally:
+        for descriptor in found:
+            os.close(descriptor)
 
 
 def _short(argv: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ Owns the socket loops; decides nothing.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import socket
 import ssl
@@ -36,6 +37,7 @@ QUEUE_CONFIG_REPLY = 23
 OURS_FIRST = frozenset({ERROR, EXPERIMENTER, PACKET_IN, FLOW_REMOVED, MULTIPART_REPLY})
 HANDSHAKE_SECONDS = 5.0
 MAX_CONNECTIONS = 256
+ACCEPT_PAUSE = 0.1
 YIELD_EVERY = 2048
 YIELD_BYTES = 65536
 """A switch that reports all its rules must not keep others waiting."""
@@ -261,8 +263,20 @@ def _listen(_controller: Any, tcp_port: int, tls_port: int) -> None:
         finally:
             room.release()
 
+    failing = False
     while True:
-        connection, address = listener.accept()
+        try:
+            connection, address = listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EBADF, errno.EINVAL):
+                raise
+            # Out of descriptors, or the peer is gone already: those that are connected go on.
+            if not failing:
+                LOG.warning("cannot accept a switch: %s; trying again", error)
+            failing = True
+            hub.sleep(ACCEPT_PAUSE)
+            continue
+        failing = False
         if room.locked():
             LOG.warning("%s: refused, %d switches are connected already", address, MAX_CONNECTIONS)
             connection.close()

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +16,28 @@ import pytest
 from lbapp.dataflow.ovs import CONNTRACK_TIMEOUTS, Ovs, OvsError, PrivateOvs
 from tests.namespaces import require
 from topologies.namespace import Namespace
+
+
+def test_without_descriptors_a_command_is_refused_and_nothing_stays_open(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    here = Path("/proc/self/fd")
+    before = {one.name for one in here.iterdir()}
+    try:
+        for spare in range(1, 8):
+            spent = []
+            while True:
+                spent.append(os.open(os.devnull, os.O_RDONLY))
+                if spent[-1] >= max(map(int, before)) + 20:
+                    break
+            resource.setrlimit(resource.RLIMIT_NOFILE, (spent[-1] + 1 + spare, limits[1]))
+            with pytest.raises(OvsError, match="ovs-vsctl cannot be started: Too many open files"):
+                Ovs(tmp_path).vsctl("show")
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for one in spent:
+                os.close(one)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert {one.name for one in here.iterdir()} == before
 
 
 @pytest.fixture

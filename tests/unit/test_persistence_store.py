@@ -181,6 +181,38 @@ def test_a_restart(tmp_path: Path) -> None:
     other.stop()
 
 
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+def test_a_clock_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
+    ahead = 0.0
+    right = time.time
+    monkeypatch.setattr(module.time, "time", lambda: right() + ahead)
+    known = clients()
+    one = keeper(tmp_path, known)
+    one.start(one.read())
+    now = time.monotonic()
+    known.bind("p", b"\x0a\0\0\1", 7, now - 400)
+    one.keep()
+    ahead = jump
+    known.bind("p", b"\x0a\0\0\2", 8, now)
+    one.keep()
+    one.keep()
+    found = PersistenceStore(tmp_path).load(module.time.time())
+    assert last_of(found) == [("p", 1, 7), ("p", 2, 8)]
+    assert [round(entry.age) for entry in sorted(found, key=lambda entry: entry.member)] == pytest.approx([400, 0], abs=5)
+    one.stop()
+
+
+def test_what_waits_for_a_disk_moves_with_the_clock(tmp_path: Path) -> None:
+    store, pending = PersistenceStore(tmp_path), Pending()
+    written(store, kept(1), clock=1000.0)
+    pending.add(Changes((), (kept(2), kept(3, member=0))), 1000.0)
+    pending.move(50.0)
+    assert pending
+    pending.add(Changes((), (kept(4),)), 1050.0)
+    store.write(pending)
+    assert [(one.key[-1], one.age) for one in store.load(1050.0)] == [(1, 0.0), (2, 0.0), (4, 0.0)]
+
+
 def test_many_changes_are_gathered_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "AT_ONCE", 3)
     known = clients()

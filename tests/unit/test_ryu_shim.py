@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
+import os
 import struct
 import types
 
@@ -208,6 +211,29 @@ def test_garbage_closes_the_connection(link, garbage):
     while reader.next():
         pass
     assert link.datapath.state == DEAD_DISPATCHER or link.datapath.send_q is None
+
+
+def test_the_listener_outlives_a_lack_of_descriptors(monkeypatch, caplog):
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setattr(ryu_shim, "ACCEPT_PAUSE", 0.0)
+    lacks = [OSError(code, os.strerror(code)) for code in (errno.EMFILE, errno.EMFILE, errno.ECONNABORTED)]
+    served = []
+
+    class Listener:
+        def accept(self):
+            if lacks:
+                raise lacks.pop(0)
+            if not served:
+                return "connection", ("127.0.0.1", 1)
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(ryu_shim.eventlet, "listen", lambda *_, **__: Listener())
+    monkeypatch.setattr(ryu_shim.hub, "spawn", lambda _handle, *arguments: served.append(arguments))
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        ryu_shim._listen(None, 6653, 6653)
+    assert served == [("connection", ("127.0.0.1", 1))]
+    assert [one.getMessage() for one in caplog.records] == [
+        "cannot accept a switch: [Errno 24] Too many open files; trying again"]
 
 
 def test_who_does_not_shake_hands_is_closed(monkeypatch):
