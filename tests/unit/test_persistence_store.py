@@ -185,7 +185,7 @@ def test_a_restart(tmp_path: Path) -> None:
 def test_a_clock_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
     ahead = 0.0
     right = time.time
-    monkeypatch.setattr(module.time, "time", lambda: right() + ahead)
+    monkeypatch.setattr(time, "time", lambda: right() + ahead)
     known = clients()
     one = keeper(tmp_path, known)
     one.start(one.read())
@@ -196,9 +196,9 @@ def test_a_clock_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ju
     known.bind("p", b"\x0a\0\0\2", 8, now)
     one.keep()
     one.keep()
-    found = PersistenceStore(tmp_path).load(module.time.time())
-    assert last_of(found) == [("p", 1, 7), ("p", 2, 8)]
-    assert [round(entry.age) for entry in sorted(found, key=lambda entry: entry.member)] == pytest.approx([400, 0], abs=5)
+    found = PersistenceStore(tmp_path).load(time.time())
+    assert {entry.key[-1]: entry.member for entry in found} == {1: 7, 2: 8}
+    assert {entry.key[-1]: entry.age for entry in found} == pytest.approx({1: 400, 2: 0}, abs=5)
     one.stop()
 
 

@@ -22,6 +22,7 @@ import tests.fake_frames  # noqa: F401  (prepares eventlet for Ryu)
 from ryu.base import app_manager
 from ryu.controller import ofp_handler
 from ryu.controller.handler import DEAD_DISPATCHER
+from ryu.lib import hub
 from ryu.ofproto import ofproto_v1_3, ofproto_v1_3_parser
 
 from lbapp.dataflow import ryu_shim
@@ -217,7 +218,7 @@ def test_the_listener_outlives_a_lack_of_descriptors(monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr(ryu_shim, "ACCEPT_PAUSE", 0.0)
     lacks = [OSError(code, os.strerror(code)) for code in (errno.EMFILE, errno.EMFILE, errno.ECONNABORTED)]
-    served = []
+    served: list[object] = []
 
     class Listener:
         def accept(self):
@@ -227,8 +228,8 @@ def test_the_listener_outlives_a_lack_of_descriptors(monkeypatch, caplog):
                 return "connection", ("127.0.0.1", 1)
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
-    monkeypatch.setattr(ryu_shim.eventlet, "listen", lambda *_, **__: Listener())
-    monkeypatch.setattr(ryu_shim.hub, "spawn", lambda _handle, *arguments: served.append(arguments))
+    monkeypatch.setattr(eventlet, "listen", lambda *_, **__: Listener())
+    monkeypatch.setattr(hub, "spawn", lambda _handle, *arguments: served.append(arguments))
     with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
         ryu_shim._listen(None, 6653, 6653)
     assert served == [("connection", ("127.0.0.1", 1))]
