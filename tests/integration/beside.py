@@ -46,7 +46,7 @@ class Agent:
         with self.log.open("ab") as log:
             seen = self.said("fast path in front of")
             self.process = self.lab.root.popen(*self._prefix, *self.argv, stdout=log, stderr=log)
-        wait_until(lambda: self.said("fast path in front of") > seen, 10, f"an agent for {self.bridge}")
+        wait_until(lambda: self.said("fast path in front of") > seen, 30, f"an agent for {self.bridge}")
 
     def said(self, words: str) -> int:
         """How often the log has these words."""
