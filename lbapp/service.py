@@ -175,7 +175,7 @@ class Service:
 
 
 def _spot(wanted: Wanted) -> Place:
-    place = Place(Ovs(), wanted.bridge, wanted.addresses)
+    place = Place(Ovs(), wanted.bridge, wanted.addresses, gateways=wanted.gateways)
     place.ensure()
     return place
 

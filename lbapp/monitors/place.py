@@ -68,6 +68,7 @@ class Place:
         bridge: its name.
         addresses: with prefix length, such as ``10.0.0.250/24``.
         tag: the VLAN of the members, where the bridge has several.
+        gateways: routers that lead to members elsewhere, at most one of each family.
 
     Attributes:
         netns: the namespace's path.
@@ -76,12 +77,14 @@ class Place:
         PlaceError: an address is none.
     """
 
-    def __init__(self, ovs: Ovs, bridge: str, addresses: Collection[str], tag: int | None = None) -> None:
+    def __init__(self, ovs: Ovs, bridge: str, addresses: Collection[str], tag: int | None = None,
+                 gateways: Collection[str] = ()) -> None:
         self._ovs, self._bridge, self._tag = ovs, bridge, tag
         try:
             self._addresses = {str(ipaddress.ip_interface(one)) for one in addresses}
         except ValueError as error:
             raise PlaceError(f"monitor address: {error}") from None
+        self._gateways = {":" in one: one for one in gateways}
         self._namespace = f"lbmon-{bridge}"
         self._port = port_name(bridge)
         self.netns = NAMESPACES / self._namespace
@@ -103,6 +106,7 @@ class Place:
             self._give_addresses()
             _ip("-n", self._namespace, "link", "set", "lo", "up")
             _ip("-n", self._namespace, "link", "set", INSIDE, "up")
+            self._give_routes()
             # Nothing but what passes: this end says nothing of its own.
             _ip("link", "set", self._port, "addrgenmode", "none", "up")
             self._make_port(made)
@@ -170,6 +174,14 @@ class Place:
             # Its uniqueness was the operator's to see to; checks are not to wait for a second.
             unasked = ("nodad",) if ":" in address else ()
             _ip("-n", self._namespace, "address", "add", address, "dev", INSIDE, *unasked)
+
+    def _give_routes(self) -> None:
+        for six in (False, True):
+            words = ("-n", self._namespace, "-6" if six else "-4", "route")
+            if six in self._gateways:
+                _ip(*words, "replace", "default", "via", self._gateways[six], "dev", INSIDE)
+            elif _listed(*words, "show", "default"):
+                _ip(*words, "delete", "default")
 
     def _is_port(self) -> bool:
         # By the port, not by its interface: a fast path puts one of its own there.

@@ -179,6 +179,13 @@ def addresses(place: Place, root: Namespace) -> set[str]:
     return {f"{one['local']}/{one['prefixlen']}" for one in listed[0]["addr_info"] if one["scope"] == "global"}
 
 
+def routers(place: Place, root: Namespace) -> list[str]:
+    """Where the place's default routes lead, IPv4's first."""
+    found = [root.run("ip", "-n", place.netns.name, family, "route", "show", "default").stdout.split()
+             for family in ("-4", "-6")]
+    return [words[2] for words in found if words]
+
+
 def test_it_is_made_changed_mended_and_removed(bridge):
     root = namespace_of(bridge)
     with root.entered():
@@ -191,10 +198,14 @@ def test_it_is_made_changed_mended_and_removed(bridge):
             features = root.run("ip", "netns", "exec", first.netns.name, "ethtool", "-k", INSIDE).stdout
             assert "tx-checksumming: off" in features
             assert "generic-segmentation-offload: off" in features
-            second = Place(bridge, BRIDGE, ["10.0.0.251/24", "fd00:0::251/64"])
+            second = Place(bridge, BRIDGE, ["10.0.0.251/24", "fd00:0::251/64"],
+                           gateways=["10.0.0.1", "fd00::1"])
             second.ensure()
             assert addresses(second, root) == {"10.0.0.251/24", "fd00::251/64"}
             assert bridge.vsctl("get", "Port", name, "tag").strip() == "[]"
+            assert routers(second, root) == ["10.0.0.1", "fd00::1"]
+            Place(bridge, BRIDGE, ["10.0.0.251/24", "fd00::251/64"]).ensure()
+            assert routers(second, root) == []
             # Somebody deletes the pair; the port's record stays.
             root.run("ip", "link", "delete", name)
             second.ensure()
