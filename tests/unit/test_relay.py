@@ -323,7 +323,8 @@ def test_what_the_fast_path_would_not_translate_is_dropped(here: Relay) -> None:
     for made in (bytes(spoiled), summed(first), summed(longer)):
         assert walked(here, made) == []
     assert here.counters()["shot"] == 3
-    for ports in ({"sport": 0}, {"dport": 0}):
+    fields: tuple[dict[str, Any], ...] = ({"sport": 0}, {"dport": 0})
+    for ports in fields:
         data = frame(FAMILIES[4][0], FAMILIES[4][1], flags=SYN, **ports)
         assert walked(here, data) == []
 
