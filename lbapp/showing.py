@@ -103,7 +103,8 @@ TABLES = {
         ("pool", "member", "name", ">weight", ">in force", "status", "health", "admin up", "draining", ">active"),
         lambda one, context: (
             one.get("pool"), endpoint(one.get("address"), one.get("protocol_port")), one.get("name") or None,
-            one.get("weight"), one.get("effective_weight"), one.get("operating_status"), health(one), one.get("admin_state_up"), one.get("draining"),
+            one.get("weight"), one.get("effective_weight"), one.get("operating_status"), health(one),
+            one.get("admin_state_up"), one.get("draining"),
             _active(one, context))),
     "switches": Table(
         ("datapath", "address", "status", "for", ">rules", ">groups", ">hosts", "features"),
