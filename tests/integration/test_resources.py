@@ -58,14 +58,14 @@ SHORTER = 600
 SMALLEST, MORE = 1024, 200
 
 
-def site(lab: Lab, **of_pool: Any) -> None:
+def site(lab: Lab, *more: dict[str, Any], **of_pool: Any) -> None:
     """TCP in the three ways, to a port of its own each: a client's port that comes back is another connection."""
     configure(lab, [pool("web", "WEIGHTED_ROUND_ROBIN", members(lab)),
                     pool("known", "ROUND_ROBIN", members(lab, WAYS["controller"]), **of_pool),
                     pool("ruled", "ROUND_ROBIN", members(lab, WAYS["rules"]))],
               [server("switch", WAYS["switch"], "web"),
                server("controller", WAYS["controller"], "known", decision="controller"),
-               server("rules", WAYS["rules"], "ruled", state="rules")], NETWORKS)
+               server("rules", WAYS["rules"], "ruled", state="rules"), *more], NETWORKS)
 
 
 @contextlib.contextmanager
@@ -311,7 +311,8 @@ def test_the_clock_is_set(make_lab: Callable[..., Lab]) -> None:
     clock = Clock(lab)
     lab.start_servers()
     lab.start_controller()
-    site(lab, persistence={"type": "SOURCE_IP", "timeout": SHORTER}, monitors=[MONITOR])
+    cookies = server("cookies", 8082, "web", application="http", binding="auto")
+    site(lab, cookies, persistence={"type": "SOURCE_IP", "timeout": SHORTER}, monitors=[MONITOR])
     client = lab.client("c1")
     with open_ones(lab) as go_on, addresses(client, "10.0.0.", 150, 6) as given:
         first = {address: ask_from(client, VIP, 8080, address) for address in given}
@@ -323,6 +324,7 @@ def test_the_clock_is_set(make_lab: Callable[..., Lab]) -> None:
             wait_until(lambda: "the clock was set" in logged(lab, since), 15, "it is told of")  # noqa: B023
             go_on()
             decides(lab)
+            assert set(lab.client("c1").who(f"http://{VIP}:8082/", 12)) <= ALL
             assert {address: ask_from(client, VIP, 8080, address) for address in given} == first
             found = lab.rest.get(f"/v1/events?marker={event}")["events"]
             assert not [one for one in found if one["kind"] in ("member_down", "switch")], found
