@@ -88,13 +88,6 @@ class Service:
         settings, fastpaths = self._settings, application.fastpaths
         fastpaths.queries = settings.queries
         self._close_fastpaths = fastpaths.close
-        if settings.agents:
-            from lbapp.remote_agents import RemoteAgents, own_identity
-
-            remote = RemoteAgents(fastpaths, shared_key(settings.bus_key or settings.state_dir / "bus.key"),
-                                  own_identity(settings.state_dir / "identity"))
-            for address in settings.agents:
-                remote.connect(address)
         if not settings.fastpath:
             return
         from lbapp.agents import local_link  # its netlink and eBPF parts only where they are wanted
@@ -129,6 +122,18 @@ class Service:
         if self._database is not None:
             self._database.stop()
 
+    def _agents(self, application: Any) -> None:
+        """Connect to the agents of other hosts. Not before there is a configuration: they are told what they are to
+        hold, and let go of everything else."""
+        settings = self._settings
+        if settings.agents:
+            from lbapp.remote_agents import RemoteAgents, own_identity
+
+            remote = RemoteAgents(application.fastpaths, shared_key(settings.bus_key or settings.state_dir / "bus.key"),
+                                  own_identity(settings.state_dir / "identity"))
+            for address in settings.agents:
+                remote.connect(address)
+
     def _vantages(self, on_changed: OnChanged, on_latencies: OnLatencies) -> Vantages:
         return Vantages(on_changed, on_latencies, self._settings.monitor_scripts, _spot)
 
@@ -160,9 +165,10 @@ class Service:
         guard = register(application.wsgi, self._store, ControllerRuntime(application, readings, health), self._tokens)
         self._keeper = keeper = Keeper(application.control.clients, PersistenceStore(settings.state_dir))
         kept = keeper.read()
-        health.configure(self._store.configuration)
-        keeper.start(kept)
         self._store.subscribe(health.configure)
+        health.configure(self._store.configuration)
+        self._agents(application)
+        keeper.start(kept)
         application.on_change = lambda text: health.happened(EventKind.SWITCH, text)
         self._watch_bridges(application, health)
         health.start()
