@@ -122,7 +122,7 @@ def every_way(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, d
             more[host.name] = host.nginx(ports=MORE)
         # Ports of their own: virtual servers that share one would meet on the servers with the same client's ports.
         configure(lab, [pool(f"web-{port}", "WEIGHTED_ROUND_ROBIN", members(lab, port), monitors=[
-            {"type": "HTTP", "interval": 0.5, "fast_interval": 0.25, "timeout": 0.5}]) for port in WAYS],
+            {"type": "HTTP", "interval": 2, "fast_interval": 0.25, "timeout": 2}]) for port in WAYS],
             [server(f"web-{port}", port, f"web-{port}", **how) for port, how in WAYS.items()],
             [{"name": "lan", "cidr": "10.0.0.0/24", "address": "10.0.0.254", "monitor_address": "10.0.0.250"}])
         running.callback(agents.stop_agents)

@@ -33,7 +33,8 @@ NETWORKS = [
     {"name": "lan", "cidr": "10.0.0.0/24", "address": "10.0.0.254", "monitor_address": "10.0.0.250"},
     {"name": "lan6", "cidr": "fd00::/64", "address": "fd00::254", "monitor_address": "fd00::250"},
 ]
-HTTP = {"type": "HTTP", "interval": 0.5, "fast_interval": 0.25, "timeout": 0.5, "rise": 2, "fall": 2}
+HTTP = {"type": "HTTP", "interval": 1, "fast_interval": 0.25, "timeout": 1, "rise": 2, "fall": 2}
+"""A machine that stands still for less than two seconds is not to be taken for dead members."""
 TCP = {**HTTP, "type": "TCP"}
 BLACKHOLE = "table inet test_fault { chain in { type filter hook input priority 0; tcp dport 80 drop; }; }"
 REJECT = ("table inet test_fault { chain in { type filter hook input priority 0; "
