@@ -102,6 +102,10 @@ class Connection:
         self._spliced, self._ends = way != "handoff", ends
         # The switch's queue to the controller is short: what finds it full is dropped, and sent again.
         self._lossy = way == "relay"
+        if way == "handoff":
+            # An agent that finds something changed at its interfaces announces itself anew.
+            wait_until(lambda: site.announced() == len(site.lab.servers), 20, "every agent announces its servers")
+            time.sleep(0.3)
         self._since = site.shaken()
         with self._client.entered():
             self.socket = socket.socket(family_of(vip))
@@ -198,7 +202,8 @@ def test_a_client_that_finishes_first(site: Site, way: str, vip: str, wait: floa
         made.socket.shutdown(socket.SHUT_WR)
         assert made.answer() == bytes(range(256)) * (SIZES[way] // 256)
         made.until_closed()
-        made.judge()
+        # A FIN on the heels of the request may be there before it, which went up to be read.
+        made.judge(lossy=wait == 0)
 
 
 @both

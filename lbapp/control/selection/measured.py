@@ -94,6 +94,10 @@ class LeastResponseTime:
         return best
 
 
+LEAST_SECONDS = 1e-6
+"""Nobody is faster: what was measured as nothing at all is to be divided by."""
+
+
 class Fastest:
     """Response times alone, however many connections there are: shares in proportion to weight and speed.
 
@@ -117,7 +121,7 @@ class Fastest:
     def _read(self) -> None:
         candidates = self._candidates
         times = response_times([candidate.load for candidate in candidates])
-        speeds = [candidate.weight / (latency if candidate.load.active else faded)
+        speeds = [candidate.weight / max(latency if candidate.load.active else faded, LEAST_SECONDS)
                   for candidate, (latency, faded) in zip(candidates, times, strict=True)]
         total = sum(speeds)
         self._shares = [speed / total for speed in speeds]
