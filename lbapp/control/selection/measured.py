@@ -94,10 +94,6 @@ class LeastResponseTime:
         return best
 
 
-LEAST_SECONDS = 1e-6
-"""Nobody is faster: what was measured as nothing at all is to be divided by."""
-
-
 class Fastest:
     """Response times alone, however many connections there are: shares in proportion to weight and speed.
 
