@@ -237,7 +237,7 @@ def tick():
 eventlet.spawn(tick)
 changes, times = [], {{}}
 monitors = Monitors(changes.extend, times.update)
-monitor = msgspec.convert({{"type": "TCP", "interval": 2, "timeout": 2}}, Monitor)
+monitor = msgspec.convert({{"type": "TCP", "interval": 20, "timeout": 20}}, Monitor)
 monitors.update({{f"{{index}}": Target(address="127.0.0.1", port={port}, monitor=monitor) for index in range(500)}})
 deadline = time.monotonic() + {patience}
 while (len(changes) < 500 or len(times) < 500) and time.monotonic() < deadline:

@@ -198,17 +198,19 @@ class Map:
 
         Elements that come or go meanwhile may be missed or met twice.
         """
-        keys = ctypes.create_string_buffer(size * self.key_size)
-        values = ctypes.create_string_buffer(size * self.stride)
         position = ctypes.create_string_buffer(max(self.key_size, 8))
-        key_view, value_view = memoryview(keys).cast("B"), memoryview(values).cast("B")
-        start = None
+        start = keys = values = None
         while True:
+            if keys is None or values is None:
+                keys = ctypes.create_string_buffer(size * self.key_size)
+                values = ctypes.create_string_buffer(size * self.stride)
+                key_view, value_view = memoryview(keys).cast("B"), memoryview(values).cast("B")
             count = ctypes.c_uint32(size)
             code = self._calls.bpf_map_lookup_batch(self.fd, start, position, keys, values, ctypes.byref(count), None)
-            if code == -errno.ENOSPC and size < self.max_entries:  # a bucket holds more than fits
-                yield from self.chunks(size * 4)
-                return
+            if code == -errno.ENOSPC and size < self.max_entries:
+                # A bucket holds more than fits. The kernel has said which: it goes on there, with more room.
+                size, start, keys = size * 4, position, None
+                continue
             self._check(code, "listing", errno.ENOENT)
             yield key_view[:count.value * self.key_size], value_view[:count.value * self.stride]
             if code:
