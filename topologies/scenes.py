@@ -311,7 +311,7 @@ class Demo:
             now = [t.stat().st_size for t in targets]
             story.say("bytes received when it was killed: " + ", ".join(f"{size / 1e6:.0f} MB" for size in killed)
                       + "; when it decided again: " + ", ".join(f"{size / 1e6:.0f} MB" for size in now))
-            story.check(seconds <= 5, f"new connections are decided again {seconds:.1f} s after the restart",
+            story.check(seconds <= 10, f"new connections are decided again {seconds:.1f} s after the restart",
                         f"{seconds:.1f} s")
             went_on = all(before < BIG_BYTES and after > before for before, after in zip(killed, now, strict=True))
             story.check(went_on, "the downloads went on all the while", f"{killed} then {now}")
