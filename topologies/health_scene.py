@@ -101,8 +101,8 @@ def _drains(demo: Demo) -> None:
         story.answer(said.strip())
         codes = [process.wait(timeout=60) for process in slow]
         story.check(draining.returncode == 0 and not totals["s1"] and not any(codes),
-                    f"{left} downloads from s1 were finished in {seconds:.0f} s, none of {len(slow)} was cut; meanwhile "
-                    f"60 new connections went elsewhere", f"{said} {totals} {codes}")
+                    f"{left} downloads from s1 were finished in {seconds:.0f} s, none of {len(slow)} was cut; then "
+                    f"60 new ones went elsewhere", f"{said} {totals} {codes}")
     finally:
         for process in [*slow, *([draining] if draining is not None else [])]:
             end(process)
