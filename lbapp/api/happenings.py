@@ -7,7 +7,7 @@ from __future__ import annotations
 import webob
 
 from lbapp.api.errors import invalid
-from lbapp.api.requests import limit_of, query
+from lbapp.api.requests import limit_of, next_page, query
 from lbapp.api.resources import Answer, ok
 from lbapp.api.views import EventView, Runtime
 
@@ -37,8 +37,7 @@ class Happenings:
         following = None
         if len(found) > limit:
             del found[limit:]
-            kept = "".join(f"&{name}={value}" for name, value in wanted.items())
-            following = f"/v1/events?limit={limit}{kept}&marker={found[-1].number}"
+            following = next_page("/v1/events", limit, wanted, found[-1].number)
         return ok({"events": found, "next": following})
 
     def draining(self, request: webob.Request) -> Answer:

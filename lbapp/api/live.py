@@ -7,13 +7,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 from typing import Annotated
-from urllib.parse import quote
 
 import msgspec
 import webob
 
 from lbapp.api.errors import ApiError, Problem, from_validation, invalid
-from lbapp.api.requests import json_object, limit_of, query
+from lbapp.api.requests import json_object, limit_of, next_page, query
 from lbapp.api.resources import Answer, ok
 from lbapp.api.views import ConnectionView, Runtime, StatisticsView
 from lbapp.config.fields import canonical_address
@@ -108,8 +107,7 @@ class Live:
         chosen = [view for _, view in found[:limit]]
         following = None
         if len(found) > limit:
-            kept = "".join(f"&{name}={quote(value, safe='')}" for name, value in wanted.items())
-            following = f"/v1/connections?limit={limit}{kept}&marker={chosen[-1].id}"
+            following = next_page("/v1/connections", limit, wanted, chosen[-1].id)
         return ok({"connections": chosen, "next": following})
 
     def connection(self, request: webob.Request, reference: str) -> Answer:

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
-from urllib.parse import quote
 
 import msgspec
 import webob
 
 from lbapp.api.errors import ApiError, Problem, invalid
-from lbapp.api.requests import flag_of, limit_of, query
+from lbapp.api.requests import flag_of, limit_of, next_page, query
 from lbapp.api.resources import Answer, ok
 from lbapp.api.views import PersistenceView, Runtime
 from lbapp.config.snapshot import breathe
@@ -44,8 +43,7 @@ class Remembered:
         following = None
         if len(found) > limit:
             del found[limit:]
-            kept = "".join(f"&{name}={quote(value, safe='')}" for name, value in wanted.items())
-            following = f"/v1/persistence?limit={limit}{kept}&marker={quote(found[-1].id, safe='')}"
+            following = next_page("/v1/persistence", limit, wanted, found[-1].id)
         return ok({"persistence": found, "next": following})
 
     def clear(self, request: webob.Request) -> Answer:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import msgspec
 import netaddr
@@ -156,6 +157,12 @@ def limit_of(parameters: Mapping[str, str]) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 9 or not 1 <= int(text) <= MAX_LIMIT:
         raise invalid(f"expected 1 to {MAX_LIMIT}, got {text!r}", "limit")
     return int(text)
+
+
+def next_page(path: str, limit: int, wanted: Mapping[str, str], marker: str | int) -> str:
+    """Where the page after ``marker`` is, of a list that is filtered by ``wanted``."""
+    kept = "".join(f"&{name}={quote(value, safe='')}" for name, value in wanted.items())
+    return f"{path}?limit={limit}{kept}&marker={quote(str(marker), safe='')}"
 
 
 def flag_of(parameters: Mapping[str, str], name: str) -> bool:
