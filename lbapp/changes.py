@@ -72,18 +72,13 @@ def _shown_field(field: str) -> str:
     return "pool" if field == "default_pool_id" else field
 
 
-def _key(member: Member) -> str:
-    address = f"[{member.address}]" if ":" in member.address else member.address
-    return f"{address}:{member.protocol_port}"
-
-
 def _described(resource: Resource) -> tuple[FieldChange, ...]:
     defaults = DEFAULTS[type(resource)]
     described: list[FieldChange] = []
     for field in FIELDS[type(resource)]:
         value = getattr(resource, field)
         if field == "members":
-            described += [FieldChange(f"members[{_key(member)}]", None, summary(member)) for member in value]
+            described += [FieldChange(f"members[{member.endpoint}]", None, summary(member)) for member in value]
         elif field in NAMED:
             described += [FieldChange(f"{field}[{one.name}]", None, NAMED[field](one)) for one in value]
         elif field != "name" and not (field in defaults and defaults[field] == value):
@@ -153,8 +148,8 @@ def _named(field: str, before: tuple[Any, ...], after: tuple[Any, ...]) -> list[
 
 
 def _members(before: tuple[Member, ...], after: tuple[Member, ...]) -> list[FieldChange]:
-    old = {_key(member): member for member in before}
-    new = {_key(member): member for member in after}
+    old = {member.endpoint: member for member in before}
+    new = {member.endpoint: member for member in after}
     changes: list[FieldChange] = []
     for key, member in new.items():
         if key not in old:

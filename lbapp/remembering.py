@@ -30,7 +30,7 @@ def _numbers(pools: Mapping[str, Pool], wanted: Mapping[str, str]) -> dict[int, 
     """The members that are meant, by number, with the id of their pool."""
     name = wanted.get("member")
     return {member.number: (key, member) for key, pool in pools.items() for member in pool.members
-            if name in (None, member.id, endpoint(member.address, member.protocol_port))
+            if name in (None, member.id, member.endpoint)
             or (name and name in (member.name, member.address))}
 
 

@@ -191,7 +191,7 @@ class ControllerRuntime:
                  if member.draining and (report := self._health.report(member)) is not None]
         held = self._held() if found else Counter()
         return [DrainingView(
-            pool=pool.name, member=endpoint(member.address, member.protocol_port), name=member.name,
+            pool=pool.name, member=member.endpoint, name=member.name,
             seconds=round(self._health.elapsed(report.draining_since or 0.0), 1), drain_timeout=member.drain_timeout,
             # What is left after its time gets no packet through any more, and is reset with the next one.
             connections=0 if report.ended else held[member.number]) for pool, member, report in found]
@@ -297,7 +297,7 @@ class ControllerRuntime:
                 id=f"{held.serial:08x}" if held.serial else hashlib.blake2b(
                     repr((switch, signature)).encode(), digest_size=8).hexdigest(),
                 switch=f"{switch:016x}", virtual_server=server.name,
-                member=endpoint(member.address, member.protocol_port), protocol=PROTOCOLS[signature.protocol],
+                member=member.endpoint, protocol=PROTOCOLS[signature.protocol],
                 client=client, destination=endpoint(address_text(signature.destination), signature.destination_port),
                 state=state, idle_seconds=round(held.idle, 3), age_seconds=round(held.age, 3), packets=held.packets,
                 bytes=held.bytes, decided_by="switch" if held.decided else "controller",
@@ -321,7 +321,7 @@ class ControllerRuntime:
                 id=f"{entry.serial:08x}" if entry.serial else hashlib.blake2b(
                     repr((switch, entry.protocol, entry.original)).encode(), digest_size=8).hexdigest(),
                 switch=f"{switch:016x}", virtual_server=server.name,
-                member=endpoint(member.address, member.protocol_port), protocol=entry.protocol.upper(),
+                member=member.endpoint, protocol=entry.protocol.upper(),
                 client=endpoint(source, source_port), destination=endpoint(destination, destination_port),
                 state=entry.state or "ACTIVE", decided_by="controller" if entry.serial else "switch")
 
@@ -337,7 +337,7 @@ class ControllerRuntime:
             signature = connection.signature
             yield ConnectionView(
                 id=f"{connection.serial:08x}", switch=f"{connection.switch:016x}", virtual_server=server.name,
-                member=endpoint(member.address, member.protocol_port), protocol=PROTOCOLS[signature.protocol],
+                member=member.endpoint, protocol=PROTOCOLS[signature.protocol],
                 client=endpoint(address_text(signature.source), signature.source_port),
                 destination=endpoint(address_text(signature.destination), signature.destination_port),
                 state="ACTIVE", age_seconds=round(now - connection.opened, 3), packets=connection.packets,
@@ -426,7 +426,7 @@ class ControllerRuntime:
         counters = self._application.control.member_counters(member.number)
         packets, size = forwarded.get(member.number, (0, 0))
         return MemberStatistics(
-            id=member.id, pool=pool.name, member=endpoint(member.address, member.protocol_port),
+            id=member.id, pool=pool.name, member=member.endpoint,
             opened=counters.opened + bound[member.number], closed=counters.closed, active=counters.active,
             packets=counters.packets + packets, bytes=counters.bytes + size)
 

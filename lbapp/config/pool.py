@@ -216,6 +216,12 @@ class Member(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             unicast_field(self, field)
 
     @property
+    def endpoint(self) -> str:
+        """Where it serves, for people: ``address:port``, an IPv6 address in brackets."""
+        address = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{address}:{self.protocol_port}"
+
+    @property
     def takes_new(self) -> bool:
         """Whether its configuration lets it have new connections."""
         return self.admin_state_up and not self.draining and self.weight > 0 and self.health is not Override.DOWN

@@ -69,7 +69,7 @@ from lbapp.control.messages import (
 from lbapp.control.neighbours import Neighbours
 from lbapp.control.persistence import Clients
 from lbapp.control.services import Service, Services, Way
-from lbapp.control.statistics import REFUSALS, Counters, Counts, Endings, Ledger, Refusal, Statistics
+from lbapp.control.statistics import REFUSALS, REFUSED_PACKETS, Counters, Counts, Endings, Ledger, Refusal, Statistics
 from lbapp.control.waiting import Lines, LineView, Told, Waiter
 
 __all__ = ["Chosen", "ControlSegment", "Limits"]
@@ -80,9 +80,6 @@ _HANDSHAKE = 0x17
 """FIN, SYN, RST and ACK: what decides whether a segment opens a connection. ECN's bits may be there as well."""
 
 _SYN = 0x02
-
-REFUSED_PACKETS = 2
-"""Of a connection that a member refused: the SYN and the RST."""
 
 
 class ControlSegment:

@@ -93,11 +93,6 @@ class _Watched:
         self.draining: float | None = None
         self.ended = False
 
-    @property
-    def name(self) -> str:
-        address = f"[{self.member.address}]" if ":" in self.member.address else self.member.address
-        return f"{address}:{self.member.protocol_port}"
-
     def monitored(self) -> tuple[State, str]:
         """What its monitors say together, and the reason."""
         wanted = [monitor.name for monitor in self.pool.monitors if monitor.admin_state_up]
@@ -318,7 +313,7 @@ class Health:
         self._tell(known, now, EventKind.MEMBER_DRAINED, f"its {limit} s are over; what is left is reset")
 
     def _tell(self, known: _Watched, now: float, kind: EventKind, text: str) -> None:
-        self._events.add(now, kind, text, known.pool.name, known.name)
+        self._events.add(now, kind, text, known.pool.name, known.member.endpoint)
 
     # -------------------------------------------------------------- out
 

@@ -308,7 +308,7 @@ class Master:
             was, why = before.why if before is not None else "", whys.get(number, "")
             if why == was or (why or was) == _RESTING or (before is None and not why):
                 continue
-            name = f"pool {pool.name}: member {_endpoint(member)}"
+            name = f"pool {pool.name}: member {member.endpoint}"
             self._events.append(f"{name}: its weight is the configured one: {why}" if why else
                                 f"{name}: its weight follows what its server reports")
 
@@ -473,8 +473,3 @@ _SYNTHESES: dict[Synthesis, Callable[[_Distributed, Mapping[int, Member], Mappin
     Synthesis.EVEN_LOAD: _even, Synthesis.CAPABILITY: _capability, Synthesis.DYNAMIC_RATIO: _dynamic,
     Synthesis.FORMULA: _formula,
 }
-
-
-def _endpoint(member: Member) -> str:
-    address = f"[{member.address}]" if ":" in member.address else member.address
-    return f"{address}:{member.protocol_port}"
