@@ -24,7 +24,7 @@ from lbapp.control.effective import Effective, needed_priority
 from lbapp.control.events import Event, EventKind, Events
 from lbapp.control.health import Health, Report
 from lbapp.control.master import Master
-from lbapp.monitors.supervisor import Changed, Statistics, Target
+from lbapp.monitors.supervisor import Changed, Target
 from lbapp.vantages import OnChanged, OnLatencies, Vantages
 
 LOG = logging.getLogger("lbapp.health")
@@ -124,8 +124,7 @@ class HealthService:
             self._distributed = self._distributed or any(
                 one.distribution is not None for one in configuration.pools.values())
             self._remake(self._health.configure(configuration, now), now, whole=True)
-        self._vantages.configure(configuration.networks.values())
-        self._vantages.update(targets_of(configuration.pools.values()))
+        self._vantages.configure(configuration.networks.values(), targets_of(configuration.pools.values()))
 
     def step(self) -> None:
         """Take in what became known, and do what it is time for."""
@@ -174,14 +173,14 @@ class HealthService:
 
     def _remake(self, touched: Iterable[str], now: float, whole: bool = False) -> None:
         touched = set(touched)
-        before = self._effective.configuration
-        replaced = {key: self._effective.fallback(key) for key in before.pools}
+        before, replaced = self._effective.configuration, self._effective.replacing
         made = self._effective.configure(self._wanted, touched, self._weights)
-        for key, pool in made.pools.items():
-            other = self._effective.fallback(key)
-            if other != replaced.get(key, key):
-                text = "its own members are used again" if other == key else f"pool {made.pools[other].name} is used"
-                self.events.add(now, EventKind.FALLBACK, text, pool.name)
+        replacing = self._effective.replacing
+        for key in sorted(made.pools.keys() & (replaced.keys() | replacing.keys())):
+            other = replacing.get(key)
+            if other != replaced.get(key):
+                text = "its own members are used again" if other is None else f"pool {made.pools[other].name} is used"
+                self.events.add(now, EventKind.FALLBACK, text, made.pools[key].name)
         for key in touched:
             self._tell_priority(key, made.pools.get(key), now)
         if whole or made is not before:
@@ -239,11 +238,6 @@ class HealthService:
     def attach(self, bridge: str) -> None:
         """A bridge of this host is there: members may be checked from it."""
         self._vantages.attach(bridge)
-
-    @property
-    def statistics(self) -> Statistics | None:
-        """What the process that checks members says of itself."""
-        return self._vantages.statistics
 
     @property
     def wanted(self) -> Configuration:

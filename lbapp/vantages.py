@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from lbapp.config.model import Network
-from lbapp.monitors.supervisor import Changed, Monitors, Statistics, Target
+from lbapp.monitors.supervisor import Changed, Monitors, Target
 
 LOG = logging.getLogger("lbapp.health")
 
@@ -70,11 +70,12 @@ class Vantages:
         self._lock = threading.RLock()
         self._closed = False
 
-    def configure(self, networks: Iterable[Network]) -> None:
-        """Take the networks over."""
+    def configure(self, networks: Iterable[Network], targets: Mapping[str, Target]) -> None:
+        """Take the networks over, and who is to be checked (:meth:`lbapp.monitors.supervisor.Monitors.update`)."""
         with self._lock:
             self._networks = [(ipaddress.ip_network(one.cidr), one) for one in networks
                               if one.monitor_address is not None]
+            self._targets = targets
             self._arrange()
 
     def attach(self, bridge: str) -> None:
@@ -83,28 +84,12 @@ class Vantages:
             self._bridge = self._bridge or bridge
             self._arrange()
 
-    def update(self, targets: Mapping[str, Target]) -> None:
-        """See :meth:`lbapp.monitors.supervisor.Monitors.update`."""
-        with self._lock:
-            self._targets = targets
-            self._tell()
-
     def close(self) -> None:
         """End all checks and take down what was made."""
         with self._lock:
             self._closed = True
             self._own.close()
             self._leave()
-
-    @property
-    def statistics(self) -> Statistics | None:
-        """Of all processes together."""
-        found = [one.statistics for one in (self._own, self._inside) if one is not None and one.statistics is not None]
-        if not found:
-            return None
-        return Statistics(targets=sum(one.targets for one in found), checks=sum(one.checks for one in found),
-                          late=sum(one.late for one in found), running=sum(one.running for one in found),
-                          cpu_seconds=sum(one.cpu_seconds for one in found))
 
     # -------------------------------------------------------------- places
 

@@ -20,16 +20,13 @@ class FakeMonitors:
         self.on_changed, self.on_latencies = on_changed, on_latencies
         self.targets: dict[str, Target] = {}
         self.closed = False
-        self.statistics = None
 
-    def configure(self, networks: Iterable[Network]) -> None:
+    def configure(self, networks: Iterable[Network], targets: Mapping[str, Target]) -> None:
         self.networks = list(networks)
+        self.targets = dict(targets)
 
     def attach(self, bridge: str) -> None:
         self.bridge = bridge
-
-    def update(self, targets: Mapping[str, Target]) -> None:
-        self.targets = dict(targets)
 
     def found(self, key: str, up: bool, reason: str = "why") -> None:
         self.on_changed([Changed(key=key, up=up, reason=reason)])

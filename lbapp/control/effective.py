@@ -88,8 +88,10 @@ class Effective:
         self._wanted = Configuration()
         self._pools: dict[str, Pool] = {}
         self._own: dict[int, int] = {}
-        self._replacing: dict[str, str] = {}
         self.configuration = Configuration()
+        self.replacing: Mapping[str, str] = {}
+        """By the id of each pool that cannot be used, that of the one used in its place. A new object with each
+        change."""
 
     def configure(self, configuration: Configuration, touched: Iterable[str] | None = None,
                   own: Mapping[int, int] | None = None) -> Configuration:
@@ -123,12 +125,8 @@ class Effective:
                                            networks=configuration.networks)
         return self.configuration
 
-    def fallback(self, pool_id: str) -> str:
-        """The id of the pool that is used in the place of one (its own, while it can be used)."""
-        return self._replacing.get(pool_id, pool_id)
-
     def _servers(self, configuration: Configuration, pools: Mapping[str, Pool]) -> Mapping[str, VirtualServer]:
-        self._replacing = replacing = _replacing(pools)
+        self.replacing = replacing = _replacing(pools)
         if not replacing:
             return configuration.virtual_servers
         names = {pools[key].name: pools[other].name for key, other in replacing.items()}

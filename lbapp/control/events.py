@@ -28,7 +28,6 @@ class EventKind(enum.Enum):
     PRIORITY = "priority"
     FALLBACK = "fallback"
     DISTRIBUTION = "distribution"
-    MONITOR = "monitor"
     SWITCH = "switch"
 
 

@@ -243,7 +243,7 @@ def test_a_fallback_takes_the_place_of_a_pool_without_members() -> None:
     assert site.effective.configuration.virtual_servers["v"].default_pool_id == "p"
     site.said(2, False)
     assert site.effective.configuration.virtual_servers["v"].default_pool_id == "q"
-    assert (site.effective.fallback("p"), site.effective.fallback("q")) == ("q", "q")
+    assert site.effective.replacing == {"p": "q"}
     site.said(1, True)
     assert site.effective.configuration.virtual_servers is site.wanted.virtual_servers
 

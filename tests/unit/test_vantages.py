@@ -71,17 +71,15 @@ TARGETS = {"1:tcp": Target(address="10.0.0.51", port=80, monitor=MONITOR),
 
 def test_without_a_monitor_address_all_are_checked_from_this_host() -> None:
     bench = Bench()
-    bench.vantages.configure([Network(name="lan", cidr="10.0.0.0/24", address="10.0.0.254")])
+    bench.vantages.configure([Network(name="lan", cidr="10.0.0.0/24", address="10.0.0.254")], TARGETS)
     bench.vantages.attach("br0")
-    bench.vantages.update(TARGETS)
     assert bench.checked == {"own": {"1:tcp", "2:tcp", "3:tcp"}}
     assert bench.made == []
 
 
 def test_members_of_a_network_wait_for_their_place() -> None:
     bench = Bench()
-    bench.vantages.configure([LAN, LAN6])
-    bench.vantages.update(TARGETS)
+    bench.vantages.configure([LAN, LAN6], TARGETS)
     assert bench.checked == {"own": {"3:tcp"}}
     bench.vantages.attach("br0")
     bench.vantages.attach("br1")
@@ -95,23 +93,21 @@ def test_members_of_a_network_wait_for_their_place() -> None:
 def test_another_address_is_another_place() -> None:
     bench = Bench()
     bench.vantages.attach("br0")
-    bench.vantages.configure([LAN])
-    bench.vantages.update(TARGETS)
-    bench.vantages.configure([LAN])
+    bench.vantages.configure([LAN], {})
+    bench.vantages.configure([LAN], TARGETS)
     assert len(bench.made) == 1
-    bench.vantages.configure([msgspec.structs.replace(LAN, monitor_address="10.0.0.249")])
+    bench.vantages.configure([msgspec.structs.replace(LAN, monitor_address="10.0.0.249")], TARGETS)
     assert [one.addresses for one in bench.made] == [("10.0.0.250/24",), ("10.0.0.249/24",)]
     assert len(bench.removed) == 1
     assert bench.checked == {"own": {"2:tcp", "3:tcp"}, "inside": {"1:tcp"}}
-    bench.vantages.configure([])
+    bench.vantages.configure([], TARGETS)
     assert bench.checked == {"own": {"1:tcp", "2:tcp", "3:tcp"}}
 
 
 def test_a_place_that_cannot_be_made_leaves_members_unchecked(caplog: Any) -> None:
     bench = Bench()
     bench.refuse = OSError("no namespaces here")
-    bench.vantages.update(TARGETS)
-    bench.vantages.configure([LAN])
+    bench.vantages.configure([LAN], TARGETS)
     bench.vantages.attach("br0")
     assert bench.checked == {"own": {"2:tcp", "3:tcp"}}
     assert "no namespaces here" in caplog.text
