@@ -51,11 +51,8 @@ def response_times(loads: Sequence[Load]) -> list[tuple[float, float]]:
             for load in loads]
 
 
-class LeastResponseTime:
-    """Shortest expected wait: the response time, times the connections there would be, by weight.
-
-    As Finagle's load balancer does it ("peak EWMA"), but for the estimate: see :meth:`Counts.observed`.
-    """
+class _Lowest:
+    """What is common to those that give a connection to the member with the lowest score, in turns where it is even."""
 
     def __init__(self) -> None:
         self._candidates: list[Candidate] = []
@@ -64,10 +61,17 @@ class LeastResponseTime:
         self._left = 0
 
     def update(self, candidates: Sequence[Candidate]) -> None:
-        """See :class:`Selector`: what was measured stays with the members."""
+        """See :class:`Selector`: what was measured or counted stays with the members."""
         self._candidates = wanted(candidates)
         self._turn = self._turn % len(candidates) if candidates else 0
         self._left = 0
+
+
+class LeastResponseTime(_Lowest):
+    """Shortest expected wait: the response time, times the connections there would be, by weight.
+
+    As Finagle's load balancer does it ("peak EWMA"), but for the estimate: see :meth:`Counts.observed`.
+    """
 
     def _read(self) -> None:
         candidates = self._candidates
@@ -136,21 +140,12 @@ class Fastest:
         return best
 
 
-class LeastBytes:
+class LeastBytes(_Lowest):
     """Fewest bytes lately in proportion to weight; connections that are open count with what others had."""
 
     def __init__(self) -> None:
-        self._candidates: list[Candidate] = []
-        self._rows: list[tuple[int, Load, float, float]] = []
+        super().__init__()
         self._each = 1.0
-        self._turn = 0
-        self._left = 0
-
-    def update(self, candidates: Sequence[Candidate]) -> None:
-        """See :class:`Selector`: what was counted stays with the members."""
-        self._candidates = wanted(candidates)
-        self._turn = self._turn % len(candidates) if candidates else 0
-        self._left = 0
 
     def _read(self) -> None:
         candidates = self._candidates
