@@ -85,7 +85,8 @@ def run(settings: Settings) -> None:
     """
     _patch()
     _log(settings.log_level, settings.log_file)
-    from lbapp.service import Service  # after the process was patched
+    from lbapp.bus import keyfile  # both after the process was patched
+    from lbapp.service import Service
 
     service = Service(settings)
     _stop_on_signals()
@@ -94,6 +95,8 @@ def run(settings: Settings) -> None:
         _ryu(settings, service)
     except KeyboardInterrupt:
         logging.getLogger("lbapp").info("stopping; switches go on forwarding")
+    except keyfile.KeyFileError as error:
+        raise StartError(str(error)) from None
     finally:
         service.close()
 

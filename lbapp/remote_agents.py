@@ -17,7 +17,6 @@ from typing import Any
 
 import eventlet
 
-from lbapp.bus import keyfile
 from lbapp.bus.counted import Traffic
 from lbapp.bus.events import Counted, Down, Up
 from lbapp.bus.ssmb import Lost
@@ -329,15 +328,3 @@ class RemoteAgents:
             elif isinstance(message, Reset):
                 LOG.info("switch %016x: its fast path has forgotten every connection", switch)
                 link.insist(self._fastpaths.suspects(switch))
-
-
-def shared_key(path: Path) -> bytes:
-    """The key of the buses; made on the first run.
-
-    Raises:
-        OSError: it cannot be used; the text says why.
-    """
-    try:
-        return keyfile.ensure(path)
-    except keyfile.KeyFileError as error:
-        raise OSError(0, str(error), str(path)) from None

@@ -22,6 +22,7 @@ from ryu.lib import hub
 from lbapp.api.auth import Tokens
 from lbapp.api.controller import register
 from lbapp.api.server import Server, serve
+from lbapp.bus import keyfile
 from lbapp.config.database import EmbeddedDatabase
 from lbapp.config.store import Store
 from lbapp.control.events import EventKind
@@ -31,7 +32,6 @@ from lbapp.health import HealthService
 from lbapp.monitors.place import Place
 from lbapp.persistence_store import Keeper, PersistenceStore
 from lbapp.readings import Readings
-from lbapp.remote_agents import shared_key
 from lbapp.runtime import ControllerRuntime
 from lbapp.vantages import OnChanged, OnLatencies, Vantages, Wanted
 
@@ -56,7 +56,7 @@ class Service:
         self._server: Server | None = None
         self._health: HealthService | None = None
         self._keeper: Keeper | None = None
-        self._report_key: bytes | None = None
+        self._bus_key: bytes | None = None
         self._close_fastpaths: Callable[[], None] = lambda: None
 
     def open(self) -> None:
@@ -64,6 +64,7 @@ class Service:
 
         Raises:
             OSError: the OpenFlow address is in use or not of this host; a certificate cannot be read.
+            lbapp.bus.keyfile.KeyFileError: the key of the buses cannot be used.
         """
         settings = self._settings
         _check_free(settings.openflow)
@@ -78,8 +79,8 @@ class Service:
             remote, revive = self._database.remote, self._database.start
         self._tokens = Tokens(settings.token_file or settings.state_dir / "token")
         key = settings.bus_key or settings.state_dir / "bus.key"
-        if settings.bus_key is not None or key.exists():
-            self._report_key = shared_key(key)
+        if settings.agents or settings.bus_key is not None or key.exists():
+            self._bus_key = keyfile.ensure(key)
         self._store = Store(remote, revive)
         self._store.start()
 
@@ -129,8 +130,8 @@ class Service:
         if settings.agents:
             from lbapp.remote_agents import RemoteAgents, own_identity
 
-            remote = RemoteAgents(application.fastpaths, shared_key(settings.bus_key or settings.state_dir / "bus.key"),
-                                  own_identity(settings.state_dir / "identity"))
+            assert self._bus_key is not None
+            remote = RemoteAgents(application.fastpaths, self._bus_key, own_identity(settings.state_dir / "identity"))
             for address in settings.agents:
                 remote.connect(address)
 
@@ -156,7 +157,7 @@ class Service:
         application = app_manager.lookup_service_brick("lbapp")
         readings = Readings(application)
         application.on_connect = readings.prepare
-        application.reports.key = self._report_key
+        application.reports.key = self._bus_key
         self._fastpaths(application)
         self._health = health = HealthService(
             application.configure, self._vantages, lambda: _drained(application.control.failures),

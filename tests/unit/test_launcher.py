@@ -22,6 +22,7 @@ from ryu.app import wsgi
 from ryu.controller import ofp_handler  # noqa: F401  (its own imports want this order)
 
 from lbapp import launcher
+from lbapp.bus import keyfile
 from lbapp.launcher import Settings, StartError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -124,6 +125,7 @@ def test_a_signal_ends_it_in_order_and_once_is_enough(number):
     done = python(f"""
 import os
 from lbapp import launcher
+from lbapp.bus import keyfile
 launcher._patch()
 import eventlet, eventlet.wsgi
 assert eventlet.wsgi.ALREADY_HANDLED == []
@@ -177,3 +179,27 @@ def test_what_was_opened_is_closed(tmp_path, monkeypatch, root_log, fails):
     else:
         launcher.run(settings(tmp_path))
     assert order == ["made", "open", "ryu", "closed"]
+
+
+def test_a_key_of_the_buses_that_cannot_be_used_is_said(tmp_path, monkeypatch, root_log):
+    key = tmp_path / "key"
+    key.write_bytes(b"short")
+    key.chmod(0o600)
+
+    class Service:
+        """Stands in for the controller's parts."""
+
+        def __init__(self, settings: Settings) -> None:
+            self.key = settings.bus_key or tmp_path
+
+        def open(self) -> None:
+            keyfile.ensure(self.key)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setitem(sys.modules, "lbapp.service", types.SimpleNamespace(Service=Service))
+    monkeypatch.setattr(launcher, "_patch", lambda: None)
+    monkeypatch.setattr(launcher, "_stop_on_signals", lambda: None)
+    with pytest.raises(StartError, match="holds 5 bytes"):
+        launcher.run(settings(tmp_path, bus_key=key))

@@ -39,7 +39,7 @@ from lbapp.dataflow.agent import HELD
 from lbapp.dataflow.distribution import Distribution, Greeting, Limits
 from lbapp.dataflow.fastpath.layout import Hash, Mode
 from lbapp.fastpaths import MemberTraffic
-from lbapp.remote_agents import REPEATS, RemoteAgents, RemoteLink, Totals, own_identity, shared_key
+from lbapp.remote_agents import REPEATS, RemoteAgents, RemoteLink, Totals, own_identity
 
 KEY = os.urandom(32)
 SWITCH = 9
@@ -330,16 +330,6 @@ def test_the_own_number_is_drawn_once(tmp_path: Path, caplog: pytest.LogCaptureF
     path.write_text("not a number")
     assert own_identity(path) == own_identity(path)
     assert "held no number" in caplog.text
-
-
-def test_a_key_that_cannot_be_used_is_said(tmp_path: Path) -> None:
-    path = tmp_path / "key"
-    path.write_bytes(b"short")
-    path.chmod(0o600)
-    with pytest.raises(OSError, match="holds 5 bytes"):
-        shared_key(path)
-    path.unlink()
-    assert shared_key(path) == shared_key(path)
 
 
 # ------------------------------------------------------------------ limits on new connections
