@@ -354,6 +354,7 @@ class ControllerRuntime:
         messages: Counter[int] = Counter()
         forwarded: dict[int, list[int]] = {}
         alive: Counter[int] = Counter()
+        unfollowed: Counter[int] = Counter()
         openings: dict[int, int] = {}
         readings: dict[int, Reading | None] = {}
         relayed: dict[int, Reading | None] = {}
@@ -366,6 +367,8 @@ class ControllerRuntime:
             reading = readings[switch.id] = self._application.fastpaths.read(switch.id)
             for key, traffic in reading.members.items() if reading is not None else ():
                 alive[key[0]] += traffic.opened - traffic.closed
+                if not self._application.control.follows(key[0]):
+                    unfollowed[key[1]] += traffic.opened - traffic.closed
                 if self._application.fastpaths.decides(switch.id, key[0]):  # others the control segment has counted
                     opened = traffic.opened - reading.before.get(key, 0)
                     bound[key] += opened
@@ -373,6 +376,8 @@ class ControllerRuntime:
             relay = relayed[switch.id] = self._application.relays.read(switch.id)
             for key, traffic in relay.members.items() if relay is not None else ():
                 alive[key[0]] += traffic.opened - traffic.closed
+                if not self._application.control.follows(key[0]):
+                    unfollowed[key[1]] += traffic.opened - traffic.closed
             for number, (packets, size) in switch.session.counters.forwarded.items():
                 totals = forwarded.setdefault(number, [0, 0])
                 totals[0] += packets
@@ -390,11 +395,14 @@ class ControllerRuntime:
                 for why, times in zip((Refusal.RATE, Refusal.CLIENT_RATE), beyond, strict=True):
                     if times:
                         refused.setdefault(number, Counter())[why.name] += times
+        servers = {key: self._of_server(server, by_server, messages, refused, alive)
+                   for key, server in self._configuration.virtual_servers.items()}
+        untold = self._pools_of({key for key, server in servers.items() if server.active is None})
         return StatisticsView(
             uptime_seconds=round(time.monotonic() - self._started, 1),
-            virtual_servers=[self._of_server(server, by_server, messages, refused, alive)
-                             for server in self._configuration.virtual_servers.values()],
-            members=[self._of_member(pool, member, by_member, forwarded)
+            virtual_servers=list(servers.values()),
+            members=[self._of_member(pool, member, by_member, forwarded,
+                                     None if pool.id in untold else unfollowed[member.number])
                      for pool in self._configuration.pools.values() for member in pool.members],
             switches=[self._of_switch(switch, readings[switch.id], relayed[switch.id], openings[switch.id])
                       for switch in switches],
@@ -421,14 +429,29 @@ class ControllerRuntime:
         held = switches and all(self._serves(switch, server) for switch in switches)
         return max(0, alive) if held else None
 
-    def _of_member(self, pool: Pool, member: Member, bound: Counter[int],
-                   forwarded: dict[int, list[int]]) -> MemberStatistics:
+    def _pools_of(self, servers: set[str]) -> set[str]:
+        """The pools of these virtual servers, by id: those in force, and those whose place these took."""
+        return {key for configuration in (self._configuration, self._health.wanted) for one in servers
+                if (server := configuration.virtual_servers.get(one)) is not None
+                for key in configuration.pools_of(server)}
+
+    def _of_member(self, pool: Pool, member: Member, bound: Counter[int], forwarded: dict[int, list[int]],
+                   unfollowed: int | None) -> MemberStatistics:
+        """``unfollowed``: connections besides those that the control segment follows; None: not known."""
         counters = self._application.control.member_counters(member.number)
         packets, size = forwarded.get(member.number, (0, 0))
+        now, known = time.monotonic(), counters.estimates
+        lately = known.lately_by(now)
         return MemberStatistics(
             id=member.id, pool=pool.name, member=member.endpoint,
-            opened=counters.opened + bound[member.number], closed=counters.closed, active=counters.active,
-            packets=counters.packets + packets, bytes=counters.bytes + size)
+            opened=counters.opened + bound[member.number], closed=counters.closed,
+            active=None if unfollowed is None else counters.active + max(0, unfollowed),
+            packets=counters.packets + packets, bytes=counters.bytes + size,
+            response_seconds=None if known.response is None else round(known.response, 6),
+            response_by=None if known.response is None else "monitors" if known.checked else "connections",
+            response_age_seconds=None if known.response is None else round(max(0.0, now - known.response_at), 1),
+            bytes_lately=None if lately is None else round(lately),
+            bytes_lately_age_seconds=None if lately is None else round(max(0.0, now - known.lately_at), 1))
 
     @staticmethod
     def _of_relay(reading: Reading | None) -> RelayStatistics | None:

@@ -295,6 +295,7 @@ def _show_stats(stats: Json) -> None:
         display.table("members", ("pool", "member", ">opened", ">closed", ">active", ">packets", ">bytes"),
                       ((one.get("pool"), one.get("member"), one.get("opened"), one.get("closed"), one.get("active"),
                         one.get("packets"), size(one.get("bytes"))) for one in stats["members"]))
+    _show_measured(stats.get("members", ()))
     if stats.get("pools"):
         display.table("pools", ("name", ">clients known", ">waiting", ">longest", ">waited", ">timed out",
                                 ">refused, line full"),
@@ -305,6 +306,19 @@ def _show_stats(stats: Json) -> None:
         names = list(dict.fromkeys(field for one in stats["switches"] for field in one if field != "dpid"))
         display.table("switches", ("datapath", *(">" + field.replace("_", " ") for field in names)),
                       ((one.get("dpid"), *(one.get(field) for field in names)) for one in stats["switches"]))
+
+
+def _show_measured(members: Iterable[Json]) -> None:
+    """What the algorithms that measure go by, of those members of whom anything is known."""
+    rows = [one for one in members
+            if one.get("response_seconds") is not None or one.get("bytes_lately") is not None]
+    if rows:
+        display.table("measured", ("pool", "member", ">response", "by", ">ago", ">bytes lately", ">ago", ">active"),
+                      ((one.get("pool"), one.get("member"),
+                        None if one.get("response_seconds") is None else f"{one['response_seconds'] * 1000:.1f} ms",
+                        one.get("response_by"), duration(one.get("response_age_seconds")),
+                        size(one.get("bytes_lately")), duration(one.get("bytes_lately_age_seconds")),
+                        one.get("active")) for one in rows))
 
 
 def _overview(client: Client, output: str) -> None:

@@ -136,7 +136,18 @@ class VirtualServerStatistics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MemberStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters of a member since the controller started. ``pool`` is a name, ``member`` ``address:port``."""
+    """Counters of a member since the controller started, and what the algorithms that measure know of it.
+
+    Attributes:
+        pool, member: a name, ``address:port``.
+        active: connections now; null where the switch decides and does not tell.
+        response_seconds: how long it takes to respond, as estimated last; null while nothing is known.
+        response_by: of what that was made, ``monitors`` or ``connections``.
+        response_age_seconds: how long ago.
+        bytes_lately: of connections that ended, each counting less by a factor of e every 10 s; null where nothing
+            was counted, which is also so while no algorithm asks for it.
+        bytes_lately_age_seconds: how long ago the last of them was told of.
+    """
 
     id: str
     pool: str
@@ -146,6 +157,11 @@ class MemberStatistics(msgspec.Struct, frozen=True, kw_only=True):
     active: Count | None = 0
     packets: Count | None = None
     bytes: Count | None = None
+    response_seconds: float | None = None
+    response_by: str | None = None
+    response_age_seconds: float | None = None
+    bytes_lately: Count | None = None
+    bytes_lately_age_seconds: float | None = None
 
 
 class FastPathStatistics(msgspec.Struct, frozen=True, kw_only=True):

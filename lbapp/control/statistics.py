@@ -54,6 +54,26 @@ class Refusal(enum.Enum):
 REFUSALS = {Error.UNKNOWN: Refusal.UNKNOWN, Error.NOTAVAIL: Refusal.NOTAVAIL, Error.CONNLIMIT: Refusal.CONNLIMIT}
 
 
+class Estimates(NamedTuple):
+    """What was measured of a member. Times are those of the statistics that told (``now``).
+
+    Attributes:
+        response: seconds it takes, as estimated at ``response_at``; None: not known.
+        checked: whether checks told that; else connections.
+        lately: bytes of connections that ended, older ones counting less, as of ``lately_at``; None: none were counted.
+    """
+
+    response: float | None = None
+    response_at: float = 0.0
+    checked: bool = False
+    lately: float | None = None
+    lately_at: float = 0.0
+
+    def lately_by(self, now: float) -> float | None:
+        """What is left of these bytes by then."""
+        return None if self.lately is None else self.lately * exp(min(0.0, self.lately_at - now) / DECAY)
+
+
 class Counters(NamedTuple):
     """A copy of counters. ``active`` covers the connections that the control segment follows."""
 
@@ -62,6 +82,7 @@ class Counters(NamedTuple):
     active: int
     packets: int
     bytes: int
+    estimates: Estimates = Estimates()
 
 
 class Counts:
@@ -121,7 +142,9 @@ class Counts:
 
     def copy(self) -> Counters:
         """The counters as they are now."""
-        return Counters(self.opened, self.closed, self.active, self.packets, self.bytes)
+        return Counters(self.opened, self.closed, self.active, self.packets, self.bytes, Estimates(
+            self.latency or None, self.latency_at, self._checked_until > 0.0 and self.latency_at == self._checked_at,
+            self.lately if self.lately or self.ended_lately else None, self.lately_at))
 
 
 class Endings:

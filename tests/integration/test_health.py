@@ -111,6 +111,28 @@ def test_members_are_checked_from_the_monitor_address(watched: Lab) -> None:
     assert (told["state"], told["monitors"]["http"]["state"]) == ("up", "up")
 
 
+def test_what_measuring_algorithms_know_is_told(watched: Lab) -> None:
+    lab = watched
+    lab.rest.patch("/v1/pools/least", {"lb_algorithm": "LEAST_RESPONSE_TIME"})
+
+    def told() -> dict[str, dict[str, Any]]:
+        return {one["member"]: one for one in lab.rest.get("/v1/stats?pool=least")["members"]}
+
+    wait_until(lambda: all(one["response_by"] == "monitors" for one in told().values()), 20, "checks were measured")
+    for one in told().values():
+        assert 0.001 <= one["response_seconds"] <= HTTP["timeout"] and one["response_age_seconds"] >= 0
+        assert (one["active"], one["bytes_lately"], one["bytes_lately_age_seconds"]) == (0, None, None)
+    connection = Held(lab.client("c1"), VIP, 8080)
+    try:
+        wait_until(lambda: sorted(one["active"] for one in told().values()) == [0, 0, 1], 15, "it is active")
+    finally:
+        connection.close()
+    wait_until(lambda: all(one["active"] == 0 for one in told().values()), 20, "it has ended")
+    if lab.controller.fastpath:  # conntrack alone does not tell of bytes (docs/rest.md)
+        counted = [one for one in told().values() if one["bytes_lately"] is not None]
+        assert len(counted) == 1 and counted[0]["bytes_lately"] > 0 and counted[0]["bytes_lately_age_seconds"] >= 0
+
+
 @pytest.mark.parametrize("port", [8080, 8081], ids=["l4", "l7"])
 def test_1_a_member_dies(watched: Lab, port: int, tmp_path: Any, told: Any) -> None:
     lab = watched

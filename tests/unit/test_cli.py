@@ -266,6 +266,18 @@ def test_each_kind_as_a_table(running):
     assert "1m01s ago" in stats
     assert lines(stats, "web")[0] == ["web", "20", "3", "17", "5", "3.0", "MiB", "10", "0.50", "CONNLIMIT", "2"]
     assert "no statistics" in running("show", "stats", "none", code=1)
+    assert "measured" not in stats
+
+
+def test_what_was_measured_of_members(running, api):
+    member = {"id": "1", "pool": "web", "member": "10.0.0.51:80", "opened": 7, "closed": 5, "active": 2}
+    api.stats["members"] += [
+        {**member, "response_seconds": 0.0123, "response_by": "monitors", "response_age_seconds": 0.4},
+        {**member, "member": "10.0.0.52:80", "active": None, "bytes_lately": 2048, "bytes_lately_age_seconds": 65.2},
+        {**member, "member": "10.0.0.53:80"}]
+    measured = running("show", "stats").partition("measured")[2]
+    assert lines(measured, "web") == [["web", "10.0.0.51:80", "12.3", "ms", "monitors", "0s", "-", "-", "2"],
+                                      ["web", "10.0.0.52:80", "-", "-", "-", "2.0", "KiB", "1m05s", "-"]]
 
 
 def test_one_resource(running):

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import cast
 
 import msgspec
@@ -13,10 +15,12 @@ import tests.fake_frames  # noqa: F401  (prepares eventlet for Ryu)
 
 # isort: split
 from lbapp.api.views import ConnectionView, StatisticsView, SwitchView
-from lbapp.config.model import Application, Configuration, Decision, Protocol, State
+from lbapp.config.model import Algorithm, Application, Configuration, Decision, Protocol, State
+from lbapp.control.messages import Closed, Delete, Reason
 from lbapp.dataflow.conntrack import Entry
 from lbapp.dataflow.ovs import OvsError
 from lbapp.dataflow.pipeline import Kind
+from lbapp.fastpaths import MemberTraffic, Reading
 from lbapp.readings import Readings as RealReadings
 from lbapp.remembering import endpoint
 from lbapp.runtime import ControllerRuntime
@@ -220,6 +224,39 @@ def test_statistics():
     assert (switch.packet_ins, switch.packet_outs, switch.queries_dropped) == (12, 12, 4)
     assert switch.flow_mods == 2 + bench.switch.session.flow_mods
     msgspec.convert(msgspec.to_builtins(view), StatisticsView)
+
+
+def test_what_algorithms_go_by_is_told_of_each_member():
+    site = sites.configuration([sites.server()], [sites.pool("p", Algorithm.LEAST_BYTES, sites.members(3))])
+    bench, runtime = made(site)
+    for sport in (2000, 2001, 2002):
+        bench.punt(frame("10.0.0.1", "10.0.0.100", sport=sport))
+    control, now = bench.app.control, time.monotonic()
+    control.response_times([(1, 0.0125)], now - 3.0)
+    serials = {one.member: one.serial for one in control.connections()}
+    control.handle(Delete(1, (Closed(serials[2], 1, 2, Reason.SHUTDOWN, False, True, 9, 9000, 0.25),)), now - 7.0)
+    checked, asked, unknown = runtime.statistics().members
+    assert (checked.active, checked.response_seconds, checked.response_by) == (1, 0.0125, "monitors")
+    assert checked.response_age_seconds is not None and 3.0 <= checked.response_age_seconds < 60.0
+    assert (checked.bytes_lately, checked.bytes_lately_age_seconds) == (None, None)
+    assert (asked.active, asked.response_seconds, asked.response_by) == (0, 0.25, "connections")
+    assert asked.bytes_lately_age_seconds is not None and 7.0 <= asked.bytes_lately_age_seconds < 60.0
+    assert asked.bytes_lately is not None
+    assert asked.bytes_lately == pytest.approx(9000 * math.exp(-asked.bytes_lately_age_seconds / 10), rel=0.02, abs=1)
+    assert unknown.active == 1
+    assert (unknown.response_seconds, unknown.response_by, unknown.response_age_seconds, unknown.bytes_lately,
+            unknown.bytes_lately_age_seconds) == (None,) * 5
+
+
+def test_connections_of_members_that_nobody_follows(monkeypatch):
+    """Known from what holds them, else not made up."""
+    site = sites.configuration([sites.server()], [sites.pool(of=sites.members(2))])
+    bench, runtime = made(site)
+    assert [one.active for one in runtime.statistics().members] == [None, None]
+    reading = Reading(5, {}, {(1, 1): MemberTraffic(9, 4, 0, 0), (1, 2): MemberTraffic(3, 3, 0, 0)})
+    monkeypatch.setattr(bench.app.fastpaths, "serves", lambda switch, number: True)
+    monkeypatch.setattr(bench.app.fastpaths, "read", lambda switch: reading)
+    assert [one.active for one in runtime.statistics().members] == [5, 0]
 
 
 def test_endpoints():

@@ -27,6 +27,7 @@ from lbapp.control.statistics import (
     RISE,
     Counts,
     Endings,
+    Estimates,
 )
 
 NEW = (Algorithm.LEAST_RESPONSE_TIME, Algorithm.LEAST_BYTES, Algorithm.FASTEST, Algorithm.BOUNDED_LOAD_HASH)
@@ -481,6 +482,26 @@ def test_the_control_segment_learns_from_checks(algorithm):
     assert control.member_counters(77).opened == 0
     assert 77 not in control.statistics().members
     assert {opened(control, serial, 1.0) for serial in range(1, 6)} == {2}
+
+
+@pytest.mark.parametrize("algorithm", [Algorithm.LEAST_RESPONSE_TIME, Algorithm.FASTEST, Algorithm.LEAST_BYTES])
+def test_what_was_measured_can_be_told(algorithm):
+    control = segment(algorithm)
+    member, other = opened(control, 1, 10.0), opened(control, 2, 10.0)
+    known = control.member_counters(member)
+    assert (known.active, known.estimates) == (1, Estimates())
+    assert known.estimates.lately_by(99.0) is None
+    control.handle(Delete(1, (Closed(1, 1, member, Reason.SHUTDOWN, False, True, 9, 9000, 0.25),)), 12.0)
+    known = control.member_counters(member)
+    assert known.active == 0
+    assert known.estimates.response == pytest.approx(0.25)
+    assert known.estimates[1:] == (12.0, False, 9000.0, 12.0)
+    assert known.estimates.lately_by(12.0 + DECAY) == pytest.approx(9000 / math.e)
+    assert known.estimates.lately_by(11.0) == 9000.0
+    control.response_times([(member, 0.02), (other, 0.03)], 13.0)
+    assert control.member_counters(member).estimates == Estimates(0.02, 13.0, True, 9000.0, 12.0)
+    assert control.member_counters(other).estimates == Estimates(0.03, 13.0, True)
+    assert control.statistics().members[other].estimates.response == 0.03
 
 
 def test_the_control_segment_levels_bytes():
