@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from lbapp.agents import CLOSED_SECONDS
 from tests.integration import beside
 from tests.integration.beside import ONE, TWO, WAYS, Agent, check, count, fastpath, links, url
 from tests.integration.support import (
@@ -137,11 +138,14 @@ def datagram(client: LabHost, port: int, to: tuple[str, int]) -> str | None:
 def test_ends_travel_in_batches(site: Lab, port: int) -> None:
     """Also where questions travel at the same time, for which nobody is to wait."""
     deletes, messages = count(site, "deletes"), count(site, "delete_messages")
+    began = time.monotonic()
     site.client("c1").run("curl", "-sSf", "-o", "/dev/null", "--max-time", "60", "--parallel", "--parallel-max", "50",
                           "-H", "Connection: close", f"{url(VIP, port)}?[1-2000]", timeout=60)
     wait_until(lambda: count(site, "deletes") - deletes >= 2000, 10, "2000 connections told of")
+    seconds = time.monotonic() - began
     assert count(site, "deletes") - deletes == 2000, "each is told of once"
-    assert count(site, "delete_messages") - messages <= 2000 / 40
+    # A datagram holds more than forty; what did not fill one leaves when its time has come.
+    assert count(site, "delete_messages") - messages <= 2000 / 40 + seconds / CLOSED_SECONDS
 
 
 def test_what_is_refused_is_refused_at_once(site: Lab) -> None:
