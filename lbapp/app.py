@@ -51,10 +51,11 @@ from lbapp.control.messages import (
     SwitchUp,
     ToSwitch,
 )
+from lbapp.control.switch_draining import OnSwitches
 from lbapp.dataflow import carrier, frames, ryu_shim
 from lbapp.dataflow.matches import address_text
 from lbapp.dataflow.openflow import delete_by_cookie
-from lbapp.dataflow.pipeline import ANY_CONNECTION, COOKIE_MAGIC, Kind, connection_cookie
+from lbapp.dataflow.pipeline import ANY_CONNECTION, COOKIE_MAGIC, EVERY_CONNECTION, Kind, connection_cookie
 from lbapp.dataflow.session import SwitchSession
 from lbapp.fastpaths import FastPaths
 from lbapp.handoffs import Handoffs
@@ -131,10 +132,11 @@ class LoadBalancer(app_manager.RyuApp):
         self.control = ControlSegment()
         self.configuration = Configuration()
         self._by_number: dict[int, VirtualServer] = {}
-        self.fastpaths = FastPaths(self.control, self.perform, self.relayed)
+        self._on_switches = OnSwitches()
+        self.fastpaths = FastPaths(self.control, self.perform, self.relayed, on_switches=self._on_switches)
         self.fastpaths.changed = self._fastpath_changed
         self.relays = FastPaths(self.control, self.perform, self.relayed, relaying=True,
-                                cookies=self.fastpaths.cookies)
+                                cookies=self.fastpaths.cookies, on_switches=self._on_switches)
         self.handoffs = Handoffs()
         self.master = Master()
         self.reports = Reports(self.master)
@@ -181,8 +183,12 @@ class LoadBalancer(app_manager.RyuApp):
         routes = Routes(configuration.networks.values())
         for switch in self.switches.values():
             switch.encoder = carrier.ReplyEncoder(switch.id, configuration, routes)
-            self._queue(switch, ("configure", configuration))
+            self._queue(switch, ("configure", self.in_force(switch.id)))
         self.perform(commands)
+
+    def in_force(self, switch: int) -> Configuration:
+        """The configuration that a switch is to have: another one while it is draining."""
+        return self._on_switches.of(self.configuration, switch)
 
     # -------------------------------------------------------------- the short path
 
@@ -442,17 +448,20 @@ class LoadBalancer(app_manager.RyuApp):
             self._configured.wait()  # a switch must not be held against a configuration that was not read yet
             self.on_connect(switch.id)
             hosts = session.adopted_hosts(self.configuration)
+            configuration = self.in_force(switch.id)
             commands = self.control.handle(SwitchUp(switch.id, hosts), time.monotonic())
             sent = 0
-            for count in session.reconcile(self.configuration):
+            for count in session.reconcile(configuration):
                 sent += count
                 hub.sleep(0)
             LOG.info("switch %016x reconciled: %d changes", switch.id, sent)
             self.perform(commands)
             # Not here: rules for members that are found meanwhile must not wait for it.
             hub.spawn(self._ready, switch.id)
-            self._queue(switch, ("configure", self.configuration))
+            self._queue(switch, ("configure", self.in_force(switch.id)))
         elif job == "configure" and session.ready:
+            if switch.id in self.configuration.drained:
+                switch.datapath.send(delete_by_cookie(connection_cookie(Kind.CONNECTION_IN, 0), EVERY_CONNECTION))
             for _ in session.configure(argument):
                 hub.sleep(0)
             if session.synchronised is not None:
@@ -502,7 +511,7 @@ class LoadBalancer(app_manager.RyuApp):
         if isinstance(relay, RelayLink) and self.fastpaths.proxies(number):
             relay.offer_all()
         if switch.session.ready:
-            self._queue(switch, ("configure", self.configuration))
+            self._queue(switch, ("configure", self.in_force(number)))
 
     def _take_over(self, switch: int, flow: NewFlow) -> bool:
         link = self.fastpaths.link(switch)

@@ -435,23 +435,30 @@ def set_(access: Access, kind: str, words: tuple[str, ...]) -> None:
 
 
 @cli.command()
-@click.argument("pool")
+@click.argument("pool", required=False)
 @click.argument("member", required=False, metavar="[ADDRESS:PORT]")
+@click.option("--switch", metavar="DPID", help="A whole switch, by its datapath id, instead of a pool's members.")
 @click.option("--timeout", type=click.IntRange(1, 65535), metavar="SECONDS",
-              help="After so long, what is left is reset.  [default: the member's drain_timeout]")
+              help="After so long, what is left is reset.  [default: the drain_timeout of the member or switch]")
 @click.option("--wait", is_flag=True, help="Until nothing is left, with a progress bar.")
 @click.option("--patience", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait no longer than that.")
 @click.option("--undo", is_flag=True, help="Take them back instead.")
 @click.pass_obj
-def drain(access: Access, pool: str, member: str | None, timeout: int | None, wait: bool, patience: float | None,
-          undo: bool) -> None:
-    """Give a member of POOL (or all of them) no new connections; those it has go on."""
+def drain(access: Access, pool: str | None, member: str | None, switch: str | None, timeout: int | None, wait: bool,
+          patience: float | None, undo: bool) -> None:
+    """Give a member of POOL (or all of them), or a switch, no new connections; those it has go on."""
+    if (pool is None) is (switch is None):
+        raise click.UsageError("expected either POOL or --switch DPID")
     if undo and (timeout is not None or wait or patience is not None):
         raise click.UsageError("--undo stands alone")
     from lbapp import drains
 
+    wait = wait or patience is not None
     with access.client() as client:
-        drains.drain(client, pool, member, timeout, wait or patience is not None, patience, undo)
+        if switch is not None:
+            drains.drain_switch(client, switch, timeout, wait, patience, undo)
+        elif pool is not None:
+            drains.drain(client, pool, member, timeout, wait, patience, undo)
 
 
 @cli.command()

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The lbapp authors
 # SPDX-License-Identifier: Apache-2.0
-"""``lbapp drain``: let members finish what they have, show how far they are, and take them back.
+"""``lbapp drain``: let members, or a switch, finish what they have, show how far they are, and take them back.
 
 Owns the order of these steps. What draining means for traffic is the controller's.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -23,7 +24,7 @@ EVERY_S = 1.0
 
 def drain(client: Client, pool: str, member: str | None, timeout: int | None, wait: bool, patience: float | None,
           undo: bool) -> None:
-    """Carry out the command.
+    """Carry out the command for members.
 
     Args:
         pool: whose members.
@@ -50,8 +51,27 @@ def drain(client: Client, pool: str, member: str | None, timeout: int | None, wa
     if undo or not wait:
         done(f"pool {found['name']}: {', '.join(sorted(names))} {'in use again' if undo else 'draining'}")
         return
-    _wait(client, found["name"], names, patience)
+    _wait(lambda: _left(client, {"pool": found["name"]}, "member", names), found["name"], patience)
     done(f"pool {found['name']}: {', '.join(sorted(names))} drained")
+
+
+def drain_switch(client: Client, switch: str, timeout: int | None, wait: bool, patience: float | None,
+                 undo: bool) -> None:
+    """Carry out the command for a switch, by its datapath id; the rest is as in :func:`drain`.
+
+    Raises:
+        ClientError: with what to tell.
+    """
+    dpid = client.get("switches", switch)["dpid"]  # none is drained by a slip of the pen
+    changes: Json = {"draining": not undo}
+    if timeout is not None and not undo:
+        changes["drain_timeout"] = timeout
+    client.update("switches", dpid, changes)
+    if undo or not wait:
+        done(f"switch {dpid}: {'in use again' if undo else 'draining'}")
+        return
+    _wait(lambda: _left(client, {"switch": dpid}, "switch", {dpid}), dpid, patience)
+    done(f"switch {dpid}: drained")
 
 
 def _is(member: Json, word: str) -> bool:
@@ -63,26 +83,27 @@ def _is(member: Json, word: str) -> bool:
         return False
 
 
-def _left(client: Client, pool: str, names: set[str]) -> int | None:
+def _left(client: Client, asked: dict[str, str], field: str, names: set[str]) -> int | None:
     """How many connections they still have; None where the controller cannot say just now."""
     try:
-        listed = client.call("GET", "/v1/draining", params={"pool": pool})["draining"]
+        listed = client.call("GET", "/v1/draining", params=asked)["draining"]
     except ApiError as error:
         if error.status < 500:
             raise
         return None
-    return sum(one["connections"] for one in listed if one["member"] in names)
+    found = [one["connections"] for one in listed if one[field] in names]
+    return None if None in found else sum(found)
 
 
-def _wait(client: Client, pool: str, names: set[str], patience: float | None) -> None:
+def _wait(count: Callable[[], int | None], name: str, patience: float | None) -> None:
     deadline = None if patience is None else time.monotonic() + patience
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                           TextColumn("connections ended"), TimeElapsedColumn()]
     with Progress(*columns, console=console(), disable=not sys.stdout.isatty(), transient=True) as progress:
-        task = progress.add_task(f"draining {pool}", total=None)
+        task = progress.add_task(f"draining {name}", total=None)
         most = 0
         while True:
-            left = _left(client, pool, names)
+            left = count()
             if left is not None:
                 most = max(most, left)
                 progress.update(task, total=most, completed=most - left)

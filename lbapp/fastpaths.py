@@ -20,6 +20,7 @@ from lbapp.config.routing import Routes
 from lbapp.control.cookies import CookieKeys
 from lbapp.control.engine import ControlSegment
 from lbapp.control.messages import AppQuery, AppReply, Closed, Delete, Error, FromSwitch, NewFlow, Query, Reap, Reply
+from lbapp.control.switch_draining import OnSwitches
 from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution, distribution
 from lbapp.dataflow.fastpath.layout import Mode
@@ -146,6 +147,7 @@ class FastPaths:
         relayed: whether a virtual server's connections on a switch are relayed; by the number of the switch.
         relaying: these links are to what relays them, and are told of nothing else; fast paths leave them alone.
         cookies: the keys of cookies, where somebody else changes them.
+        on_switches: makes what is in force on each switch, where somebody else needs that as well.
 
     Attributes:
         changed: called with a switch whose link came or went.
@@ -155,7 +157,7 @@ class FastPaths:
 
     def __init__(self, control: ControlSegment, perform: Callable[[Iterable[Any]], None],
                  relayed: Callable[[int, VirtualServer], bool] = lambda *_: False, *, relaying: bool = False,
-                 cookies: CookieKeys | None = None) -> None:
+                 cookies: CookieKeys | None = None, on_switches: OnSwitches | None = None) -> None:
         self._control = control
         self._perform = perform
         self._relayed = relayed
@@ -166,6 +168,7 @@ class FastPaths:
         self._cookies = cookies or CookieKeys(lambda: secrets.token_bytes(16), time.monotonic())
         self._sides: dict[int, _Side] = {}
         self._configuration = Configuration()
+        self._on_switches = on_switches or OnSwitches()
         self._routes = Routes()
 
     @property
@@ -214,14 +217,15 @@ class FastPaths:
         if side is None:
             return
         hosts = self._control.hosts(switch)
-        by_number = {server.number: server for server in self._configuration.virtual_servers.values()}
+        configuration = self._on_switches.of(self._configuration, switch)
+        by_number = {server.number: server for server in configuration.virtual_servers.values()}
         wanted = by_number if numbers is None else {number: by_number[number] for number in numbers
                                                     if number in by_number}
         changed: dict[int, Distribution | None] = {}
         for number, server in wanted.items():
-            pool = self._configuration.pool_of(server)
+            pool = configuration.pool_of(server)
             made = distribution(server, pool, self._control.eligible(switch, server, pool), self._routes, hosts,
-                                queries=self.queries, pools=tuple(self._configuration.pools_of(server).values()),
+                                queries=self.queries, pools=tuple(configuration.pools_of(server).values()),
                                 limits=side.link.limits)
             relayed = made is not None and made.mode is Mode.PROXY and self._relayed(switch, server)
             if self._relaying and not relayed:
@@ -232,7 +236,7 @@ class FastPaths:
                 changed[number] = made
         if numbers is None:
             changed.update(dict.fromkeys(side.told.keys() - by_number.keys()))
-        gone = self._gone_members(side) if numbers is None else set()
+        gone = self._gone_members(side, configuration) if numbers is None else set()
         for number, made in changed.items():
             if made is None:
                 side.told.pop(number, None)
@@ -243,9 +247,10 @@ class FastPaths:
         if gone:
             side.link.reap([Reap(switch, 0, 0, member, final=True) for member in sorted(gone)])
 
-    def _gone_members(self, side: _Side) -> set[int]:
+    @staticmethod
+    def _gone_members(side: _Side, configuration: Configuration) -> set[int]:
         """Members that were told of and are configured no more."""
-        there = {member.number for pool in self._configuration.pools.values() for member in pool.members}
+        there = {member.number for pool in configuration.pools.values() for member in pool.members}
         return {target.member for told in side.told.values() for target in told.targets} - there
 
     def takes(self, switch: int, reply: Reply, frame: bytes, packet: Packet) -> bool:

@@ -24,6 +24,7 @@ from lbapp.control.effective import Effective, needed_priority
 from lbapp.control.events import Event, EventKind, Events
 from lbapp.control.health import Health, Report
 from lbapp.control.master import Master
+from lbapp.control.switch_draining import Clock, SwitchDraining
 from lbapp.monitors.supervisor import Changed, Target
 from lbapp.vantages import OnChanged, OnLatencies, Vantages
 
@@ -73,6 +74,7 @@ class HealthService:
         self._began = time.time() - clock()
         self.events = Events()
         self._health = Health(self.events)
+        self._switches = SwitchDraining(self.events)
         self._effective = Effective(self._health.condition)
         self._wanted = Configuration()
         self._told = 0
@@ -123,6 +125,7 @@ class HealthService:
             # Once more where there is none any more: the weights are to go.
             self._distributed = self._distributed or any(
                 one.distribution is not None for one in configuration.pools.values())
+            self._switches.configure(configuration.switches, now)
             self._remake(self._health.configure(configuration, now), now, whole=True)
         self._vantages.configure(configuration.networks.values(), targets_of(configuration.pools.values()))
 
@@ -139,7 +142,7 @@ class HealthService:
                 touched.add(self._health.failed(member, reason, now) or "")
             touched.discard("")
             touched.update(self._distribute(now))
-            if touched:
+            if self._switches.tick(now) or touched:
                 self._remake(touched, now)
             self._log()
 
@@ -174,7 +177,7 @@ class HealthService:
     def _remake(self, touched: Iterable[str], now: float, whole: bool = False) -> None:
         touched = set(touched)
         before, replaced = self._effective.configuration, self._effective.replacing
-        made = self._effective.configure(self._wanted, touched, self._weights)
+        made = self._effective.configure(self._wanted, touched, self._weights, self._switches.ended)
         replacing = self._effective.replacing
         for key in sorted(made.pools.keys() & (replaced.keys() | replacing.keys())):
             other = replacing.get(key)
@@ -226,6 +229,10 @@ class HealthService:
     def down(self, member: Member) -> bool:
         """Whether a member takes no connections for its health's sake."""
         return self._health.condition(member).down
+
+    def switch(self, dpid: int) -> Clock | None:
+        """Since when a switch has been draining; None: it is not."""
+        return self._switches.clock(dpid)
 
     def wall(self, at: float) -> float:
         """The time of day of a moment of the clock, in seconds since 1970."""

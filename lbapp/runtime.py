@@ -46,9 +46,10 @@ from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.matches import address_text
 from lbapp.dataflow.ovs import OvsError
 from lbapp.fastpaths import Link, Reading
+from lbapp.finishing import Finishing
 from lbapp.handoffs import LEASE_SECONDS
 from lbapp.health import HealthService
-from lbapp.readings import CLOSING, Readings
+from lbapp.readings import Readings
 from lbapp.remembering import endpoint
 from lbapp.reports import Heard, Reports
 from lbapp.server_agent.report import Told
@@ -100,6 +101,7 @@ class ControllerRuntime:
         self._application = application
         self._health = health
         self._readings = readings
+        self._finishing = Finishing(application, readings, health)
         self._started = time.monotonic()
         self._routes: tuple[Configuration | None, Routes] = (None, Routes())
         self._hops: dict[str, set[str]] = {}
@@ -109,12 +111,13 @@ class ControllerRuntime:
     def virtual_server_status(self, vs: VirtualServer) -> tuple[str, str]:
         """Provisioning: whether every connected switch has it. Operating: whether a client would get a member."""
         pool = self._configuration.pool_of(vs)
-        states = [self._provisioning(switch, vs, pool) for switch in self._application.switches.values()]
+        switches = self._application.switches
+        states = [self._provisioning(switch, vs) for switch in switches.values()]
         provisioning = next((s for s in ("ERROR", "PENDING_UPDATE") if s in states), "ACTIVE")
         if not vs.admin_state_up:
             return provisioning, "DISABLED"
         hops = {vs.next_hop} if vs.next_hop is not None else set()
-        if vs.maintenance:
+        if vs.maintenance or (switches and self._configuration.draining.issuperset(switches)):
             return provisioning, "OFFLINE"
         if vs.application is not Application.L4:
             return provisioning, self._application_status(vs, hops)
@@ -186,38 +189,8 @@ class ControllerRuntime:
         return remembering.forget(self._application.control, self._health.wanted, wanted)
 
     def draining(self) -> list[DrainingView]:
-        """Every member that is draining, with the connections that switches and fast paths hold for it."""
-        found = [(pool, member, report) for pool in self._health.wanted.pools.values() for member in pool.members
-                 if member.draining and (report := self._health.report(member)) is not None]
-        held = self._held() if found else Counter()
-        return [DrainingView(
-            pool=pool.name, member=member.endpoint, name=member.name,
-            seconds=round(self._health.elapsed(report.draining_since or 0.0), 1), drain_timeout=member.drain_timeout,
-            # What is left after its time gets no packet through any more, and is reset with the next one.
-            connections=0 if report.ended else held[member.number]) for pool, member, report in found]
-
-    def _held(self) -> Counter[int]:
-        """How many connections there are, by member: those that are in the data flow segment, and those of rules."""
-        held: Counter[int] = Counter()
-        application = self._application
-        rules = {server.number for server in self._configuration.virtual_servers.values()
-                 if server.state is State.RULES}
-        for connection in list(application.control.connections()):
-            elsewhere = connection.virtual_server in rules or not (
-                self._readings.is_local(connection.switch) or connection.switch in application.fastpaths)
-            held[connection.member] += elsewhere
-        for switch in list(application.switches):
-            for paths in (application.fastpaths, application.relays):
-                reading = paths.read(switch)
-                for (_, member), traffic in reading.members.items() if reading is not None else ():
-                    held[member] += max(0, traffic.opened - traffic.closed)
-            try:
-                if self._readings.is_local(switch):
-                    for entry in self._readings.conntrack(switch):
-                        held[entry.member] += entry.state not in CLOSING
-            except OvsError as error:
-                LOG.warning("switch %016x: its connections cannot be counted: %s", switch, error)
-        return held
+        """Every member and switch that is draining."""
+        return self._finishing.views()
 
     def _compiled(self) -> Routes:
         """The configuration's routes, and the next hops of its pools' virtual servers, made once for each."""
@@ -244,27 +217,27 @@ class ControllerRuntime:
         return any(self._application.control.host(switch, hop) is not None
                    for switch in self._application.switches for hop in ways)
 
-    def _provisioning(self, switch: Any, vs: VirtualServer, pool: Pool | None) -> str:
+    def _provisioning(self, switch: Any, vs: VirtualServer) -> str:
         if switch.session.needs_repair:
             return "ERROR"
-        there = switch.session.synchronised
-        if there is None or there.virtual_servers.get(vs.id) is not self._configuration.virtual_servers.get(vs.id):
+        there, wanted = switch.session.synchronised, self._application.in_force(switch.id)
+        if there is None or there.virtual_servers.get(vs.id) is not wanted.virtual_servers.get(vs.id):
             return "PENDING_UPDATE"
-        return "ACTIVE" if there.pool_of(vs) is pool else "PENDING_UPDATE"
+        return "ACTIVE" if there.pool_of(vs) is wanted.pool_of(vs) else "PENDING_UPDATE"
 
     # -------------------------------------------------------------- switches
 
     def switches(self) -> list[SwitchView]:
-        """The connected switches."""
+        """The connected switches, and those that something is asked of."""
         self._readings.count()
         now = time.monotonic()
-        return [SwitchView(
+        return self._finishing.described(SwitchView(
             dpid=f"{switch.id:016x}", address=endpoint(*switch.datapath.address[:2]), connected=True,
             connected_seconds=round(now - switch.connected, 1), flows=switch.session.counters.rules,
             groups=switch.session.group_count, features=FEATURES,
             hosts={address: HostView(mac=host.mac.hex(":"), port=host.port)
                    for address, host in dict(self._application.control.hosts(switch.id)).items()},
-        ) for switch in list(self._application.switches.values())]
+        ) for switch in list(self._application.switches.values()))
 
     # -------------------------------------------------------------- connections
 

@@ -107,11 +107,11 @@ TABLES = {
             one.get("admin_state_up"), one.get("draining"),
             _active(one, context))),
     "switches": Table(
-        ("datapath", "address", "status", "for", ">rules", ">groups", ">hosts", "features"),
+        ("datapath", "address", "status", "for", ">rules", ">groups", ">hosts", "draining", ">left", "features"),
         lambda one, context: (
-            one.get("dpid"), one.get("address"), "connected" if one.get("connected") else "disconnected",
+            one.get("dpid"), one.get("address") or None, "connected" if one.get("connected") else "disconnected",
             duration(one.get("connected_seconds")), one.get("flows"), one.get("groups"), len(one.get("hosts") or ()),
-            one.get("features"))),
+            one.get("draining"), one.get("connections"), one.get("features"))),
     "events": Table(
         (">number", "time (UTC)", "kind", "pool", "member", "what"),
         lambda one, context: (

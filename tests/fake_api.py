@@ -72,6 +72,14 @@ class FakeApi:
             if query:
                 raise Refused(400, "unknown query parameter", next(iter(query)))
             return 200, {"switches": self.switches}, {}
+        if len(parts) == 2 and parts[0] == "switches":
+            dpid = parts[1].lower().removeprefix("0x").zfill(16)
+            known = next((one for one in self.switches if one["dpid"] == dpid), None)
+            if known is None:
+                raise Refused(404, f"no switch {dpid} is connected, and nothing is asked of it")
+            if request.method == "PATCH":
+                known.update(body or {})
+            return 200, known, {}
         if parts == ["events"]:
             wanted = [one for one in self.events if query.get("pool") in (None, one["pool"])]
             return self._page("/v1/events", "events", wanted, query)

@@ -29,6 +29,7 @@ from lbapp.api.openapi import document
 from lbapp.api.remembered import Remembered
 from lbapp.api.resources import Answer, Collection, Pools, VirtualServers, ok
 from lbapp.api.sites import Sites
+from lbapp.api.switches import Switches
 from lbapp.api.views import Runtime
 from lbapp.config.model import Network
 from lbapp.config.store import Store, StoreError
@@ -66,6 +67,7 @@ class Api:
         self.pools = Pools(store, runtime)
         self.networks = Collection(Network, store, runtime)
         self.members = Members(store, runtime)
+        self.switches = Switches(store, runtime)
         self.sites = Sites(store)
         self.live = Live(runtime)
         self.happenings = Happenings(runtime)
@@ -165,7 +167,12 @@ class ApiController(ControllerBase):
     @route("lbapp", "/v1/switches")
     def switches(self, req: webob.Request, **_: str) -> webob.Response:
         """The switches."""
-        return _answered(req, {"GET": self.api.live.switches})
+        return _answered(req, {"GET": self.api.switches.index})
+
+    @route("lbapp", "/v1/switches/{reference}")
+    def switch(self, req: webob.Request, reference: str, **_: str) -> webob.Response:
+        """One switch, and what is asked of it."""
+        return _answered(req, _crud(self.api.switches), reference)
 
     @route("lbapp", "/v1/connections")
     def connections(self, req: webob.Request, **_: str) -> webob.Response:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import webob
 
 from lbapp.api.errors import invalid
-from lbapp.api.requests import limit_of, next_page, query
+from lbapp.api.requests import dpid_of, limit_of, next_page, query
 from lbapp.api.resources import Answer, ok
 from lbapp.api.views import EventView, Runtime
 
@@ -41,7 +41,10 @@ class Happenings:
         return ok({"events": found, "next": following})
 
     def draining(self, request: webob.Request) -> Answer:
-        """GET of all members that are draining, with what they still have."""
-        parameters = query(request, "pool")
-        wanted = parameters.get("pool")
-        return ok({"draining": [one for one in self.runtime.draining() if wanted in (None, one.pool)]})
+        """GET of all members and switches that are draining, with what they still have."""
+        parameters = query(request, "pool", "switch")
+        pool, switch = parameters.get("pool"), parameters.get("switch")
+        if switch is not None:
+            switch = dpid_of(switch)
+        return ok({"draining": [one for one in self.runtime.draining()
+                                if pool in (None, one.pool) and switch in (None, one.switch)]})

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The lbapp authors
 # SPDX-License-Identifier: Apache-2.0
-"""Live facts over REST: switches, connections, counters, agents beside servers. Never touches the configuration."""
+"""Live facts over REST: connections, counters, agents beside servers. Never touches the configuration."""
 
 from __future__ import annotations
 
@@ -74,11 +74,6 @@ class Live:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-
-    def switches(self, request: webob.Request) -> Answer:
-        """GET of the switches."""
-        query(request)
-        return ok({"switches": sorted(self.runtime.switches(), key=lambda switch: switch.dpid)})
 
     def statistics(self, request: webob.Request) -> Answer:
         """GET of the counters, of all or of one virtual server or pool."""

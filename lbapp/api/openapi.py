@@ -16,7 +16,7 @@ from lbapp.api.remembered import FILTERS as REMEMBERED
 from lbapp.api.remembered import Removed
 from lbapp.api.requests import DEFAULT_LIMIT, JSON, MAX_LIMIT, MERGE_PATCH
 from lbapp.api.sites import Difference
-from lbapp.config.model import Member, Network, Pool, VirtualServer
+from lbapp.config.model import Member, Network, Pool, Switch, VirtualServer
 
 _TEMPLATE = "#/components/schemas/{name}"
 _RESOURCES = {"virtual-servers": VirtualServer, "pools": Pool, "networks": Network}
@@ -36,12 +36,16 @@ def _content(schema: JsonObject, *types: str) -> JsonObject:
 
 
 def _schemas() -> JsonObject:
-    kinds = [VirtualServer, Pool, Member, Network, views.SwitchView, views.ConnectionView, views.StatisticsView,
+    kinds = [VirtualServer, Pool, Member, Network, Switch, views.SwitchView, views.ConnectionView, views.StatisticsView,
              views.ServerAgentView, views.Lease, views.ReportAnswer, LoadReport, views.HealthView,
              views.EventView, views.DrainingView, views.PersistenceView, Removed, Announcement, ErrorAnswer, Difference]
     _, schemas = msgspec.json.schema_components(kinds, ref_template=_TEMPLATE)
     for kind in (VirtualServer, Pool, Member, Network):
         _with_read_only(schemas[kind.__name__]["properties"])
+    asked = schemas["Switch"]
+    asked["properties"]["id"]["readOnly"] = True
+    asked["properties"]["name"]["description"] = "Its datapath id, as in the path; may be left out."
+    asked["required"] = []
     schemas["Member"]["properties"]["effective_weight"] = {
         "type": "integer", "readOnly": True,
         "description": "With slow start and distribution; 0 while it takes no new connections."}
@@ -96,6 +100,7 @@ _PAGING = [
     _parameter("marker", "query", {"type": "string"}, "The last id of the page before"),
 ]
 _NAME = _parameter("name", "query", {"type": "string"}, "Only the one of this name")
+_DPID = _parameter("id", "path", {"type": "string", "pattern": "^(0[xX])?[0-9a-fA-F]{1,16}$"}, "Datapath id")
 _IF_MATCH = _parameter("If-Match", "header", {"type": "string"}, "ETag; 409 unless it is the current one")
 _DRY_RUN = _parameter("dry_run", "query", {"type": "boolean", "default": False}, "Only tell, change nothing")
 
@@ -160,6 +165,14 @@ def document() -> JsonObject:
         "/v1/switches": {"get": _operation("The switches", "200", {
             "type": "object", "properties": {"switches": {"type": "array", "items": _ref("SwitchView")}}},
             [], None, ("400",))},
+        "/v1/switches/{id}": {
+            "get": _operation("One switch", "200", _ref("SwitchView"), [_DPID]),
+            "put": _operation("Ask something of it; what is left out gets its default", "200", _ref("SwitchView"),
+                              [_DPID, _IF_MATCH], _content(_ref("Switch")), bulk),
+            "patch": _operation("Change some of what is asked of it (JSON Merge Patch)", "200", _ref("SwitchView"),
+                                [_DPID, _IF_MATCH], _content({"type": "object"}, MERGE_PATCH, JSON), bulk),
+            "delete": _operation("Ask nothing of it any more", "204", None, [_DPID, _IF_MATCH], None,
+                                 ("400", "404", "409", "503"))},
         "/v1/connections": {"get": _operation("The connections", "200", _listing("connections", "ConnectionView"),
                                               [*filters, *_PAGING], None, ("400",))},
         "/v1/connections/{id}": {"get": _operation("One connection", "200", _ref("ConnectionView"),
@@ -183,9 +196,10 @@ def document() -> JsonObject:
             "delete": _operation("Forget clients; the answer tells how many", "200", _ref("Removed"), [
                 *known, _parameter("all", "query", {"type": "boolean", "default": False},
                                    "Everybody; without any other parameter")], None, ("400", "404"))},
-        "/v1/draining": {"get": _operation("The members that are draining", "200", {
+        "/v1/draining": {"get": _operation("The members and switches that are draining", "200", {
             "type": "object", "properties": {"draining": {"type": "array", "items": _ref("DrainingView")}}},
-            [_parameter("pool", "query", {"type": "string"}, "Only of this")], None, ("400",))},
+            [_parameter(name, "query", {"type": "string"}, "Only of this") for name in ("pool", "switch")], None,
+            ("400",))},
         "/v1/stats": {"get": _operation("The counters", "200", _ref("StatisticsView"), only, None, ("400",))},
         "/v1/openapi.json": {"get": _operation("This description", "200", {"type": "object"}, [], None, ())},
         "/healthz": {"get": {"summary": "Whether it lives", "security": [], "responses": {

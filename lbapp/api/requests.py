@@ -18,9 +18,10 @@ import netaddr
 import webob
 
 from lbapp.api.errors import READ_ONLY, ApiError, Problem, editable, from_validation, invalid, joined
-from lbapp.config.model import Member, Network, Pool, VirtualServer
+from lbapp.config.fields import canonical_dpid
+from lbapp.config.model import Member, Network, Pool, Switch, VirtualServer
 
-R = TypeVar("R", bound=VirtualServer | Pool | Network | Member)
+R = TypeVar("R", bound=VirtualServer | Pool | Network | Switch | Member)
 
 JSON = "application/json"
 MERGE_PATCH = "application/merge-patch+json"
@@ -81,7 +82,7 @@ def resource_of(values: Any, kind: type[R], path: str = "") -> R:
         raise from_validation(error, path, editable(kind)) from None
 
 
-def values_of(resource: VirtualServer | Pool | Network | Member) -> dict[str, Any]:
+def values_of(resource: VirtualServer | Pool | Network | Switch | Member) -> dict[str, Any]:
     """The fields of a resource that requests may have, as JSON values."""
     values = msgspec.to_builtins(resource)
     for field in READ_ONLY:
@@ -163,6 +164,14 @@ def next_page(path: str, limit: int, wanted: Mapping[str, str], marker: str | in
     """Where the page after ``marker`` is, of a list that is filtered by ``wanted``."""
     kept = "".join(f"&{name}={quote(value, safe='')}" for name, value in wanted.items())
     return f"{path}?limit={limit}{kept}&marker={quote(str(marker), safe='')}"
+
+
+def dpid_of(text: str, field: str = "switch") -> str:
+    """A datapath id, as 16 hexadecimal digits."""
+    try:
+        return canonical_dpid(text)
+    except ValueError as error:
+        raise invalid(str(error), field) from None
 
 
 def flag_of(parameters: Mapping[str, str], name: str) -> bool:

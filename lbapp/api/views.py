@@ -49,11 +49,11 @@ class HostView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SwitchView(msgspec.Struct, frozen=True, kw_only=True):
-    """A switch the controller has seen.
+    """A switch that is connected, or that something is asked of.
 
     Attributes:
         dpid: datapath id, 16 hexadecimal digits.
-        address: the far end of its OpenFlow connection, ``ip:port``.
+        address: the far end of its OpenFlow connection, ``ip:port``; empty while there is none.
         connected: now.
         connected_seconds: since when; 0 while it is not connected.
         flows: rules of the balancer on it.
@@ -61,6 +61,10 @@ class SwitchView(msgspec.Struct, frozen=True, kw_only=True):
         hosts: neighbours it knows, by address.
         role: the controller's OpenFlow role there (``equal``, ``master``, ``slave``).
         features: what it can do that matters here, such as ``conntrack``, ``groups``, ``bundles``.
+        draining: no new connections through it.
+        drain_timeout: seconds after which what is left is reset; 0: never.
+        connections: those that are left while it is draining; else, and where that cannot be known, null.
+        ended: its time to drain is over.
     """
 
     dpid: Dpid
@@ -72,6 +76,10 @@ class SwitchView(msgspec.Struct, frozen=True, kw_only=True):
     hosts: dict[str, HostView] = {}
     role: str = "equal"
     features: tuple[str, ...] = ()
+    draining: bool = False
+    drain_timeout: Count = 0
+    connections: Count | None = None
+    ended: bool = False
 
 
 class ConnectionView(msgspec.Struct, frozen=True, kw_only=True):
@@ -403,14 +411,26 @@ class EventView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DrainingView(msgspec.Struct, frozen=True, kw_only=True):
-    """A member that is draining, and how many connections it still has."""
+    """A member or a switch that is draining, and how many connections it still has.
+
+    Attributes:
+        kind: ``member`` or ``switch``.
+        pool, member, name: of a member; else empty.
+        switch: of a switch, its datapath id; else empty.
+        connections: null where not all of them can be known: of a switch that is not connected just now, or runs
+            elsewhere without a fast path.
+        ended: its time is over; what was left is reset with its next packet.
+    """
 
     pool: str
     member: str
     name: str
     seconds: float
     drain_timeout: int
-    connections: int
+    connections: Count | None
+    kind: str = "member"
+    switch: str = ""
+    ended: bool = False
 
 
 class Runtime(Protocol):
@@ -449,11 +469,11 @@ class Runtime(Protocol):
         ...
 
     def draining(self) -> list[DrainingView]:
-        """Every member that is draining."""
+        """Every member and switch that is draining."""
         ...
 
     def switches(self) -> list[SwitchView]:
-        """All that were seen."""
+        """All that are connected, or that something is asked of."""
         ...
 
     def connections(self) -> Iterable[ConnectionView]:

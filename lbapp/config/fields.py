@@ -29,6 +29,8 @@ Burst = Annotated[int, msgspec.Meta(ge=0, le=10_000_000)]
 Duration = Annotated[float, msgspec.Meta(ge=0.05, le=86_400)]
 """Seconds, or parts of one."""
 
+_DPID = re.compile(r"(?:0[xX])?([0-9a-fA-F]{1,16})")
+
 R = TypeVar("R", bound=msgspec.Struct)
 UNLIMITED = -1
 REGEX = re2.Options()
@@ -53,6 +55,18 @@ def canonical_address(value: str) -> str:
     except (netaddr.AddrFormatError, ValueError, TypeError) as error:
         raise ValueError(f"expected an IPv4 or IPv6 address, got {value!r}") from error
     return str(address)
+
+
+def canonical_dpid(value: str) -> str:
+    """Return the canonical text of a datapath id: its 16 hexadecimal digits.
+
+    Raises:
+        ValueError: the text is none; leading zeros may be left out, and 0x may be there.
+    """
+    found = _DPID.fullmatch(value)
+    if found is None:
+        raise ValueError(f"expected a datapath id (1 to 16 hexadecimal digits), got {value!r}")
+    return found[1].lower().zfill(16)
 
 
 def set_field(resource: Any, field: str, value: Any) -> None:

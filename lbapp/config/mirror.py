@@ -13,13 +13,14 @@ from typing import Any
 
 from lbapp.config import ovsdb, rows
 from lbapp.config.changes import settings_of
-from lbapp.config.model import Member, Network, Pool, VirtualServer
+from lbapp.config.model import Member, Network, Pool, Switch, VirtualServer
 from lbapp.config.rows import AnyResource, Resource
 from lbapp.config.snapshot import Draft, Fitting, Settings, Snapshot, breathe, matters
 
 LOG = logging.getLogger(__name__)
 
-_WORDS = {"Virtual_Server": "virtual server", "Pool": "pool", "Member": "member", "Network": "network"}
+_WORDS = {"Virtual_Server": "virtual server", "Pool": "pool", "Member": "member", "Network": "network",
+          "Switch": "switch"}
 
 
 class Mirror:
@@ -49,8 +50,10 @@ class Mirror:
         draft = Draft(snapshot)
         if whole:
             self._forget_missing(draft, updates)
-        for identifier, raw in breathe(updates.get("Network", {}).items()):
-            self._network(draft, identifier, ovsdb.decode_row(raw))
+        for kind in (Network, Switch):
+            table = rows.TABLES[kind]
+            for identifier, raw in breathe(updates.get(table, {}).items()):
+                self._alone(draft, kind, table, identifier, ovsdb.decode_row(raw))
         heads = self._heads(draft, updates)
         members = self._members(draft, updates)
         remade = self._pools(draft, heads, members)
@@ -88,13 +91,15 @@ class Mirror:
         draft.set_revision(identifier, None)
         self.rejected.pop(identifier, None)
 
-    def _network(self, draft: Draft, identifier: str, update: ovsdb.RowUpdate) -> None:
-        network = None
+    def _alone(self, draft: Draft, kind: type[Network | Switch], table: str, identifier: str,
+               update: ovsdb.RowUpdate) -> None:
+        """A row that has to do with no other."""
+        resource = None
         if update.new is None:
             self._gone(draft, identifier)
         else:
-            network = self._resource(draft, "Network", identifier, update.new)
-        _store(draft, Network, identifier, network)
+            resource = self._resource(draft, table, identifier, update.new)
+        _store(draft, kind, identifier, resource)
 
     def _heads(self, draft: Draft, updates: ovsdb.Updates) -> dict[str, Pool | None]:
         """Pools without their members, as far as their rows changed."""
@@ -224,7 +229,7 @@ class Mirror:
         self.rejected = {identifier: why for identifier, why in self.rejected.items() if identifier in present}
         if not updates.get(rows.SETTINGS):
             draft.settings = Settings()
-        kinds: tuple[type[Resource], ...] = (Network, VirtualServer)
+        kinds: tuple[type[Resource], ...] = (Network, Switch, VirtualServer)
         for kind in kinds:
             for identifier in [one for one in draft.all(kind) if one not in present]:
                 draft.remove(kind, identifier)

@@ -34,6 +34,7 @@ from lbapp.config.fields import (
     Seconds,
     Text,
     address_field,
+    canonical_dpid,
     check_regex,
     octets,
     set_field,
@@ -45,7 +46,7 @@ __all__ = [
     "AUTO_SWITCH_ALGORITHMS", "INSPECT_MOST", "KEYED", "REDIRECT_CODES", "RULE_TYPES", "SWITCH_ALGORITHMS",
     "UNLIMITED", "Algorithm", "Application", "Binding", "CompareType", "Configuration", "Decision", "L7Policy",
     "L7Rule", "Member", "Name", "Network", "Persistence", "PersistenceType", "PolicyAction", "Pool", "Protocol",
-    "RuleType", "State", "VirtualServer",
+    "RuleType", "State", "Switch", "VirtualServer",
 ]
 
 INSPECT_MOST = 4096
@@ -442,12 +443,49 @@ class Network(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ValueError("monitor_address: expected another address than the balancer's own and the gateway's")
 
 
+class Switch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A switch that something is asked of; one that nobody asks anything of needs none.
+
+    Attributes:
+        name: its datapath id, 16 hexadecimal digits.
+        draining: no new connections through it; those that it has are finished.
+        drain_timeout: seconds after which what is left of them is reset; 0: never.
+    """
+
+    name: str
+    id: str = ""
+    draining: bool = False
+    drain_timeout: Seconds = 0
+
+    def __post_init__(self) -> None:
+        try:
+            set_field(self, "name", canonical_dpid(self.name))
+        except ValueError as error:
+            raise ValueError(f"name: {error}") from None
+
+    @property
+    def dpid(self) -> int:
+        """Its datapath id."""
+        return int(self.name, 16)
+
+
 class Configuration(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything an operator asked for, at one moment. Keys are resource ids (UUIDs)."""
+    """Everything an operator asked for, at one moment. Keys are resource ids (UUIDs).
+
+    Attributes:
+        drained: datapath ids of draining switches whose time is over; only in a configuration in force.
+    """
 
     virtual_servers: Mapping[str, VirtualServer] = {}
     pools: Mapping[str, Pool] = {}
     networks: Mapping[str, Network] = {}
+    switches: Mapping[str, Switch] = {}
+    drained: frozenset[int] = frozenset()
+
+    @property
+    def draining(self) -> frozenset[int]:
+        """The datapath ids of the switches that are draining."""
+        return frozenset(one.dpid for one in self.switches.values() if one.draining)
 
     def pool_of(self, virtual_server: VirtualServer) -> Pool | None:
         """The pool a virtual server sends connections to, if it has one."""

@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 import msgspec
 import netaddr
 
-from lbapp.config.model import Member, Network, Pool, VirtualServer
+from lbapp.config.model import Member, Network, Pool, Switch, VirtualServer
 
-Resource = VirtualServer | Pool | Network
+Resource = VirtualServer | Pool | Network | Switch
 AnyResource = Resource | Member
 Row = dict[str, Any]
-R = TypeVar("R", bound=VirtualServer | Pool | Network | Member)
+R = TypeVar("R", bound=VirtualServer | Pool | Network | Switch | Member)
 
 SETTINGS = "Settings"
 TABLES: dict[type, str] = {
@@ -30,6 +30,7 @@ TABLES: dict[type, str] = {
     Pool: "Pool",
     Member: "Member",
     Network: "Network",
+    Switch: "Switch",
 }
 CLASSES: dict[str, Any] = {table: cls for cls, table in TABLES.items()}
 
@@ -51,8 +52,8 @@ MONITORED: dict[str, list[str]] = {
 }
 MONITORED["Member"].append("pool_id")
 
-_ADDRESSES = {"Virtual_Server": ("vip_address", "next_hop"), "Pool": (), "Member": ("address", "monitor_address"),
-              "Network": ("address", "gateway", "monitor_address", "cidr")}
+_CANONICAL = {"Virtual_Server": ("vip_address", "next_hop"), "Pool": (), "Member": ("address", "monitor_address"),
+              "Network": ("address", "gateway", "monitor_address", "cidr"), "Switch": ("name",)}
 
 
 def reference(identifier: str) -> list[str]:
@@ -105,7 +106,7 @@ def decode(table: str, identifier: str, row: Mapping[str, Any]) -> Any:
         resource = msgspec.convert(values, CLASSES[table])
     except (msgspec.ValidationError, netaddr.AddrFormatError) as error:
         raise ValueError(str(error)) from None
-    for column in _ADDRESSES[table]:
+    for column in _CANONICAL[table]:
         # The indexes compare text: two spellings of one address would be two virtual servers.
         canonical = getattr(resource, column)
         if values.get(column) != canonical:
@@ -117,7 +118,7 @@ def identified(resource: R, identifier: str, number: int = 0) -> R:
     """The same resource with the id and number the store gave it (without validating it again)."""
     copied = copy.copy(resource)
     msgspec.structs.force_setattr(copied, "id", identifier)
-    if not isinstance(copied, Pool | Network):
+    if isinstance(copied, VirtualServer | Member):
         msgspec.structs.force_setattr(copied, "number", number)
     return copied
 

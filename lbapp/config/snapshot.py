@@ -14,15 +14,15 @@ import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from lbapp.config.model import SWITCH_ALGORITHMS, Configuration, Decision, Network, Pool, VirtualServer
+from lbapp.config.model import SWITCH_ALGORITHMS, Configuration, Decision, Network, Pool, Switch, VirtualServer
 from lbapp.config.pool import READ_PERSISTENCE
 from lbapp.config.rows import Resource
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Resource)
 
-KINDS: tuple[type[Any], ...] = (Network, Pool, VirtualServer)
-WORDS: dict[type, str] = {VirtualServer: "virtual server", Pool: "pool", Network: "network"}
+KINDS: tuple[type[Any], ...] = (Network, Pool, VirtualServer, Switch)
+WORDS: dict[type, str] = {VirtualServer: "virtual server", Pool: "pool", Network: "network", Switch: "switch"}
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _BREATH = 128
@@ -105,6 +105,8 @@ def resources(configuration: Configuration, kind: type[R]) -> Mapping[str, R]:
     """The resources of one kind, by id."""
     if kind is VirtualServer:
         return configuration.virtual_servers  # type: ignore[return-value]
+    if kind is Switch:
+        return configuration.switches  # type: ignore[return-value]
     return configuration.pools if kind is Pool else configuration.networks  # type: ignore[return-value]
 
 
@@ -189,6 +191,7 @@ class Draft:
                 virtual_servers=self._maps.get(VirtualServer, old.virtual_servers),
                 pools=self._maps.get(Pool, old.pools),
                 networks=self._maps.get(Network, old.networks),
+                switches=self._maps.get(Switch, old.switches),
             )
         index = dict(self.base.index)
         index.update({key: value for key, value in self._maps.items() if isinstance(key, tuple)})

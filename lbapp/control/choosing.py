@@ -67,12 +67,13 @@ class Group:
 
 
 class SwitchState:
-    """What the engine keeps for a switch."""
+    """What the engine keeps for a switch. ``draining``: it takes no new connections."""
 
-    __slots__ = ("chosen", "counts", "groups")
+    __slots__ = ("chosen", "counts", "draining", "groups")
 
-    def __init__(self, counts: Counts) -> None:
+    def __init__(self, counts: Counts, draining: bool = False) -> None:
         self.counts = counts
+        self.draining = draining
         self.groups: dict[int, dict[str, Group]] = {}
         self.chosen: OrderedDict[int, Chosen] = OrderedDict()
 

@@ -94,13 +94,14 @@ class Effective:
         change."""
 
     def configure(self, configuration: Configuration, touched: Iterable[str] | None = None,
-                  own: Mapping[int, int] | None = None) -> Configuration:
+                  own: Mapping[int, int] | None = None, drained: frozenset[int] = frozenset()) -> Configuration:
         """Make it anew.
 
         Args:
             configuration: what operators asked for.
             touched: the pools in which something may have changed, besides those that are other ones now.
             own: the weights that members have instead of their configured ones.
+            drained: draining switches whose time is over.
         """
         before = self._wanted
         if own is not None:
@@ -115,14 +116,15 @@ class Effective:
             made = pool_in_force(pool, self._own, self._conditions)
             # What was made before is the same, so that nobody looks for a difference.
             pools[key] = kept if (kept := pools.get(key)) is not None and kept == made else made
-        same = configuration is before and len(pools) == len(self._pools) and all(
-            self._pools.get(key) is pools[key] for key in changed if key in pools)
+        same = (configuration is before and drained == self.configuration.drained and len(pools) == len(self._pools)
+                and all(self._pools.get(key) is pools[key] for key in changed if key in pools))
         self._wanted = configuration
         if same:
             return self.configuration
         self._pools = pools
         self.configuration = Configuration(virtual_servers=self._servers(configuration, pools), pools=pools,
-                                           networks=configuration.networks)
+                                           networks=configuration.networks, switches=configuration.switches,
+                                           drained=drained)
         return self.configuration
 
     def _servers(self, configuration: Configuration, pools: Mapping[str, Pool]) -> Mapping[str, VirtualServer]:

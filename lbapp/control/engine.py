@@ -17,7 +17,8 @@ What is answered to a QUERY (003 FIGURES 8, 22), in this order:
     a virtual server that is not configured           UNKNOWN
     a connection that is known                        its member, again
     TCP, and not the beginning of a connection        UNKNOWN
-    disabled, in maintenance, or without a pool       NOTAVAIL
+    disabled, in maintenance, without a pool, or its
+        switch is draining                            NOTAVAIL
     more new connections than its limits allow        CONNLIMIT
     as many connections as its limit allows           CONNLIMIT, or it waits
     no member that takes connections can be reached   NOTAVAIL
@@ -178,7 +179,7 @@ class ControlSegment:
         if service.tcp and query.tcp_flags & _HANDSHAKE != _SYN:
             return self._refuse(query, number, Error.UNKNOWN)
         switch = self._switches.get(query.switch)
-        if switch is None or not service.accepts:
+        if switch is None or switch.draining or not service.accepts:
             return self._refuse(query, number, Error.NOTAVAIL)
         if not limited and (over := self._rates.refuse(service.virtual_server, query, now)):
             return over
@@ -226,7 +227,7 @@ class ControlSegment:
         if service is None or service.reader is None:
             return AppReply(query, self._refuse(query, number if service is not None else 0, Error.UNKNOWN))
         switch = self._switches.get(query.switch)
-        if switch is None or not service.accepts:
+        if switch is None or switch.draining or not service.accepts:
             return self._turned_away(service, asked, Error.NOTAVAIL)
         if service.follows:
             # Who has just shaken hands has no other connection on this port any more.
@@ -302,8 +303,8 @@ class ControlSegment:
         query = waiter.query
         number = query.virtual_server
         service, switch = self._services.by_number.get(number), self._switches.get(query.switch)
-        if service is None or switch is None or not service.accepts or (service.reader is None) != (
-                waiter.told is None):
+        if service is None or switch is None or switch.draining or not service.accepts or (
+                (service.reader is None) != (waiter.told is None)):
             return self._late(waiter, self._refuse(query, number if service is not None else 0, Error.NOTAVAIL))
         if 0 <= service.limit <= self._ledger.virtual_server(number).active:
             return None
@@ -439,7 +440,8 @@ class ControlSegment:
         switch = message.switch
         if switch not in self._switches:
             self._make_room()
-            self._switches[switch] = SwitchState(self._ledger.switch(switch))
+            self._switches[switch] = SwitchState(self._ledger.switch(switch),
+                                                 switch in self._services.configuration.draining)
         self._up.add(switch)
         for number in self._switches[switch].groups:
             self._switches[switch].stale(number)
@@ -482,7 +484,7 @@ class ControlSegment:
         """Replace the configuration. What did not change keeps its state, counters and connections.
 
         Connections survive every change, but for those of a virtual server or member that is
-        removed: their rules are to go (a final Reap).
+        removed, or of a switch whose time to drain is over: their rules are to go (a final Reap).
 
         Raises:
             ValueError: a virtual server or member has no number, or one twice; nothing changed.
@@ -492,11 +494,14 @@ class ControlSegment:
         self._lines.keep(configuration.pools)
         commands: list[ToSwitch] = []
         removed = set(change.removed)
-        if (removed or change.gone_members or change.uncounted) and len(self._connections):
-            commands += self._cut(removed, change.gone_members, change.uncounted)
+        drained = configuration.drained
+        if (removed or change.gone_members or change.uncounted or drained) and len(self._connections):
+            commands += self._cut(removed, change.gone_members, change.uncounted, drained)
         self._ledger.forget(removed, change.gone_members)
         self._rates.forget(removed)
-        for switch in self._switches.values():
+        draining = configuration.draining
+        for dpid, switch in self._switches.items():
+            switch.draining = dpid in draining
             for number in removed:
                 switch.groups.pop(number, None)
             for number in change.changed:
@@ -504,9 +509,10 @@ class ControlSegment:
         commands += self._located(self._neighbours.configure(change.wanted, change.unwanted, now))
         return self._out(commands, now)
 
-    def _cut(self, virtual_servers: set[int], members: set[int], uncounted: set[int]) -> list[Reap]:
+    def _cut(self, virtual_servers: set[int], members: set[int], uncounted: set[int],
+             switches: frozenset[int]) -> list[Reap]:
         gone = self._connections.take(
-            lambda entry: entry.virtual_server in virtual_servers or entry.member in members
+            lambda entry: entry.virtual_server in virtual_servers or entry.member in members or entry.switch in switches
             or (not entry.rules and entry.virtual_server in uncounted))
         return [entry.reap(final=True) for entry in gone if entry.rules]
 

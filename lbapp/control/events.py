@@ -29,6 +29,8 @@ class EventKind(enum.Enum):
     FALLBACK = "fallback"
     DISTRIBUTION = "distribution"
     SWITCH = "switch"
+    SWITCH_DRAINING = "switch_draining"
+    SWITCH_DRAINED = "switch_drained"
 
 
 class Event(NamedTuple):

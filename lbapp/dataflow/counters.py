@@ -27,18 +27,21 @@ class RuleCounters:
         punted: packets that rules for queries sent up, by virtual server.
         forwarded: (packets, bytes) from clients, by member.
         rules: how many rules of ours there are.
+        connections: how many connections have a rule pair.
     """
 
     bound: Counter[tuple[int, int]] = field(default_factory=Counter)
     punted: Counter[int] = field(default_factory=Counter)
     forwarded: dict[int, tuple[int, int]] = field(default_factory=dict)
     rules: int = 0
+    connections: int = 0
 
     def add(self, entry: bytes) -> None:
         """Take one entry of an OFPMP_FLOW reply (at least 56 bytes)."""
         cookie, packets, size = struct.unpack_from("!QQQ", entry, 24)
         kind = kind_of(cookie)
         self.rules += 1
+        self.connections += kind is Kind.CONNECTION_IN
         if kind is Kind.QUERY:
             self.punted[owner_of(cookie)] += packets
         elif kind is Kind.FORWARD and entry[12] << 8 | entry[13] != Priority.SPECIAL:  # that one is of no one member

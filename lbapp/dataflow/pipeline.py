@@ -140,6 +140,9 @@ def connection_cookie(kind: Kind, serial: int) -> int:
 ANY_CONNECTION = (1 << 64) - 1 ^ 1 << 48
 """A cookie mask that takes both directions of a connection: their kinds differ in one bit."""
 
+EVERY_CONNECTION = ANY_CONNECTION & ~0xFFFFFFFF
+"""The same of all connections, whatever their serials."""
+
 
 def kind_of(value: int) -> Kind | None:
     """The kind that a cookie names; None where the rule is not ours."""

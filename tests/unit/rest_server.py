@@ -39,8 +39,9 @@ from lbapp.server_agent.report import Told  # noqa: E402
 class Runtime:
     """A controller with made-up facts that tests can recognise."""
 
-    def __init__(self, connections: int) -> None:
+    def __init__(self, connections: int, store: Store) -> None:
         self._connections = connections
+        self._store = store
         self._agents: dict[str, list[tuple[str, int]]] = {}
         self._reports = Reports(Master())
         self._reports.key = b"the key of the buses, 32 bytes.."
@@ -84,12 +85,20 @@ class Runtime:
 
     def draining(self) -> list[views.DrainingView]:
         return [views.DrainingView(pool=name, member="10.0.0.1:80", name="one", seconds=1.5, drain_timeout=30,
-                                   connections=3) for name in ("odd", "even")]
+                                   connections=3) for name in ("odd", "even")] + [
+            views.DrainingView(kind="switch", switch=one.name, pool="", member="", name="", seconds=2.5,
+                               drain_timeout=one.drain_timeout, connections=None)
+            for one in self._store.configuration.switches.values() if one.draining]
 
     def switches(self) -> list[views.SwitchView]:
         hosts = {"10.0.0.2": views.HostView(mac="02:00:00:00:00:02", port=2)}
-        return [views.SwitchView(dpid=f"{number:016x}", address=f"127.0.0.1:{40000 + number}", connected=True,
-                                 connected_seconds=1.5, flows=9, hosts=hosts) for number in (2, 1)]
+        asked = {one.name: one for one in self._store.configuration.switches.values()}
+        known = [views.SwitchView(dpid=f"{number:016x}", address=f"127.0.0.1:{40000 + number}", connected=True,
+                                  connected_seconds=1.5, flows=9, hosts=hosts,
+                                  draining=(one := asked.pop(f"{number:016x}", None)) is not None and one.draining,
+                                  drain_timeout=one.drain_timeout if one is not None else 0) for number in (2, 1)]
+        return known + [views.SwitchView(dpid=one.name, address="", connected=False, draining=one.draining,
+                                         drain_timeout=one.drain_timeout) for one in asked.values()]
 
     def connections(self) -> Iterator[views.ConnectionView]:
         for serial in range(self._connections, 0, -1):
@@ -148,7 +157,7 @@ def main() -> None:
     store = Store(database.remote, revive=None if options.no_revive else database.start)
     store.start()
     wsgi = WSGIApplication()
-    guard = controller.register(wsgi, store, Runtime(options.connections), Tokens(options.directory / "token"))
+    guard = controller.register(wsgi, store, Runtime(options.connections, store), Tokens(options.directory / "token"))
     running = server.serve(guard, port=0, certificate=options.certificate, key=options.key)
     # The same routes without the guard, as Ryu's own server would serve them.
     bare = server.serve(wsgi, port=0)

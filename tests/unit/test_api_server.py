@@ -429,3 +429,4 @@ def test_events_page_by_page(rest):
 def test_who_is_draining(rest):
     assert [one["pool"] for one in rest.ask("GET", "/v1/draining").json()["draining"]] == ["odd", "even"]
     assert [one["connections"] for one in rest.ask("GET", "/v1/draining?pool=odd").json()["draining"]] == [3]
+    assert {one["kind"] for one in rest.ask("GET", "/v1/draining").json()["draining"]} == {"member"}

@@ -330,6 +330,34 @@ def test_drain_waits_until_nothing_is_left(running, api, monkeypatch):
     assert not members(api)["10.0.0.51:80"]["draining"]
 
 
+def test_drain_of_a_switch(running, api, monkeypatch):
+    from lbapp import drains
+
+    monkeypatch.setattr(drains, "EVERY_S", 0.01)
+    api.draining = [[{"kind": "switch", "switch": DPID, "member": "", "pool": "", "connections": count},
+                     {"kind": "switch", "switch": "f" * 16, "member": "", "pool": "", "connections": 9}]
+                    for count in (4, None, 1, 0)]
+    short = f"0x{DPID.lstrip('0').upper()}"
+    assert f"switch {DPID}: drained" in running("drain", "--switch", short, "--wait", "--timeout", "60")
+    assert (api.switches[0]["draining"], api.switches[0]["drain_timeout"]) == (True, 60)
+    assert not any(one["draining"] for one in members(api).values())
+    api.switches[0]["connections"] = 5
+    assert lines(running("show", "switches"), DPID)[0][7:9] == ["true", "5"]
+    assert f"switch {DPID}: in use again" in running("drain", "--switch", DPID, "--undo")
+    assert (api.switches[0]["draining"], api.switches[0]["drain_timeout"]) == (False, 60)
+    assert f"switch {DPID}: draining" in running("drain", "--switch", DPID)
+    api.draining = [[{"kind": "switch", "switch": DPID, "member": "", "pool": "", "connections": None}]]
+    assert "an unknown number of connections are left" in running("drain", "--switch", DPID, "--patience", "0", code=1)
+
+
+def test_drain_of_a_switch_that_nobody_knows(running, api):
+    assert "no switch 0000000000000bad is connected" in running("drain", "--switch", "bad", code=1)
+    assert not [one for one in api.asked if one.startswith("PATCH")]
+    for words in ((), ("web", "--switch", DPID), ("web", "10.0.0.51:80", "--switch", DPID)):
+        assert "expected either POOL or --switch DPID" in running("drain", *words, code=2)
+    assert "--undo stands alone" in running("drain", "--switch", DPID, "--undo", "--timeout", "5", code=2)
+
+
 def test_drain_may_be_impatient(running, api):
     api.draining = left(5)
     assert "5 connections are left; they go on draining" in running("drain", "web", "--patience", "0", code=1)

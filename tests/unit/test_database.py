@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from lbapp.config.database import SCHEMA, DatabaseError, EmbeddedDatabase
-from lbapp.config.model import Algorithm, VirtualServer
+from lbapp.config.model import Algorithm, Switch, VirtualServer
 from lbapp.config.rows import COLUMNS, MONITORED
-from lbapp.config.store import Store
+from lbapp.config.store import Create, Store
 
 
 @pytest.fixture
@@ -41,12 +41,14 @@ def wait_for_end(pid: int) -> None:
         time.sleep(0.01)
 
 
-def older_schema(tmp_path: Path, version: str, *left_out: tuple[str, str]) -> Path:
-    """A schema like ours without some columns."""
+def older_schema(tmp_path: Path, version: str, *left_out: tuple[str, str], tables: tuple[str, ...] = ()) -> Path:
+    """A schema like ours without some columns, and without some tables."""
     schema = json.loads(SCHEMA.read_text())
     schema["version"] = version
     for table, column in left_out:
         del schema["tables"][table]["columns"][column]
+    for table in tables:
+        del schema["tables"][table]
     path = tmp_path / f"{version}.ovsschema"
     path.write_text(json.dumps(schema))
     return path
@@ -153,6 +155,22 @@ def test_upgrade_from_an_older_schema_keeps_rows_and_fills_in_defaults(database,
         store.stop()
     [backup] = database.directory.glob("lbapp.db.backup-0.9.0-*")
     assert b"10.0.0.100" in backup.read_bytes()
+
+
+def test_a_database_from_before_switches_were_asked_anything(database, tmp_path):
+    old = EmbeddedDatabase(database.directory, older_schema(tmp_path, "1.2.0", tables=("Switch",)))
+    old.start()
+    assert "error" not in str(transact(old, {"op": "insert", "table": "Pool", "row": {"name": "kept"}}))
+    database.start()
+    store = Store(database.remote)
+    store.start()
+    try:
+        assert [pool.name for pool in store.configuration.pools.values()] == ["kept"]
+        assert store.configuration.switches == {}
+        store.apply([Create(Switch(name="7", draining=True))])
+        assert store.configuration.draining == {7}
+    finally:
+        store.stop()
 
 
 def test_a_newer_database_is_refused_and_left_alone(database, tmp_path):

@@ -20,7 +20,17 @@ import pytest
 
 from lbapp.config.changes import plan
 from lbapp.config.database import EmbeddedDatabase
-from lbapp.config.model import Algorithm, Configuration, Decision, Member, Network, Pool, Protocol, VirtualServer
+from lbapp.config.model import (
+    Algorithm,
+    Configuration,
+    Decision,
+    Member,
+    Network,
+    Pool,
+    Protocol,
+    Switch,
+    VirtualServer,
+)
 from lbapp.config.ovsdb import _Frames
 from lbapp.config.store import (
     Conflict,
@@ -65,7 +75,8 @@ def wipe(store: Store) -> None:
     configuration = store.configuration
     store.apply([*(Delete(VirtualServer, one) for one in configuration.virtual_servers),
                  *(Delete(Pool, one) for one in configuration.pools),
-                 *(Delete(Network, one) for one in configuration.networks)])
+                 *(Delete(Network, one) for one in configuration.networks),
+                 *(Delete(Switch, one) for one in configuration.switches)])
 
 
 def transact(database: EmbeddedDatabase, *operations: dict) -> list[dict]:
@@ -129,7 +140,8 @@ def test_every_field_survives_the_database(store, database):
                       hard_timeout=9, admin_state_up=False)
     network = Network(id=new_id(), name="all", cidr="2001:db8::/64", address="2001:db8::2", gateway="2001:db8::3",
                       description="x")
-    store.apply([Create(pool), Create(server), Create(network)])
+    switch = Switch(id=new_id(), name="0xBEEF", draining=True, drain_timeout=90)
+    store.apply([Create(pool), Create(server), Create(network), Create(switch)])
     other = Store(database.remote)
     other.start()
     try:
@@ -139,8 +151,30 @@ def test_every_field_survives_the_database(store, database):
     found = store.snapshot.find(VirtualServer, "all")
     assert found == replace(server, number=found.number)
     assert store.snapshot.find(Network, "all") == network
+    assert store.snapshot.find(Switch, "000000000000beef") == switch
     [member] = store.snapshot.find(Pool, "all").members
     assert member == replace(pool.members[0], id=member.id, number=member.number)
+
+
+def test_what_is_asked_of_switches(store, database):
+    one = Switch(id=new_id(), name="1", draining=True)
+    before = store.apply([Create(one)])
+    assert before.revisions[one.id] == 1
+    with pytest.raises(Conflict, match="name 0000000000000001 belongs to switch 0000000000000001"):
+        store.apply([Create(Switch(name="0x01"))])
+    after = store.apply([Update(replace(one, drain_timeout=9))])
+    assert (after.find(Switch, one.name).drain_timeout, after.revisions[one.id]) == (9, 2)
+    assert after.configuration.virtual_servers is before.configuration.virtual_servers
+    assert site(store) and store.configuration.switches is after.configuration.switches, "nobody else's change"
+    transact(database, {"op": "insert", "table": "Switch", "row": {"name": "0xA"}},
+             {"op": "insert", "table": "Switch", "row": {"name": "000000000000000b"}})
+    eventually(lambda: len(store.configuration.switches) == 2 and len(store.rejected) == 1)
+    [(identifier, why)] = store.rejected.items()
+    assert why == "switch 0xA: name: expected the canonical text '000000000000000a', got '0xA'"
+    assert not store.snapshot.find(Switch, "000000000000000b").draining, "empty columns are defaults"
+    transact(database, {"op": "delete", "table": "Switch", "where": [["_uuid", "==", ["uuid", identifier]]]})
+    eventually(lambda: not store.rejected)
+    assert not store.apply([Delete(Switch, one.id)]).find(Switch, one.name)
 
 
 def test_numbers_are_never_used_again(store):
