@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from lbapp.control.messages import AppReply, FlowSignature, Host, NewFlow, Query, Reap, Reply, Translation
+from lbapp.control.messages import AppReply, Failed, FlowSignature, Host, NewFlow, Query, Reap, Reply, Translation
 from lbapp.dataflow import frames
 from lbapp.dataflow.agent import Agent
 from lbapp.dataflow.carrier import Answered, Held, PacketIn
@@ -136,7 +136,10 @@ class RelayLink:
             if alive:
                 self._relays.heard(alive)
             if len(closed) + len(alive) < BATCH:
-                return
+                break
+        errors = self.relay.errors()
+        if errors:
+            self._relays.heard([Failed(self.switch, *one) for one in errors])
 
     # -------------------------------------------------------------- the link
 

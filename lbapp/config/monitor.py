@@ -161,13 +161,16 @@ class Passive(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     Attributes:
         failures: so many of them within ``window`` seconds, and it is down for ``hold`` seconds; then, without
             monitors, it is tried again.
-        first_byte: seconds in which a member that was given a request must begin to answer; 0: as long as it likes.
+        first_byte: seconds in which a member that was given what a client said must begin to answer; 0: as long as it
+            likes.
+        server_errors: whether an answer with a status of 5xx is a failure, too, where the binding sees answers.
     """
 
     failures: Count = 3
     window: Duration = 10.0
     hold: Duration = 10.0
     first_byte: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.0
+    server_errors: bool = False
 
 
 class Damping(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -38,6 +38,7 @@ from typing import Any
 
 from lbapp.config.model import Binding as Wanted
 from lbapp.config.model import Configuration, Member, Pool, VirtualServer
+from lbapp.control.answers import Answers
 from lbapp.control.buckets import Rates
 from lbapp.control.choosing import Choice, Choosing, Chosen, Full, SwitchState
 from lbapp.control.connections import Connection, Connections
@@ -50,6 +51,7 @@ from lbapp.control.messages import (
     Binding,
     Delete,
     Error,
+    Failed,
     FromSwitch,
     Host,
     HostChanged,
@@ -112,10 +114,12 @@ class ControlSegment:
         self.adopting: frozenset[tuple[str, int]] = frozenset()
         self._outbox: deque[ToSwitch] = deque(maxlen=65_536)
         self.failures: deque[tuple[int, str]] = deque(maxlen=4096)
+        self._answers = Answers(self.failures.append, limits)
         self._handlers: dict[type, Callable[[Any, float], Iterable[ToSwitch]]] = {
             Query: self._on_query,
             Delete: self._on_delete,
             Stats: self._on_stats,
+            Failed: self._answers.failed,
             Refused: self._on_refused,
             Live: self._on_live,
             SwitchUp: self._on_switch_up,
@@ -140,9 +144,8 @@ class ControlSegment:
 
     def tick(self, now: float) -> list[ToSwitch]:
         """Do what it is time for; to be called ten times a second."""
-        commands: list[ToSwitch] = []
-        commands += self._located(self._neighbours.tick(now))
-        commands += self._connections.tick(now, self._up)
+        commands: list[ToSwitch] = [*self._located(self._neighbours.tick(now)),
+                                    *self._connections.tick(now, self._up), *self._answers.tick(now, self._up)]
         self.clients.tick(now)
         commands += [self._give_up(one) for one in self._lines.overdue(now)]
         return self._out(commands, now)
@@ -273,6 +276,7 @@ class ControlSegment:
             return AppReply(query, reply, answer=told.unavailable)
         binding = Binding.SPLICE if told.edit is not None else self._binding(service, reply.member)
         switch.note(query.serial, Chosen(told.policy, told.read, binding), self._limits.chosen)
+        self._answers.given(Reap(query.switch, query.serial, service.number, reply.member))
         return AppReply(query, reply, binding, edit=told.edit)
 
     def _binding(self, service: Service, number: int) -> Binding:
@@ -392,6 +396,7 @@ class ControlSegment:
         for (virtual_server, member), total in sums.items():
             self._count_closed(delete.switch, virtual_server, member, *total)
         endings.settle(now)
+        self._answers.ended(delete.switch, delete.closed)
         return ()
 
     def _count_closed(self, switch: int, virtual_server: int, member: int, number: int, packets: int,
@@ -411,6 +416,7 @@ class ControlSegment:
                 count.closed += number  # one that is followed was counted when it left the table
 
     def _on_stats(self, stats: Stats, now: float) -> Iterable[ToSwitch]:
+        self._answers.heard(stats)
         entry = self._connections.get(stats.switch, stats.serial)
         if entry is not None:
             self._connections.stats(entry, stats, stats.error is Error.CONNALIVE, now)
@@ -492,6 +498,7 @@ class ControlSegment:
         change = self._services.update(configuration)
         self.clients.configure(configuration.pools)
         self._lines.keep(configuration.pools)
+        self._answers.configure(configuration.pools)
         commands: list[ToSwitch] = []
         removed = set(change.removed)
         drained = configuration.drained
@@ -571,8 +578,7 @@ class ControlSegment:
 
     def active(self, member: int) -> int:
         """The connections of a member, among those that are known."""
-        counts = self._ledger.members.get(member)
-        return counts.active if counts is not None else 0
+        return self.member_counters(member).active
 
     def response_times(self, pairs: Iterable[tuple[int, float]], now: float) -> None:
         """How many seconds members (by number) took to answer a check; who is not configured is passed over."""

@@ -115,7 +115,10 @@ class Delete(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """A live connection, in answer to REAP (STATS with CONNALIVE), or counters alone."""
+    """A live connection, in answer to REAP (STATS with CONNALIVE), or counters alone.
+
+    With NOTAVAIL, in front of the same with CONNALIVE: its member has sent no byte of its own so far.
+    """
 
     switch: int
     serial: int
@@ -130,6 +133,16 @@ class Refused(NamedTuple):
     switch: int
     serial: int
     virtual_server: int
+
+
+class Failed(NamedTuple):
+    """A member answered a client with an error of its own, as far as anybody saw that: an HTTP ``status`` of 5xx."""
+
+    switch: int
+    serial: int
+    virtual_server: int
+    member: int
+    status: int
 
 
 class SwitchUp(NamedTuple):
@@ -293,5 +306,5 @@ class HostChanged(NamedTuple):
     host: Host | None
 
 
-FromSwitch = Query | Delete | Stats | Refused | SwitchUp | SwitchDown | NeighbourSeen | PortDown | Live
+FromSwitch = Query | Delete | Stats | Failed | Refused | SwitchUp | SwitchDown | NeighbourSeen | PortDown | Live
 ToSwitch = Reply | AppReply | Reap | Probe | HostChanged

@@ -220,9 +220,11 @@ class Agent(Generic[Path]):
         for one in replies:
             if isinstance(one, AppReply):
                 continue
-            reply, more = _as_reply(one), 0
+            # What a member said before this has the connection, nobody here knows.
+            reply, more = _as_reply(one), layout.ANSWERED if isinstance(one, NewFlow) else 0
             if isinstance(one, NewFlow) and one.ack_offset is not None:
-                more, offsets[one.query.serial] = layout.SPLICE, layout.Splice(one.ack_offset, one.window_shift)
+                more |= layout.SPLICE
+                offsets[one.query.serial] = layout.Splice(one.ack_offset, one.window_shift)
             waiting = self._waiting.pop(reply.query.signature, None)
             if waiting is None:
                 if reply.query.serial in self._twice:
@@ -392,21 +394,22 @@ class Agent(Generic[Path]):
         return [*asked, *self.proxy.flush(now)]
 
     def ended(self, limit: int) -> tuple[list[Closed], list[Stats]]:
-        """Connections that ended, as one batch of DELETE, and live ones that were asked about, as STATS (CONNALIVE).
+        """Connections that ended, as one batch of DELETE, and live ones that were asked about, as STATS (CONNALIVE; in
+        front of it NOTAVAIL, where the member has not said anything).
 
         Totals are of both directions.
         """
         closed: list[Closed] = []
         alive: list[Stats] = []
         reasons, seconds, add = _REASONS, layout.milliseconds(1 << 20) / (1 << 20) / 1000, closed.append
-        for (_, _, _, _, _, virtual_server, member, serial, reason, _, duration, packets_in, bytes_in, packets_out,
+        for (_, _, _, _, _, virtual_server, member, serial, reason, state, duration, packets_in, bytes_in, packets_out,
              bytes_out) in self.fastpath.closed(limit):
             if reason in reasons:
                 add(Closed(serial, virtual_server, member, reasons[reason], False, True, packets_in + packets_out,
                            bytes_in + bytes_out, duration * seconds))
             else:
-                alive.append(Stats(self.switch, serial, Error.CONNALIVE, packets_in + packets_out,
-                                   bytes_in + bytes_out))
+                for error in (Error.CONNALIVE,) if state & layout.ANSWERED else (Error.NOTAVAIL, Error.CONNALIVE):
+                    alive.append(Stats(self.switch, serial, error, packets_in + packets_out, bytes_in + bytes_out))
         return closed, alive
 
     def connections(self, limit: int, now: int) -> Iterator[Held]:

@@ -25,6 +25,7 @@ from lbapp.dataflow.fastpath.cookies import Options
 from lbapp.dataflow.fastpath.layout import Ask, Flow, FlowKey, QueryRecord, Reason, Result, Service, ServiceKey, Splice
 from lbapp.dataflow.frames import ACK, FIN, RST, SYN, Packet, Segment
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
+from lbapp.dataflow.relayed import Connection
 from lbapp.dataflow.splicing import fit, hops, translated
 
 MAX_RELAYED = 4096
@@ -68,60 +69,6 @@ class Relayed(NamedTuple):
     splice: Splice | None
 
 
-class _Connection:
-    """A relayed connection; ``sides`` are its flows as the agent gave them, the client's first."""
-
-    __slots__ = ("closed", "fins", "got", "kept", "keys", "octets", "opened", "packets", "parting", "sent", "sides",
-                 "splice", "taken", "told", "under_way", "used")
-
-    def __init__(self, keys: tuple[FlowKey, FlowKey], sides: tuple[Flow, Flow], now: float) -> None:
-        self.keys = keys
-        self.sides = sides
-        self.splice: Splice | None = None
-        self.opened = now
-        self.used = [now, now]
-        self.packets = [0, 0]
-        self.octets = [0, 0]
-        self.fins = 0
-        self.closed = self.told = self.taken = False
-        self.parting = 0  # packets since it was to be taken over; 0: it is not
-        # Of each side, in its own numbers: behind what it sent, what of it was acknowledged, and frames between.
-        self.sent: list[int | None] = [None, None]
-        self.got: list[int | None] = [None, None]
-        self.under_way = [0, 0]
-        self.kept: list[list[tuple[int, bytes]]] = [[], []]
-
-    @property
-    def calm(self) -> bool:
-        """Whether nothing that is under way can be overtaken by another path."""
-        return sum(self.under_way) <= 1
-
-    def count(self, side: int, part: Segment, number: int) -> bool:
-        """A packet goes on from a side, in so many frames; returns whether it acknowledges more of the other's."""
-        end = part.seq + len(part.payload) + (1 if part.flags & FIN else 0) & 0xFFFFFFFF
-        sent = self.sent[side]
-        if sent is None:
-            self.got[side] = sent = self.sent[side] = part.seq
-        if 0 < end - sent & 0xFFFFFFFF < 1 << 31:
-            self.sent[side] = end
-            self.under_way[side] += number
-        sent, got = self.sent[1 - side], self.got[1 - side]
-        ack = part.ack + (self.splice.offset if self.splice and not side else 0) & 0xFFFFFFFF
-        if not part.flags & ACK or sent is None or got is None:
-            return False
-        if not 0 < ack - got & 0xFFFFFFFF <= sent - got & 0xFFFFFFFF:
-            return False
-        self.got[1 - side] = ack
-        if ack == sent:
-            self.under_way[1 - side] = 0
-        return True
-
-    @property
-    def waits(self) -> bool:
-        """Whether its member is not there yet."""
-        return self.splice is None and bool(self.sides[0].state & layout.SPLICE)
-
-
 class Relay:
     """The relayed connections of one switch; see :class:`lbapp.dataflow.fastpath.fastpath.FastPath`, whose methods an
     agent calls, for what those of the same name do.
@@ -143,12 +90,13 @@ class Relay:
         self._current = 0
         self._targets: dict[int, layout.Target] = {}
         self._services: dict[ServiceKey, Service] = {}
-        self._flows: dict[FlowKey, tuple[_Connection, int]] = {}
-        self._by_serial: OrderedDict[int, _Connection] = OrderedDict()
+        self._flows: dict[FlowKey, tuple[Connection, int]] = {}
+        self._by_serial: OrderedDict[int, Connection] = OrderedDict()
         self._pending: OrderedDict[FlowKey, tuple[int, int]] = OrderedDict()
         self._doubts: OrderedDict[FlowKey, tuple[float, int]] = OrderedDict()
         self._asked: deque[QueryRecord] = deque()
         self._ended: deque[layout.Closed] = deque()
+        self._errors: deque[tuple[int, int, int, int]] = deque(maxlen=MAX_ASKED)
         self._traffic: dict[tuple[int, int], list[int]] = {}
         self._counts: Counter[str] = Counter()
         self._there: list[int] = []
@@ -301,7 +249,7 @@ class Relay:
 
     # -------------------------------------------------------------- connections
 
-    def _follow(self, one: _Connection, side: int, port: int, frame: bytes, packet: Packet) -> None:
+    def _follow(self, one: Connection, side: int, port: int, frame: bytes, packet: Packet) -> None:
         flow, part = one.sides[side], frames.segment(frame, packet)
         if one.waits:
             self._counts["splice_wait"] += 1
@@ -316,6 +264,8 @@ class Relay:
         one.used[side] = self._clock()
         one.packets[side] += 1
         one.octets[side] += len(frame)
+        if part.payload and (status := one.said(side, part.payload)):
+            self._errors.append((flow.serial, flow.virtual_server, flow.member, status))
         splice = one.splice or Splice(0)
         made = translated(frame, packet, part, flow, splice, bool(side))
         more = not one.taken and one.count(side, part, len(made))
@@ -337,6 +287,12 @@ class Relay:
             if one.fins == 3:
                 self._close(one)
 
+    def errors(self) -> list[tuple[int, int, int, int]]:
+        """Answers with a status of 5xx since the last call: serial, virtual server, member, status."""
+        errors = list(self._errors)
+        self._errors.clear()
+        return errors
+
     def install(self, flows: Sequence[tuple[FlowKey, Flow]]) -> list[Result]:
         """See :meth:`Tables.install`."""
         return [self._enter(flows[at], flows[at + 1]) for at in range(0, len(flows), 2)]
@@ -353,7 +309,7 @@ class Relay:
                 return Result.FULL
             # What has ended, or somebody else has, is only kept for packets that come late.
             self._remove(self._by_serial[next(iter(self._spent))], Reason.SHUTDOWN)
-        one = _Connection((inbound[0], outbound[0]), (inbound[1], outbound[1]), self._clock())
+        one = Connection((inbound[0], outbound[0]), (inbound[1], outbound[1]), self._clock())
         for side, key in enumerate(one.keys):
             self._flows[key] = one, side
         self._by_serial[inbound[1].serial] = one
@@ -364,11 +320,11 @@ class Relay:
         self._counts["opened_installed"] += 1
         return Result.OPENED
 
-    def _count_opened(self, one: _Connection, number: int) -> None:
+    def _count_opened(self, one: Connection, number: int) -> None:
         flow = one.sides[0]
         self._traffic.setdefault((flow.virtual_server, flow.member), [0, 0, 0, 0])[0] += number
 
-    def _close(self, one: _Connection, reason: Reason = Reason.SHUTDOWN) -> None:
+    def _close(self, one: Connection, reason: Reason = Reason.SHUTDOWN) -> None:
         one.closed = True
         self._spent[one.sides[0].serial] = None
         if not one.told and not one.taken:
@@ -387,7 +343,7 @@ class Relay:
                 layout.swap(key.destination_port), key.protocol, flow.virtual_server, flow.member, flow.serial, reason,
                 flow.state, layout.ticks(1000 * (self._clock() - one.opened)), packets, octets, back, octets_back))
 
-    def _remove(self, one: _Connection, reason: Reason) -> None:
+    def _remove(self, one: Connection, reason: Reason) -> None:
         self._close(one, reason)
         for key in one.keys:
             self._flows.pop(key, None)
@@ -550,13 +506,14 @@ class Relay:
             else:
                 flow = one.sides[0]
                 self._ended.append(layout.Closed(
-                    bytes(16), bytes(16), 0, 0, 6, flow.virtual_server, flow.member, serial, Reason.ALIVE, flow.state,
-                    0, one.packets[0], one.octets[0], one.packets[1], one.octets[1]))
+                    bytes(16), bytes(16), 0, 0, 6, flow.virtual_server, flow.member, serial, Reason.ALIVE,
+                    flow.state | (layout.ANSWERED if one.answered else 0), 0, one.packets[0], one.octets[0],
+                    one.packets[1], one.octets[1]))
         return layout.Swept.nothing(), {serial for serial in wanted if serial not in self._by_serial}
 
     # -------------------------------------------------------------- views
 
-    def _of(self, one: _Connection, side: int) -> Flow:
+    def _of(self, one: Connection, side: int) -> Flow:
         now = self._clock()
         return one.sides[side]._replace(
             state=one.sides[side].state | (layout.CLOSED if one.closed or one.taken else 0), packets=one.packets[side],

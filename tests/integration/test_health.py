@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
+import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -22,8 +25,9 @@ from tests.integration.support import (
     pool,
     refused,
     server,
+    settle,
 )
-from topologies.namespace import wait_until
+from topologies.namespace import end, wait_until
 
 if TYPE_CHECKING:
     from topologies.lab import Lab
@@ -293,3 +297,78 @@ def test_clients_failures_tell_of_a_member(watched: Lab, port: int, told: Any) -
     reason = next(one["text"] for one in reversed(lab.rest.get("/v1/events?limit=1000&pool=least")["events"])
                   if one["kind"] == "member_failed")
     assert reason.startswith("3 connections of clients failed within 30 s (refused")
+
+
+BROKEN = """
+import http.server
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(503)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+http.server.HTTPServer(("", 8098), Handler).serve_forever()
+"""
+
+
+def instead(lab: Lab, port: int, passive: dict[str, Any], **more: Any) -> None:
+    """A pool of s1 at another port, and of s2; and a virtual server of it that reads."""
+    passive = {"failures": 3, "window": 60, "hold": 60, **passive}
+    lab.rest.post("/v1/pools", pool("odd", "ROUND_ROBIN", [*members(lab, port, names=["s1"]),
+                                                          *members(lab, names=["s2"])], passive=passive))
+    lab.rest.post("/v1/virtual-servers", server("odd", 8086, "odd", application="http", **more))
+    settle(lab)
+
+
+def reason_of(lab: Lab, of: str) -> str:
+    text: str = next(one["text"] for one in reversed(lab.rest.get(f"/v1/events?limit=1000&pool={of}")["events"])
+                     if one["kind"] == "member_failed")
+    return text
+
+
+@pytest.mark.parametrize("binding", ["auto", "relay"])
+def test_who_takes_requests_and_does_not_answer(watched: Lab, binding: str, told: Any) -> None:
+    """Its kernel takes connections and what clients say; nobody reads it."""
+    lab, host = watched, watched.server("s1")
+    with host.entered():
+        silent = socket.socket()
+    with contextlib.ExitStack() as asking:
+        asking.callback(silent.close)
+        silent.bind((host.address, 8099))
+        silent.listen(64)
+        instead(lab, 8099, {"first_byte": 1}, binding=binding)
+        begun = time.monotonic()
+        for _ in range(8):
+            asking.callback(end, lab.client("c1").popen("curl", "-s", "-o", "/dev/null", "--max-time", "60",
+                                                        f"http://{VIP}:8086/"))
+        wait_until(lambda: health(lab, "s1", "odd")["state"] == "down", 30, "clients have waited in vain")
+        seconds = time.monotonic() - begun
+        assert seconds >= 1.0
+        assert set(lab.client("c2").who(f"http://{VIP}:8086/", 8)) == {"s2"}
+    told(f"left out after {seconds:.2f} s")
+    assert reason_of(lab, "odd") == "3 connections of clients failed within 60 s (no answer within 1 s)"
+
+
+def test_who_answers_with_errors_of_its_own(watched: Lab, told: Any) -> None:
+    lab = watched
+    broken = lab.server("s1").popen(sys.executable, "-c", BROKEN)
+    try:
+        wait_until(lambda: lab.server("s1").run("curl", "-s", "-o", "/dev/null", "http://127.0.0.1:8098/",
+                                                check=False).returncode == 0, 15, "it answers")
+        instead(lab, 8098, {"server_errors": True}, binding="relay")
+        begun, statuses = time.monotonic(), []
+        for _ in range(6):
+            statuses.append(lab.client("c1").run("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "--max-time",
+                                                 "10", f"http://{VIP}:8086/").stdout)
+        wait_until(lambda: health(lab, "s1", "odd")["state"] == "down", 15, "its errors count")
+        seconds = time.monotonic() - begun
+        assert statuses.count("503") == 3 and statuses.count("200") == 3, statuses
+        assert set(lab.client("c2").who(f"http://{VIP}:8086/", 8)) == {"s2"}
+    finally:
+        end(broken)
+    told(f"left out after {seconds:.2f} s")
+    assert reason_of(lab, "odd") == "3 connections of clients failed within 60 s (status 503)"

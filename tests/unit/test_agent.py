@@ -16,6 +16,7 @@ from lbapp.control.messages import (
     Delete,
     Error,
     Host,
+    NewFlow,
     Query,
     Reap,
     Reason,
@@ -261,6 +262,16 @@ def test_a_reply_installs_both_ways_before_the_packet_goes(agent: Agent, fast: F
     assert fast.did("inject") == [(CLIENT_WIRE, syn())]
 
 
+def test_of_a_connection_that_somebody_else_has_had_nobody_says_that_its_member_is_silent(agent: Agent,
+                                                                                         fast: FakeFastPath) -> None:
+    packet = frames.parse(syn())
+    query = Query(2, SWITCH, 1, packet.source_mac, packet.signature, 7, 2)
+    where = Translation(MEMBER, 8080, Host(bytes((2, 0, 0, 0, 0, 3)), 4))
+    assert agent.reply([NewFlow(query, 3, where)]) == []
+    ((_, way), (_, back)) = fast.did("install")[0]
+    assert way.state & layout.ANSWERED and back.state & layout.ANSWERED
+
+
 def test_a_router_writes_its_own_address(agent: Agent, fast: FakeFastPath) -> None:
     (query,) = ask(agent, fast, syn())
     agent.reply([reply(query, routed=True)])
@@ -436,8 +447,9 @@ def test_ports_that_changed_are_told_anew(agent: Agent, fast: FakeFastPath) -> N
 # ------------------------------------------------------------------ ends
 
 
-def ended(serial: int, reason: layout.Reason) -> layout.Closed:
-    return layout.Closed(bytes(16), bytes(16), 0, 0, 6, 7, 3, serial, reason, 0, layout.ticks(1500), 4, 400, 3, 3000)
+def ended(serial: int, reason: layout.Reason, state: int = 0) -> layout.Closed:
+    return layout.Closed(bytes(16), bytes(16), 0, 0, 6, 7, 3, serial, reason, state, layout.ticks(1500), 4, 400, 3,
+                         3000)
 
 
 def test_closed_connections_are_told_of_in_batches(agent: Agent, fast: FakeFastPath) -> None:
@@ -461,8 +473,10 @@ def test_reap_is_answered_for_the_dead_and_for_the_living(agent: Agent, fast: Fa
     assert fast.did("reap") == [{8: layout.Wanted(), 9: layout.Wanted(), 10: layout.Wanted(final=True),
                                  11: layout.Wanted(idle_seconds=90)}]
     assert fast.did("delete") == [{"member": 3, "virtual_server": None}, {"member": 4, "virtual_server": 7}]
-    fast.ending = [ended(9, layout.Reason.ALIVE)]
-    assert agent.ended(10) == ([], [Stats(SWITCH, 9, Error.CONNALIVE, 7, 3400)])
+    fast.ending = [ended(9, layout.Reason.ALIVE, layout.ANSWERED), ended(12, layout.Reason.ALIVE)]
+    assert agent.ended(10) == ([], [Stats(SWITCH, 9, Error.CONNALIVE, 7, 3400),
+                                    Stats(SWITCH, 12, Error.NOTAVAIL, 7, 3400),
+                                    Stats(SWITCH, 12, Error.CONNALIVE, 7, 3400)]), "the second one's member was silent"
 
 
 def test_nothing_asked_is_no_walk(agent: Agent, fast: FakeFastPath) -> None:

@@ -62,7 +62,7 @@ NUMBERS = {
     "FP_FRAME_MIDDLE": layout.FRAME_MIDDLE, "FP_FRAME_LARGE": layout.FRAME_LARGE, "FP_WINDOW": layout.WINDOW,
     "FP_HISTOGRAM": layout.HISTOGRAM, "FP_TARGET_ROUTED": layout.TARGET_ROUTED, "FP_COUNTERS": len(layout.Counter),
     **{f"FP_{name}": getattr(layout, name) for name in
-       words("OUTBOUND ROUTED ESTABLISHED FIN PEER_FIN RST CLOSED REPORTED DECIDED TRACKED SPLICE")},
+       words("OUTBOUND ROUTED ESTABLISHED FIN PEER_FIN RST CLOSED REPORTED DECIDED TRACKED SPLICE ANSWERED")},
     **{f"FP_MATCH_{name}": getattr(layout, f"MATCH_{name}") for name in words("VIRTUAL_SERVER MEMBER IFINDEX ALL")},
     **{f"FP_{one.name}": one.value for kind in (layout.Mode, layout.Hash, layout.Reason, layout.Result)
        for one in kind},

@@ -210,6 +210,30 @@ def test_reap(tables: Bench) -> None:
     assert list(tables.maps["wanted"].items()) == []
 
 
+@pytest.mark.parametrize("state", [0, layout.SPLICE])
+@pytest.mark.parametrize("ends", [(CLIENT, VIRTUAL, MEMBER), ("fd00::1", "fd00::100", "fd00:1::7")], ids=["4", "6"])
+def test_whether_a_member_has_said_anything(tables: Bench, ends: tuple[str, str, str], state: int) -> None:
+    client, virtual, member = ends
+    tables.connect(client, virtual, member, TCP, 40000, serial=9, state=state)
+    if state:
+        assert tables.set_splices({9: layout.Splice(77)}) == set()
+
+    def answered() -> bool:
+        tables.reap({9: Wanted()})
+        (told,) = tables.closed()
+        assert (told.serial, told.reason) == (9, Reason.ALIVE)
+        return bool(told.state & layout.ANSWERED)
+
+    tables.walk(frame(client, virtual, TCP, 40000, flags=ACK, payload=b"a request"))
+    assert not answered()
+    tables.walk(frame(member, client, TCP, 8080, 40000, flags=ACK))
+    assert not answered(), "an acknowledgment is no answer"
+    tables.walk(frame(member, client, TCP, 8080, 40000, flags=ACK, payload=b"x"))
+    assert answered()
+    tables.walk(frame(member, client, TCP, 8080, 40000, flags=ACK))
+    assert answered()
+
+
 def test_a_new_idle_time_out(tables: Bench) -> None:
     """003, TIMEOUT."""
     one = open_one(tables, 1, idle=100)

@@ -423,6 +423,25 @@ def test_deleting_moving_and_asking(here: Relay) -> None:
     assert here.service_stats()[SERVICE, MEMBER][:2] == (3, 3)
 
 
+def test_whether_a_member_has_said_anything_and_what(here: Relay) -> None:
+    here.install(pair())
+    here.set_splices({SERIAL: Splice(7, 2)})
+
+    def answered() -> bool:
+        here.reap({SERIAL: layout.Wanted()})
+        (told,) = here.closed()
+        return bool(told.state & layout.ANSWERED)
+
+    here.packet(WIRE, request(payload=b"GET / HTTP/1.1"))
+    here.packet(WIRE, answer())
+    assert not answered(), "an acknowledgment is no answer"
+    here.packet(WIRE, answer(payload=b"HTTP/1.1 200 OK"))
+    assert answered() and here.errors() == []
+    here.packet(WIRE, request(payload=b"GET /again HTTP/1.1"))
+    here.packet(WIRE, answer(payload=b"HTTP/1.1 503 Service Unavailable"))
+    assert here.errors() == [(SERIAL, SERVICE, MEMBER, 503)] and here.errors() == []
+
+
 def test_a_fast_path_takes_over(here: Relay, clock: Clock) -> None:
     assert here.hand_over(SERIAL) is None
     here.install(pair())

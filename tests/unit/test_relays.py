@@ -21,6 +21,7 @@ from lbapp.config.model import (
     Protocol,
     VirtualServer,
 )
+from lbapp.config.monitor import Passive
 from lbapp.control.engine import ControlSegment
 from lbapp.control.messages import FlowSignature, Host, NeighbourSeen, NewFlow, Query, Reap, SwitchUp, Translation
 from lbapp.dataflow.carrier import PacketIn
@@ -120,6 +121,28 @@ def test_a_connection_from_its_first_packet_to_its_last() -> None:
     counted = world.control.statistics().virtual_servers[NUMBER]
     assert (counted.opened, counted.closed) == (1, 1)
     assert world.handed == [] and world.sent == []
+
+
+@pytest.mark.parametrize("minds", [False, True])
+def test_a_members_own_errors_are_failures_where_the_pool_says_so(minds: bool) -> None:
+    world = World(passive=Passive(server_errors=minds))
+    world.establish()
+    world.member(ACK | PSH, ack=ISN + 1 + len(REQUEST), payload=b"HTTP/1.1 503 Service Unavailable\r\n")
+    world.link.tick(0.0)
+    assert list(world.control.failures) == ([(3, "status 503")] if minds else [])
+
+
+def test_a_member_that_does_not_answer_what_is_relayed() -> None:
+    """The client's request went to it; it is asked for twice, and has said nothing."""
+    world = World(passive=Passive(first_byte=1.0))
+    world.establish()
+    world.control.tick(0.0)
+    for now in (2.0, 4.0):
+        for asked in world.control.tick(now):
+            assert isinstance(asked, Reap)
+            world.link.reap([asked])
+        world.link.tick(now)
+    assert list(world.control.failures) == [(3, "no answer within 1 s")]
 
 
 def test_a_member_may_adopt_what_is_relayed() -> None:

@@ -89,7 +89,7 @@ static __noinline int report(const struct fp_key *key, struct fp_flow *in, struc
 	record->member = in->member;
 	record->serial = in->serial;
 	record->reason = reason;
-	record->state = in->state;
+	record->state = in->state | (out ? out->state & FP_ANSWERED : 0);
 	record->duration = silence(now, in->opened);
 	record->packets_in = in->packets;
 	record->bytes_in = in->bytes;

@@ -245,6 +245,8 @@ static __always_inline int forward(struct __sk_buff *skb, __u32 ifindex)
 	if (key.protocol == IPPROTO_TCP) {
 		if (!(to.state & FP_ESTABLISHED) && !(packet.tcp_flags & TCP_SYN))
 			__sync_fetch_and_or(&flow->state, FP_ESTABLISHED);
+		if (packet.says && (to.state & (FP_OUTBOUND | FP_ANSWERED)) == FP_OUTBOUND)
+			__sync_fetch_and_or(&flow->state, FP_ANSWERED);
 		bits = packet.tcp_flags & TCP_RST ? FP_RST : packet.tcp_flags & TCP_FIN ? FP_FIN : 0;
 		if (bits & ~to.state)
 			follow(&key, flow, bits, now);

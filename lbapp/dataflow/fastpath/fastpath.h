@@ -37,6 +37,7 @@ enum fp_state {
 	FP_DECIDED = 256,    /* selected here, not by the control segment */
 	FP_TRACKED = 512,    /* the control segment counts it */
 	FP_SPLICE = 1024,    /* the member counts its bytes from elsewhere: see fp_splice */
+	FP_ANSWERED = 2048,  /* of member to client: a segment had data */
 };
 
 enum fp_mode { FP_PASS, FP_DECIDE, FP_PUNT, FP_PROXY };

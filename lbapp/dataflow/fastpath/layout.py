@@ -32,8 +32,8 @@ WINDOW = 14_600
 """What a client may send when its SYN has been answered here."""
 HISTOGRAM = 32
 
-OUTBOUND, ROUTED, ESTABLISHED, FIN, PEER_FIN, RST, CLOSED, REPORTED, DECIDED, TRACKED, SPLICE = (
-    1 << bit for bit in range(11))
+OUTBOUND, ROUTED, ESTABLISHED, FIN, PEER_FIN, RST, CLOSED, REPORTED, DECIDED, TRACKED, SPLICE, ANSWERED = (
+    1 << bit for bit in range(12))
 """Bits of :attr:`Flow.state`."""
 TARGET_ROUTED = 1
 MATCH_VIRTUAL_SERVER, MATCH_MEMBER, MATCH_IFINDEX, MATCH_ALL = 1, 2, 4, 8

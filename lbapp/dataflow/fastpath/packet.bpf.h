@@ -29,7 +29,8 @@ struct packet {
 	__u32 identification;
 	__u8 ipv6;
 	__u8 part;
-	__u8 more;
+	__u8 more : 1;
+	__u8 says : 1;          /* a TCP segment with data; there is no room on the stack for another byte */
 	__u8 tcp_flags;
 };
 
@@ -57,6 +58,7 @@ static __always_inline int parse(struct __sk_buff *skb, struct fp_key *key, stru
 	packet->part = WHOLE;
 	packet->more = 0;
 	packet->tcp_flags = 0;
+	packet->says = 0;
 	packet->identification = 0;
 	if (eth->h_proto == bpf_htons(ETH_P_IP)) {
 		struct iphdr *ip = data + ETH;
@@ -140,6 +142,7 @@ static __always_inline int parse(struct __sk_buff *skb, struct fp_key *key, stru
 		key->source_port = tcp->source;
 		key->destination_port = tcp->dest;
 		packet->tcp_flags = ((__u8 *)tcp)[13];
+		packet->says = tcp->doff * 4 < length;
 	} else {
 		struct udphdr *udp = data + packet->l4;
 		__u32 own;
