@@ -242,9 +242,11 @@ def many(count: int) -> Configuration:
 
 
 def test_one_change_among_ten_thousand_virtual_servers():
-    """5 ms is what it may take; the best of several, for the machine is shared."""
+    """It costs some milliseconds, where all of it takes half a second: compared with that, for machines differ."""
     configuration = many(10_000)
+    begin = time.perf_counter()
     control = ControlSegment(configuration)
+    whole = time.perf_counter() - begin
     control.handle(SwitchUp(1, {}), 0.0)
     took = []
     for turn in range(7):
@@ -256,4 +258,4 @@ def test_one_change_among_ten_thousand_virtual_servers():
         begin = time.perf_counter()
         control.configure(following, 0.0)
         took.append(time.perf_counter() - begin)
-    assert min(took) < 0.005, took
+    assert min(took) < whole / 20, (took, whole)
