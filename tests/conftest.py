@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import mininet.log  # noqa: F401
@@ -18,6 +18,15 @@ logging.setLoggerClass(logging.Logger)
 pytest_plugins = ["tests.namespaces"]
 
 NEED_A_MACHINE = frozenset({"netns", "switch", "make_lab", "lab", "two_networks_lab", "two_switches_lab"})
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Tells a figure on the terminal, whatever becomes of the test."""
+    def tell(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n    {request.node.name}: {text}", flush=True)
+    return tell
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -68,15 +68,6 @@ def becomes(lab: Lab, name: str, state: str, within: float, of: str = "web") -> 
 
 
 @pytest.fixture
-def told(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Any:
-    """Tells a figure on the terminal."""
-    def tell(text: str) -> None:
-        with capsys.disabled():
-            print(f"\n    {request.node.name}: {text}", flush=True)
-    return tell
-
-
-@pytest.fixture
 def watched(lab: Lab) -> Iterator[Lab]:
     """One pool, whose members are checked: 80 decided by hash, 8080 by the controller, 8081 spliced; 8088 is IPv6."""
     lab.start_servers()

@@ -145,21 +145,26 @@ def place(_place: Place, request: pytest.FixtureRequest) -> Place:
 
 
 @every
-def test_a_member_dies(place: Place, binding: str) -> None:
+def test_a_member_dies(place: Place, binding: str, told: Callable[[str], None]) -> None:
     """Row 1: others are not touched, new connections are soon the others' altogether; it is found when it is back."""
     with held(place.client, VIP, BINDINGS[binding], 3) as three:
         assert {one.server for one in three} == ALL
         place.kill(binding, "s1")
+        begun = time.monotonic()
         wait_until(lambda: set(place.who(binding, 12)) == {"s2", "s3"}, 3, "the others have all of it")
+        moved = time.monotonic() - begun
         for one in three:
             if one.server != "s1":
                 assert one.ask() == one.server
     place.start(binding)
+    begun = time.monotonic()
     wait_until(lambda: set(place.who(binding, 6)) == ALL, 10, "it serves again")
+    told(f"12 new connections are the others' {moved:.2f} s after its death; "
+         f"it serves {time.monotonic() - begun:.2f} s after it is back")
 
 
 @every
-def test_a_member_is_silent(place: Place, binding: str) -> None:
+def test_a_member_is_silent(place: Place, binding: str, told: Callable[[str], None]) -> None:
     """Row 2: another one answers within 6 s. Who was handed over waits until it speaks again, as without us."""
     def asked() -> list[subprocess.Popen[str]]:
         return [place.client.popen("curl", "-gsS", "--max-time", "20" if binding == "handoff" else "6",
@@ -167,27 +172,32 @@ def test_a_member_is_silent(place: Place, binding: str) -> None:
 
     with held(place.client, VIP, BINDINGS[binding], 3) as three:
         with fault(place.lab.server("s1"), f"tcp dport {BINDINGS[binding]} drop"):
-            asking = asked()
+            begun, asking = time.monotonic(), asked()
             if binding == "handoff":
                 time.sleep(0.5)
                 assert [one.poll() for one in asking].count(None) == 1, "one of them waits"
             else:
                 assert {one.communicate()[0].strip() for one in asking} == {"s2", "s3"}
+                told(f"another one has answered after {time.monotonic() - begun:.2f} s")
             for one in three:
                 if one.server != "s1":
                     assert one.ask() == one.server
         if binding == "handoff":
+            healed = time.monotonic()
             assert {one.communicate()[0].strip() for one in asking} == ALL
+            told(f"who was handed over is answered {time.monotonic() - healed:.2f} s after it speaks again")
         assert [one.ask() for one in three] == [one.server for one in three], "s1's goes on"
 
 
 @every
-def test_a_member_refuses(place: Place, binding: str) -> None:
+def test_a_member_refuses(place: Place, binding: str, told: Callable[[str], None]) -> None:
     """Row 3, after the client's handshake: another member has it. Who was handed over is reset by the member itself."""
     with fault(place.lab.server("s1"), f"tcp dport {BINDINGS[binding]} reject with tcp reset"):
         began = time.monotonic()
         found = place.who(binding, 12)
-        assert time.monotonic() - began < 12, "a second at most for each of them"
+        took = time.monotonic() - began
+        assert took < 12, "a second at most for each of them"
+        told(f"12 requests took {took:.2f} s")
         if binding == "handoff":
             assert found == Counter({"s2": 4, "s3": 4, "curl: (56)": 4})
         else:
@@ -195,7 +205,7 @@ def test_a_member_refuses(place: Place, binding: str) -> None:
 
 
 @every
-def test_all_members_are_down(place: Place, binding: str) -> None:
+def test_all_members_are_down(place: Place, binding: str, told: Callable[[str], None]) -> None:
     """Row 4: refused quickly, and it heals by itself."""
     def answered() -> str:
         return place.client.run("curl", "-gsS", "--max-time", "5", "-o", "/dev/null", "-w", "%{http_code}",
@@ -205,16 +215,19 @@ def test_all_members_are_down(place: Place, binding: str) -> None:
     wait_until(lambda: answered() == "503", 3, "503")
     began = time.monotonic()
     assert answered() == "503"
-    assert time.monotonic() - began < 1.5
+    took = time.monotonic() - began
+    assert took < 1.5
     place.start(binding)
+    began = time.monotonic()
     wait_until(lambda: set(place.who(binding, 6)) == ALL, 10, "they serve again")
+    told(f"refused after {took:.2f} s; healed in {time.monotonic() - began:.2f} s")
 
 
 # ------------------------------------------------------------------ strangers
 
 
 @every
-def test_a_flood_of_syns(place: Place, binding: str) -> None:
+def test_a_flood_of_syns(place: Place, binding: str, told: Callable[[str], None]) -> None:
     """Row 12: nothing of it reaches a member, nothing is held, and who means it is served."""
     place.at_rest(binding)
     before = place.stats(binding)
@@ -229,18 +242,24 @@ def test_a_flood_of_syns(place: Place, binding: str) -> None:
         try:
             wait_until(lambda: place.stats(binding)["handshakes"]["greeted"] - before["handshakes"]["greeted"] > 500,
                        10, "a flood")
+            began = time.monotonic()
             found = place.who(binding, 60)
+            took = time.monotonic() - began
             assert found.total() == 60 and sum(found[name] for name in NAMES) >= 59, found
+            greeted = place.stats(binding)["handshakes"]["greeted"] - before["handshakes"]["greeted"]
         finally:
             end(flood)
         assert all("packets 0 bytes 0" in listed() for listed in lists), "not one of them"
     after = place.stats(binding)
     assert after["handshakes"]["asked_data"] - before["handshakes"]["asked_data"] <= 120, "no message for it"
+    began = time.monotonic()
     place.at_rest(binding)
+    told(f"60 requests in {took:.2f} s beside {greeted} forged SYNs so far; "
+         f"at rest {time.monotonic() - began:.2f} s after the last")
 
 
 @every
-def test_floods_of_other_segments(place: Place, binding: str) -> None:
+def test_floods_of_other_segments(place: Place, binding: str, told: Callable[[str], None]) -> None:
     """Row 13: ACK, with data and without, RST, FIN, Xmas and null. No more comes back than was sent."""
     place.at_rest(binding)
     stranger = place.lab.client("c3")
@@ -261,7 +280,9 @@ def test_floods_of_other_segments(place: Place, binding: str) -> None:
         assert all("packets 0 bytes 0" in listed() for listed in lists), "no member hears of it"
     sent, back = (now - then for now, then in zip(passed(), before, strict=True))
     assert sent >= 6 * 150 * 40 and back <= sent, "no amplifier"
+    began = time.monotonic()
     place.at_rest(binding)
+    told(f"{sent} bytes came, {back} went back; at rest after {time.monotonic() - began:.2f} s")
 
 
 def _sum(data: bytes) -> int:

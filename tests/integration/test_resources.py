@@ -129,7 +129,7 @@ def idle(lab: Lab, port: int, count: int) -> Iterator[None]:
         yield
 
 
-def test_descriptors_run_out(make_lab: Callable[..., Lab]) -> None:
+def test_descriptors_run_out(make_lab: Callable[..., Lab], told: Callable[[str], None]) -> None:
     """A controller that knew from the start that it has few; and one that loses what it had."""
     require("prlimit")
     lab = make_lab("single")
@@ -141,7 +141,7 @@ def test_descriptors_run_out(make_lab: Callable[..., Lab]) -> None:
         site(lab)
         with open_ones(lab) as go_on:
             for known in (True, False):
-                _out_of_descriptors(lab, known, go_on)
+                told(f"REST answers {_out_of_descriptors(lab, known, go_on):.2f} s after there are descriptors again")
         # The listener for switches lives as well.
         lab.ovs.set_controller("lb1", "tcp:127.0.0.1:1")
         wait_until(lambda: not lab.rest.get("/v1/switches")["switches"], 10, "the switch has left")
@@ -153,7 +153,7 @@ def test_descriptors_run_out(make_lab: Callable[..., Lab]) -> None:
         lab.controller.stop()
 
 
-def _out_of_descriptors(lab: Lab, known: bool, go_on: Callable[[], None]) -> None:
+def _out_of_descriptors(lab: Lab, known: bool, go_on: Callable[[], None]) -> float:
     connected, since, before = reconnects(lab), lab.controller.log.stat().st_size, descriptors(lab)
     assert lab.controller.process is not None
     process = lab.controller.process.pid
@@ -171,7 +171,9 @@ def _out_of_descriptors(lab: Lab, known: bool, go_on: Callable[[], None]) -> Non
                 wait_until(lambda: "cannot accept a switch" in logged(lab, since), 10, "nor for a switch")
             decides(lab)
             go_on()
+    begun = time.monotonic()
     wait_until(lab.rest.answers, 20, "the REST interface answers again")
+    took = time.monotonic() - begun
     lab.rest.patch("/v1/pools/web", {"description": f"changed with {room}"})
     resource.prlimit(process, resource.RLIMIT_NOFILE, limits)
     wait_until(lambda: descriptors(lab) <= before, 20, f"no more than {before} descriptors")
@@ -179,6 +181,7 @@ def _out_of_descriptors(lab: Lab, known: bool, go_on: Callable[[], None]) -> Non
     told = logged(lab, since)
     assert "Traceback" not in told, told
     assert told.count("cannot accept") <= 20, "it is not told again and again"
+    return took
 
 
 # ------------------------------------------------------------------ the disk
@@ -226,7 +229,7 @@ def kept(disk: Aside) -> set[str]:
     return set(disk.run(sys.executable, "-c", look, str(disk.directory / "persistence.db")).stdout.split())
 
 
-def test_the_disk_is_full(make_lab: Callable[..., Lab]) -> None:
+def test_the_disk_is_full(make_lab: Callable[..., Lab], told: Callable[[str], None]) -> None:
     lab = make_lab("single")
     disk = Aside(lab, lab.directory / "disk", DISK)
     plain = lab.controller
@@ -259,9 +262,11 @@ def test_the_disk_is_full(make_lab: Callable[..., Lab]) -> None:
                 go_on()
                 assert lab.rest.request("POST", "/v1/pools", new).status_code == 503
                 first = {address: ask_from(client, VIP, 8080, address) for address in given}
+            begun = time.monotonic()
             made = lab.rest.post("/v1/pools", new)
             assert len(made["members"]) == len(new["members"])
             wait_until(lambda: set(given) <= kept(disk), 20, "all are on disk", 0.2)
+            told(f"all that was to be kept is on disk {time.monotonic() - begun:.2f} s after there is room")
             assert {address: ask_from(client, VIP, 8080, address) for address in given} == first
             assert lab.rest.get("/v1/pools/new")["id"] == made["id"]
             assert "Traceback" not in logged(lab)
@@ -305,7 +310,7 @@ def becomes(lab: Lab, name: str, state: str) -> None:
     wait_until(known, 20, f"{name} is {state}")
 
 
-def test_the_clock_is_set(make_lab: Callable[..., Lab]) -> None:
+def test_the_clock_is_set(make_lab: Callable[..., Lab], told: Callable[[str], None]) -> None:
     """Forward by an hour, back by two: nothing is counted by this clock but what is for people, or on disk."""
     lab = make_lab("single", options=["--fastpath"])
     clock = Clock(lab)
@@ -320,8 +325,10 @@ def test_the_clock_is_set(make_lab: Callable[..., Lab]) -> None:
             for name in ALL:
                 becomes(lab, name, "up")
             since, event = lab.controller.log.stat().st_size, lab.rest.get("/v1/events")["events"][-1]["number"]
+            begun = time.monotonic()
             clock.set(offset)
             wait_until(lambda: "the clock was set" in logged(lab, since), 15, "it is told of")  # noqa: B023
+            told(f"set by {offset} s: noticed after {time.monotonic() - begun:.2f} s, nobody was taken out")
             go_on()
             decides(lab)
             assert set(lab.client("c1").who(f"http://{VIP}:8082/", 12)) <= ALL
@@ -366,7 +373,7 @@ def many_descriptors() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("many_descriptors")
-def test_the_fast_path_is_full(make_lab: Callable[..., Lab]) -> None:
+def test_the_fast_path_is_full(make_lab: Callable[..., Lab], told: Callable[[str], None]) -> None:
     """More silent connections than there is room: who is active lives, and who is new is served, or refused at once."""
     lab = make_lab("single", options=["--fastpath", "--max-connections", str(SMALLEST)])
     lab.start_servers()
@@ -395,15 +402,17 @@ def test_the_fast_path_is_full(make_lab: Callable[..., Lab]) -> None:
             refused += found
             return not found
 
+        begun = time.monotonic()
         wait_until(room, 20, "the longest silent have made room", 0.2)
+        told(f"{refused} refused at once; room after {time.monotonic() - begun:.2f} s")
         # There may be room for no more than a few: what the switch decides needs none of it.
         counted = lab.client("c1").who(f"http://{VIP}:{WAYS['switch']}/", 12)
         assert set(counted) <= ALL and counted.total() == 12, counted
         wait_until(lambda: statistics(lab, "switch")["opened"] >= SMALLEST + MORE, 10, "all are counted")
         assert statistics(lab, "controller")["refused"].get("OVERFLOW", 0) == refused
-        told = fast()
-        assert told["connections"] <= SMALLEST
-        assert told["misses"]["full"] or statistics(lab, "switch")["closed"], told
+        counters = fast()
+        assert counters["connections"] <= SMALLEST
+        assert counters["misses"]["full"] or statistics(lab, "switch")["closed"], counters
         answers: Counter[str] = Counter()
         for one in silent:
             with contextlib.suppress(ConnectionError):

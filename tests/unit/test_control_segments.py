@@ -135,6 +135,34 @@ def test_when_the_first_one_goes_the_next_is_asked() -> None:
     assert again.mode is Mode.PUNT
 
 
+def test_of_several_control_segments_only_the_share_of_the_one_that_dies_moves() -> None:
+    """Row 10, at one data flow segment: three of them share sixty virtual servers, each of which two announce."""
+    identities = (0xA, 0xB, 0xC)
+    segments = ControlSegments()
+    for identity in identities:
+        segments.connected(identity)
+    for number in range(60):
+        for turn in (0, 1):
+            tell(segments, identities[(number + turn) % 3], distribution(number + 1, port=1000 + number))
+
+    def asked() -> dict[int, int]:
+        return {number: identity for number in segments.numbers()
+                for identity, _ in segments.queries([query(number)])}
+
+    before = asked()
+    assert len(before) == 60 and {list(before.values()).count(one) for one in identities} == {20}
+    told = {number: segments.distribution(number) for number in before}
+    for dead in identities:
+        share = {number for number, identity in before.items() if identity == dead}
+        anew = set(segments.disconnected(dead))
+        after = asked()
+        assert {number for number in before if after.get(number) != before[number]} == share
+        assert set(after) == set(before) and dead not in after.values(), "somebody is asked about each"
+        assert {number for number in told if segments.distribution(number) != told[number]} <= share <= anew
+        segments.connected(dead)
+        assert asked() == before, "and back, when it is there again"
+
+
 def test_what_is_decided_in_the_data_flow_segment_needs_nobody() -> None:
     segments = ControlSegments()
     segments.connected(ONE)
