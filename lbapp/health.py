@@ -25,7 +25,7 @@ from lbapp.control.events import Event, EventKind, Events
 from lbapp.control.health import Health, Report
 from lbapp.control.master import Master
 from lbapp.control.switch_draining import Clock, SwitchDraining
-from lbapp.monitors.supervisor import Changed, Target
+from lbapp.monitors.supervisor import Changed, Statistics, Target
 from lbapp.vantages import OnChanged, OnLatencies, Vantages
 
 LOG = logging.getLogger("lbapp.health")
@@ -233,6 +233,10 @@ class HealthService:
     def switch(self, dpid: int) -> Clock | None:
         """Since when a switch has been draining; None: it is not."""
         return self._switches.clock(dpid)
+
+    def checks(self) -> list[tuple[tuple[str, ...], Statistics]]:
+        """See :meth:`lbapp.vantages.Vantages.statistics`."""
+        return self._vantages.statistics()
 
     def wall(self, at: float) -> float:
         """The time of day of a moment of the clock, in seconds since 1970."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from lbapp import remembering
 from lbapp.api.views import (
+    CheckStatistics,
     ConnectionView,
     DrainingView,
     EventView,
@@ -379,7 +380,11 @@ class ControllerRuntime:
                      for pool in self._configuration.pools.values() for member in pool.members],
             switches=[self._of_switch(switch, readings[switch.id], relayed[switch.id], openings[switch.id])
                       for switch in switches],
-            pools=remembering.pools(self._application.control, self._configuration, time.monotonic()))
+            pools=remembering.pools(self._application.control, self._configuration, time.monotonic()),
+            monitors=[CheckStatistics(
+                addresses=list(addresses), targets=said.targets, checks=said.checks, late=said.late,
+                running=said.running, cpu_seconds=round(said.cpu_seconds, 3))
+                for addresses, said in self._health.checks()])
 
     def _of_server(self, server: VirtualServer, bound: Counter[int], messages: Counter[int],
                    refused: Mapping[int, Mapping[str, int]], alive: Counter[int]) -> VirtualServerStatistics:

@@ -278,7 +278,8 @@ def _stats(client: Client, name: str | None) -> Json:
     servers = [one for one in stats.get("virtual_servers", ()) if name in (one.get("name"), one.get("id"))]
     if not servers:
         raise ClientError(f"no statistics of a virtual server {name}")
-    return {**stats, "virtual_servers": servers, "members": [], "switches": [], "pools": []}
+    return {**stats, "virtual_servers": servers, "members": [], "switches": [], "pools": [],
+            "monitors": []}
 
 
 def _show_stats(stats: Json) -> None:
@@ -302,6 +303,11 @@ def _show_stats(stats: Json) -> None:
                       ((one.get("name"), one.get("clients"), one.get("waiting"), duration(one.get("longest_seconds")),
                         one.get("waited"), one.get("timed_out"), one.get("refused_full"))
                        for one in stats["pools"]))
+    if stats.get("monitors"):
+        display.table("checks of members", ("from", ">targets", ">checks", ">late", ">running", ">CPU seconds"),
+                      ((", ".join(one.get("addresses") or ()) or "the controller's network", one.get("targets"),
+                        one.get("checks"), one.get("late"), one.get("running"), one.get("cpu_seconds"))
+                       for one in stats["monitors"]))
     if stats.get("switches"):
         names = list(dict.fromkeys(field for one in stats["switches"] for field in one if field != "dpid"))
         display.table("switches", ("datapath", *(">" + field.replace("_", " ") for field in names)),

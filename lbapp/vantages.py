@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from lbapp.config.model import Network
-from lbapp.monitors.supervisor import Changed, Monitors, Target
+from lbapp.monitors.supervisor import Changed, Monitors, Statistics, Target
 
 LOG = logging.getLogger("lbapp.health")
 
@@ -83,6 +83,15 @@ class Vantages:
         with self._lock:
             self._bridge = self._bridge or bridge
             self._arrange()
+
+    def statistics(self) -> list[tuple[tuple[str, ...], Statistics]]:
+        """What the processes that check say of themselves, each with the addresses that it checks from (none: the
+        controller's own network)."""
+        inside, there = self._inside, self._there
+        found: list[tuple[tuple[str, ...], Statistics | None]] = [((), self._own.statistics)]
+        if inside is not None and there is not None:
+            found.append((there.addresses, inside.statistics))
+        return [(addresses, said) for addresses, said in found if said is not None]
 
     def close(self) -> None:
         """End all checks and take down what was made."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from lbapp.config.model import Configuration, Network
 from lbapp.health import HealthService
-from lbapp.monitors.supervisor import Changed, Target
+from lbapp.monitors.supervisor import Changed, Statistics, Target
 
 
 class FakeMonitors:
@@ -27,6 +27,9 @@ class FakeMonitors:
 
     def attach(self, bridge: str) -> None:
         self.bridge = bridge
+
+    def statistics(self) -> list[tuple[tuple[str, ...], Statistics]]:
+        return [(("10.0.0.250/24",), Statistics(targets=len(self.targets), checks=70, late=1, cpu_seconds=0.25))]
 
     def found(self, key: str, up: bool, reason: str = "why") -> None:
         self.on_changed([Changed(key=key, up=up, reason=reason)])

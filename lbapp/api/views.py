@@ -280,6 +280,26 @@ class PoolStatistics(msgspec.Struct, frozen=True, kw_only=True):
     line: list[WaitingView] = []
 
 
+class CheckStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a process that checks members, since it was started.
+
+    Attributes:
+        addresses: those it checks from; none: the controller's own.
+        targets: members by monitors, now.
+        checks: that came to a result.
+        late: that began more than half a second after their time.
+        running: now.
+        cpu_seconds: that it has used; external commands not included.
+    """
+
+    addresses: list[str]
+    targets: Count = 0
+    checks: Count = 0
+    late: Count = 0
+    running: Count = 0
+    cpu_seconds: float = 0.0
+
+
 class StatisticsView(msgspec.Struct, frozen=True, kw_only=True):
     """All counters. They start with the controller."""
 
@@ -288,6 +308,7 @@ class StatisticsView(msgspec.Struct, frozen=True, kw_only=True):
     members: list[MemberStatistics] = []
     switches: list[SwitchStatistics] = []
     pools: list[PoolStatistics] = []
+    monitors: list[CheckStatistics] = []
 
 
 class PersistenceView(msgspec.Struct, frozen=True, kw_only=True):

@@ -108,6 +108,8 @@ def test_members_are_checked_from_the_monitor_address(watched: Lab) -> None:
 
 def test_what_measuring_algorithms_know_is_told(watched: Lab) -> None:
     lab = watched
+    wait_until(lambda: any("10.0.0.250/24" in one["addresses"] and one["checks"] and one["cpu_seconds"] > 0
+                           for one in lab.rest.get("/v1/stats")["monitors"]), 20, "so is what checks cost")
     lab.rest.patch("/v1/pools/least", {"lb_algorithm": "LEAST_RESPONSE_TIME"})
 
     def told() -> dict[str, dict[str, Any]]:

@@ -275,7 +275,12 @@ def test_what_was_measured_of_members(running, api):
         {**member, "response_seconds": 0.0123, "response_by": "monitors", "response_age_seconds": 0.4},
         {**member, "member": "10.0.0.52:80", "active": None, "bytes_lately": 2048, "bytes_lately_age_seconds": 65.2},
         {**member, "member": "10.0.0.53:80"}]
-    measured = running("show", "stats").partition("measured")[2]
+    api.stats["monitors"] = [{"addresses": ["10.0.0.250/24"], "targets": 9, "checks": 70, "late": 1, "running": 2,
+                              "cpu_seconds": 0.25}, {"addresses": [], "targets": 1}]
+    shown = running("show", "stats")
+    assert lines(shown, "10.0.0.250/24") == [["10.0.0.250/24", "9", "70", "1", "2", "0.25"]]
+    assert "the controller's network" in shown
+    measured = shown.partition("measured")[2]
     assert lines(measured, "web") == [["web", "10.0.0.51:80", "12.3", "ms", "monitors", "0s", "-", "-", "2"],
                                       ["web", "10.0.0.52:80", "-", "-", "-", "2.0", "KiB", "1m05s", "-"]]
 

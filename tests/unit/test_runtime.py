@@ -213,6 +213,9 @@ def test_statistics():
     bench.switch.session.counters.forwarded[1] = (7, 700)
     view = runtime.statistics()
     assert isinstance(view, StatisticsView)
+    (checks,) = view.monitors
+    assert (checks.addresses, checks.targets, checks.checks, checks.late, checks.cpu_seconds) == (
+        ["10.0.0.250/24"], 0, 70, 1, 0.25)
     tcp, udp = view.virtual_servers
     assert (tcp.opened, tcp.messages_to_controller, tcp.active, tcp.packets) == (50, 11, None, None)
     assert tcp.messages_per_connection == round(11 / 50, 4) and tcp.refused == {"UNKNOWN": 1}

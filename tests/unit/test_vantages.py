@@ -11,7 +11,7 @@ import msgspec
 
 from lbapp.config.model import Network
 from lbapp.config.monitor import Monitor
-from lbapp.monitors.supervisor import Target
+from lbapp.monitors.supervisor import Statistics, Target
 from lbapp.vantages import Vantages, Wanted
 
 MONITOR = msgspec.convert({"type": "TCP"}, Monitor)
@@ -23,7 +23,7 @@ class Process:
     def __init__(self, on_changed: Any, on_latencies: Any, scripts: Any, netns: Path | None) -> None:
         self.netns, self.closed = netns, False
         self.targets: dict[str, Target] = {}
-        self.statistics = None
+        self.statistics: Statistics | None = None
 
     def update(self, targets: dict[str, Target]) -> None:
         self.targets = dict(targets)
@@ -88,6 +88,19 @@ def test_members_of_a_network_wait_for_their_place() -> None:
     bench.vantages.close()
     assert bench.checked == {}
     assert bench.removed == bench.made
+
+
+def test_what_the_processes_say_of_themselves() -> None:
+    bench = Bench()
+    bench.vantages.configure([LAN], TARGETS)
+    bench.vantages.attach("lb1")
+    assert bench.vantages.statistics() == [], "nothing yet"
+    own, inside = (Statistics(checks=number, cpu_seconds=0.5) for number in (7, 9))
+    for process in bench.processes:
+        process.statistics = inside if process.netns else own
+    assert bench.vantages.statistics() == [((), own), (("10.0.0.250/24",), inside)]
+    bench.vantages.configure([], TARGETS)
+    assert bench.vantages.statistics() == [((), own)]
 
 
 def test_another_address_is_another_place() -> None:
