@@ -263,6 +263,21 @@ def test_an_operator_overrides_and_a_fallback_serves(watched: Lab) -> None:
     assert texts[-2:] == ["pool sorry is used", "its own members are used again"]
 
 
+def test_a_lower_priority_steps_in_and_back(watched: Lab) -> None:
+    """s3 is used while fewer than two of the others can be."""
+    lab = watched
+    ranked = [{**one, "priority": 0 if one["name"] == "s3" else 10} for one in members(lab)]
+    lab.rest.patch("/v1/pools/least", {"members": ranked, "minimum_active": 2})
+    settle(lab)
+    with probing(lab.client("c1"), VIP, 8080) as probe:
+        for health_of_s1, used in (("auto", {"s1", "s2"}), ("down", {"s2", "s3"}), ("auto", {"s1", "s2"})):
+            lab.rest.patch("/v1/pools/least/members/10.0.0.51:80", {"health": health_of_s1})
+            wait_until(lambda: len(probe.seen) > 20 and {one.name for one in probe.seen[-12:]} == used, 15,  # noqa: B023
+                       f"{used} are used")
+        assert all(one.error is None for one in probe.stop())
+    assert any(one["kind"] == "priority" for one in lab.rest.get("/v1/events?limit=1000&pool=least")["events"])
+
+
 @pytest.mark.parametrize("port", [8080, 8081], ids=["l4", "l7"])
 def test_clients_failures_tell_of_a_member(watched: Lab, port: int, told: Any) -> None:
     """Without monitors: who refuses clients is left out for a while, and then tried again."""

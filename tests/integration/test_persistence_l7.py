@@ -60,6 +60,32 @@ def test_an_application_cookie(lab: Lab) -> None:
     assert {asked(lab, "-H", "Cookie: sid=ann") for _ in range(3)} == {other}
 
 
+@pytest.mark.parametrize(("kind", "key", "application"), [
+    ("HEADER", "X-User", "http"), ("QUERY", "user", "http"), ("RAW", "5:3", "raw"), ("SNI", "", "tls")])
+def test_whatever_a_client_says(lab: Lab, kind: str, key: str, application: str) -> None:
+    tls = application == "tls"
+    configure(lab, [pool("said", "ROUND_ROBIN", members(lab, TLS_PORT if tls else PYTHON_PORT),
+                         persistence={"type": kind, "key": key})],
+              [server("said", 443 if tls else 80, "said", application=application)])
+
+    def by(who: str) -> str:
+        if tls:
+            return lab.client().run("curl", "-gsSk", "-o", "/dev/null", "-w", "%header{x-server}", "--max-time", "10",
+                                    "--resolve", f"{who}.example:443:{VIP}", f"https://{who}.example/").stdout
+        return asked(lab, *{"HEADER": ("-H", f"x-user: {who}"), "QUERY": ("--request-target", f"/?a=b&user={who}"),
+                            "RAW": ("--request-target", f"/{who}")}[kind])
+
+    first = {who: by(who) for who in ("ann", "bob", "cyd")}
+    assert set(first.values()) == {"s1", "s2", "s3"}, first
+    for _ in range(3):
+        assert {who: by(who) for who in first} == first
+        by("eve")  # so that whose turn it is changes
+    listed = lab.rest.get("/v1/persistence?pool=said")["persistence"]
+    assert {one["type"] for one in listed} == {kind} and len(listed) == 4
+    known = {one["key"].removesuffix(".example"): one["member_name"] for one in listed}
+    assert known.keys() - first.keys() == {"eve"} and {who: known[who] for who in first} == first
+
+
 def test_a_tls_session(lab: Lab, tmp_path: Path) -> None:
     configure(lab, [pool("tls", "ROUND_ROBIN", members(lab, TLS_PORT), persistence={"type": "TLS_SESSION_ID"})],
               [server("tls", 443, "tls", application="tls")])
