@@ -88,6 +88,19 @@ def test_members_that_drain_are_down_or_disabled(lab: Lab) -> None:
         change_member(lab, "web", second, admin_state_up=True)
 
 
+def test_what_the_client_addressed(lab: Lab) -> None:
+    """Of each address a pool knows the member, whoever the client is (DESTINATION_IP)."""
+    addressed = [VIP, "10.0.0.101", "10.0.0.102"]
+    configure(lab, [pool("web", "ROUND_ROBIN", members(lab), persistence={"type": "DESTINATION_IP"})],
+              [server(f"at-{number}", 80, "web", vip) for number, vip in enumerate(addressed)])
+    first = {vip: lab.client("c1").who(f"http://{vip}/", 6) for vip in addressed}
+    assert all(len(found) == 1 for found in first.values()), "one and the same, though it is others' turn"
+    assert {vip: set(lab.client("c2").who(f"http://{vip}/", 6)) for vip in addressed} == {
+        vip: set(found) for vip, found in first.items()}
+    assert {one["key"] for one in lab.rest.get("/v1/persistence?pool=web")["persistence"]} == {
+        f"{vip}/32" for vip in addressed}
+
+
 def limited(lab: Lab, **line: object) -> None:
     one = members(lab, names=["s1"], connection_limit=1)
     configure(lab, [pool("one", "ROUND_ROBIN", one, waiting=line)],
