@@ -334,6 +334,19 @@ def test_late_segments_of_a_connection_that_is_ready_are_passed_on_once(world: W
     assert len(world.fast.injected) == 2 and world.counters["proxy_stray"] == 1
 
 
+def test_what_is_said_after_a_connection_was_deleted_goes_round_in_no_circle(world: World) -> None:
+    """The fast path hands it over as long as it knows the client's beginning: so that is forgotten, and it resets."""
+    asked = world.client(0, REQUEST)
+    assert asked is not None
+    world.answer(asked.query)
+    world.member(1, SYN | ACK, now=1.0)
+    assert world.client(len(REQUEST), b"late", now=1.0 + proxy.LATE_SECONDS / 2) is None
+    assert len(world.fast.injected) == 2 and not world.fast.pending_forgotten
+    assert world.client(len(REQUEST), b"later", now=1.0 + proxy.LATE_SECONDS) is None
+    assert len(world.fast.injected) == 2 and world.counters["proxy_stray"] == 1
+    assert [(key.source_port, key.destination_port) for key in world.fast.pending_forgotten] == [(CLIENT[1], VIP[1])]
+
+
 def test_a_batch_is_one_question(world: World) -> None:
     for at in range(0, len(REQUEST), 10):
         frame = frames.tcp(VIRTUAL_MAC, CLIENT_MAC, CLIENT, VIP, Segment(ISN + 1 + at, COOKIE + 1, ACK, 500, b"",
