@@ -167,6 +167,45 @@ def test_what_is_refused_is_refused_at_once(site: Lab) -> None:
     Held(client, VIP, 8081).close()
 
 
+def test_a_switch_that_is_drained_is_an_agents_switch_too(site: Lab) -> None:
+    """What is in force there alone goes to its agent by the same bus: refused, finished, and reset in the end."""
+    client, path, names = site.client("c1"), "/v1/switches/1", [f"{way}-four" for way in WAYS]
+    held = [Held(client, VIP, port) for port in WAYS.values()]
+    try:
+        site.rest.put(path, {"draining": True})
+        settle(site, [*names, *(name.replace("four", "six") for name in names), "udp-four", "udp-six", "asked-four",
+                      "asked-six"])
+        for port in WAYS.values():
+            wait_until(lambda: not _served(client, port), 10, "the agent knows")  # noqa: B023 (asked at once)
+            refused(client, VIP, port)
+        assert [one.ask() for one in held] == [one.server for one in held]
+        wait_until(lambda: site.rest.get(path)["connections"] == len(held), 10, "they are counted")
+        site.rest.patch(path, {"drain_timeout": 1})
+        wait_until(lambda: site.rest.get(path)["ended"], 10, "its time is over")
+        for one in held:
+            wait_until(lambda: _gone(one), 20, "it is reset")  # noqa: B023 (asked at once)
+    finally:
+        site.rest.delete(path)
+        for one in held:
+            one.close()
+    for port in WAYS.values():
+        wait_until(lambda: _served(client, port), 10, "the agent knows")  # noqa: B023 (asked at once)
+
+
+def _served(client: LabHost, port: int) -> bool:
+    return client.run("curl", "-sf", "--max-time", "3", url(VIP, port), check=False).returncode == 0
+
+
+def _gone(one: Held) -> bool:
+    try:
+        one.ask()
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+    return False
+
+
 def test_least_connections(site: Lab) -> None:
     client = site.client("c1")
     held = [Held(client, VIP, 8081) for _ in range(6)]
