@@ -223,6 +223,8 @@ class LoadBalancer(app_manager.RyuApp):
             switch.counters["malformed"] += 1
             return b""
         query = carrier.query(punted, packet, switch.id, next(self._serials) & 0xFFFFFFFF)
+        if frames.odd(packet) and self.fastpaths.serves(switch.id, query.virtual_server):
+            return b""  # of a connection that the fast path may have: a refusal would end it
         if query.virtual_server:
             switch.punts[query.virtual_server] += 1
         reply = self.control.query(query, time.monotonic())

@@ -149,9 +149,10 @@ def parse(data: bytes) -> Headers:
         return h
     return h | {"payload": body}
 
-def packet_in(cookie: int, table: int, headers: Headers) -> bytes:
-    """An OFPT_PACKET_IN with the metadata that Open vSwitch sends along."""
-    frame = build(headers)
+def packet_in(cookie: int, table: int, headers: Headers, data: bytes | None = None) -> bytes:
+    """An OFPT_PACKET_IN with the metadata that Open vSwitch sends along; ``data``: the frame, where headers cannot say
+    it all."""
+    frame = build(headers) if data is None else data
     oxm = FIELDS["in_port"].tlv(headers["in_port"])
     for name in (*(f"reg{n}" for n in range(8)), "ct_state", "ct_zone", "ct_mark", "ct_label", "ct_nw_proto",
                  "ct_nw_src", "ct_nw_dst", "ct_ipv6_src", "ct_ipv6_dst", "ct_tp_src", "ct_tp_dst"):

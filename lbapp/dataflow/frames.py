@@ -78,6 +78,13 @@ def parse(frame: bytes) -> Packet:
     return Packet(signature, frame[6:12], flags, offset, end)
 
 
+def odd(packet: Packet) -> bool:
+    """Whether a segment in the middle of a connection has IPv4 options: fast paths leave those to the switch."""
+    it = packet.signature
+    return (packet.offset > 34 and len(it.source) == 4 and it.protocol == TCP
+            and packet.tcp_flags & (SYN | ACK | RST | FIN) != SYN)
+
+
 def ones_sum(data: bytes) -> int:
     """The 16-bit one's complement sum of some bytes (not inverted), padded with a zero byte."""
     if len(data) & 1:

@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 
+from lbapp.dataflow.frames import RST
 from tests.integration.bad_wire import bad_wire
 from tests.integration.capture import Capture, captures
 from tests.integration.handed_over import Site
@@ -356,9 +357,12 @@ def test_frames_that_are_none(place: Place, binding: str) -> None:
                 forger.send(whole[8:], fragment=0x0001)
                 forger.send(whole[:24], fragment=0x2000)
                 forger.send(whole[8:], fragment=0x0001)
+                time.sleep(0.3)  # what is still on its way through the controller
+                assert not [got for got in wire.read() if got.dport == forger.sport and got.sport == port
+                            and got.destination == forger.source and got.flags & RST], "nobody takes it for the client"
                 with contextlib.suppress(TimeoutError):
                     one.ask()
-                time.sleep(0.2)  # what is still on its way through the controller
+                time.sleep(0.2)
                 seen = behind.read()
         finally:
             forger.close()

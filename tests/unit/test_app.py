@@ -27,6 +27,7 @@ from lbapp.dataflow import ryu_shim
 from lbapp.dataflow.openflow import message
 from lbapp.dataflow.pipeline import ANY_CONNECTION, VIRTUAL_MAC, Kind, connection_cookie, cookie
 from lbapp.fastpaths import Reading
+from tests import fastpath_packets as packets
 from tests import sites
 from tests.fake_frames import build, frame, packet_in, parse
 from tests.fake_switch import FakeSwitch, decode_actions
@@ -465,3 +466,23 @@ def test_reaps_go_to_whoever_has_the_connection():
     bench.app.fastpaths.tick()
     bench.app._tick_relays()
     assert [one.serial for one in reaped] == [5, 5] and [one.serial for one in fast.reaped] == [7]
+
+
+@pytest.mark.parametrize("flags", [0x10, 0x18, 0x11, 0x04])
+def test_what_a_fast_path_may_know_is_not_refused(flags):
+    """Options go into the switch, which has never heard of the connection."""
+    bench = Bench(sites.configuration([sites.server()], [sites.pool()]))
+    plain, odd = (packets.frame("10.0.0.1", "10.0.0.100", flags=flags, options=options)
+                  for options in (b"", b"\x07\x03\x04\x00"))
+
+    def answer(data: bytes) -> bytes | None:
+        return bench.receive(packet_in(cookie(Kind.QUERY, 1), 20, parse(SYN) | {"in_port": 7}, data))
+
+    assert bool(answer(plain)) is bool(answer(odd)) is (flags != 0x04), "without a fast path all are strangers"
+    has(bench, Proxying())
+    bench.app._refresh(1)
+    assert bool(answer(plain)) is (flags != 0x04)
+    assert answer(odd) == b""
+    asked = bench.switch.punts[1]
+    answer(packets.frame("10.0.0.1", "10.0.0.100", flags=2, options=b"\x07\x03\x04\x00"))
+    assert bench.switch.punts[1] == asked + 1, "a new one is new"
