@@ -145,7 +145,7 @@ def test_connection_limit(lab: Lab, how: dict[str, Any]) -> None:
                     return False
                 return True
 
-            wait_until(admitted, 3, "a place that was freed is given again", 0.02)
+            wait_until(admitted, 10, "a place that was freed is given again", 0.02)
             open_ones.append(sixth[0])
             assert refused(client, VIP, 80) < REFUSED_WITHIN, "one, not more"
         for one in open_ones[2:]:
