@@ -32,6 +32,7 @@ from mininet.log import setLogLevel
 from mininet.net import Mininet
 
 from lbapp.dataflow.ovs import PrivateOvs
+from lbapp.monitors.place import Place
 from topologies import namespace
 from topologies.controller import OPENFLOW, ControllerProcess, Rest
 from topologies.hosts import LabHost
@@ -95,6 +96,7 @@ class Lab:
             self._start_network()
             self.controller = ControllerProcess(self.root, directory / "state", applications, options,
                                                 self.ovs.environment)
+            self._cleanup.callback(self._remove_places)
             self._cleanup.callback(self.controller.remove_fastpath, self.bridges)
             self._cleanup.callback(self.controller.stop)
         except BaseException:
@@ -123,6 +125,13 @@ class Lab:
                                str(interface), self.directory / node.name)
                 self.hosts[node.name] = host
                 self._cleanup.callback(host.close)
+
+    def _remove_places(self) -> None:
+        """What a controller that was killed has left of its checks of members."""
+        with self.root.entered():
+            for place in (Place(self.ovs, bridge, ()) for bridge in self.bridges):
+                if place.netns.exists():
+                    place.remove()
 
     def _stop_network(self) -> None:
         with self.root.entered():

@@ -2,7 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The balancer's own address inside the members' network: where checks come from.
 
-    bridge ── lbm-BRIDGE ══ members │ addresses        │: network namespace lbmon-BRIDGE
+    bridge ── lbm-BRIDGE ══ members │ addresses        │: network namespace lbmon-BRIDGE-NUMBER
+
+Names of network namespaces are the whole host's, those of bridges are not: the number is that of the network namespace
+in which the bridge is (its inode), so that bridges of one name in two of them do not meet.
 
 Owns the namespace, the veth pair and the port of the bridge; never the bridge. A namespace of its own, because the
 network of the members may have the same numbers as others of this host, and because what is checked must take the way
@@ -60,8 +63,13 @@ def port_name(bridge: str) -> str:
     return f"lbm-{hashlib.blake2s(bridge.encode(), digest_size=5).hexdigest()}"
 
 
+def namespace_name(bridge: str) -> str:
+    """The network namespace of a bridge's place, where the bridge is in the one that the calling thread is in."""
+    return f"lbmon-{bridge}-{Path('/proc/thread-self/ns/net').stat().st_ino}"
+
+
 class Place:
-    """See the module. In the network namespace in which its methods are called.
+    """See the module. In the network namespace in which it is made, and its methods are called.
 
     Args:
         ovs: the switch.
@@ -85,7 +93,7 @@ class Place:
         except ValueError as error:
             raise PlaceError(f"monitor address: {error}") from None
         self._gateways = {":" in one: one for one in gateways}
-        self._namespace = f"lbmon-{bridge}"
+        self._namespace = namespace_name(bridge)
         self._port = port_name(bridge)
         self.netns = NAMESPACES / self._namespace
 

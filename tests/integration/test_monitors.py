@@ -56,8 +56,8 @@ class Heard:
 
 @pytest.fixture
 def place(lab: Lab) -> Iterator[Place]:
-    made = Place(lab.ovs, lab.bridges[0], ADDRESSES)
     with lab.root.entered():
+        made = Place(lab.ovs, lab.bridges[0], ADDRESSES)
         made.ensure()
         try:
             yield made
@@ -224,14 +224,22 @@ def test_it_is_made_changed_mended_and_removed(bridge):
         first.remove()
 
 
+def test_two_network_namespaces_with_a_bridge_of_one_name_do_not_meet(bridge, netns):
+    made = []
+    for where in (namespace_of(bridge), netns("other")):
+        with where.entered():
+            made.append(Place(bridge, BRIDGE, ["10.0.0.250/24"]).netns.name)
+    assert made[0] != made[1] and all(name.startswith(f"lbmon-{BRIDGE}-") for name in made)
+
+
 def test_another_network_namespaces_place_is_left_alone(bridge, netns):
     root, other = namespace_of(bridge), netns("other")
-    place = Place(bridge, BRIDGE, ["10.0.0.250/24"])
     with root.entered():
+        place, same = Place(bridge, BRIDGE, ["10.0.0.250/24"]), Place(bridge, BRIDGE, ["10.0.0.250/24"])
         place.ensure()
     try:
         with other.entered(), pytest.raises(PlaceError, match="in use by another network namespace"):
-            Place(bridge, BRIDGE, ["10.0.0.250/24"]).ensure()
+            same.ensure()
         assert addresses(place, root) == {"10.0.0.250/24"}
     finally:
         with root.entered():
