@@ -4,6 +4,7 @@
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 PYTEST_ARGS ?=
+WORKERS ?= 2
 ROUNDS ?=
 TARGETS ?=
 
@@ -23,8 +24,8 @@ demo: setup  ## the load balancer at work, told on the terminal (about two minut
 shell: setup  ## Mininet's command line, with switch, servers and controller running
 	@$(PYTHON) mininet/shell.py
 
-test: setup  ## all tests: unit, and integration in namespaces (PYTEST_ARGS="-k arp")
-	@$(PYTHON) -m pytest $(PYTEST_ARGS)
+test: setup  ## all tests: unit, and integration in namespaces (WORKERS=0 PYTEST_ARGS="-k arp")
+	@$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: setup  ## ruff and mypy
 	@$(PYTHON) -m ruff check .

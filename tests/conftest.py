@@ -21,12 +21,19 @@ NEED_A_MACHINE = frozenset({"netns", "switch", "make_lab", "lab", "two_networks_
 
 
 @pytest.fixture
-def told(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Tells a figure on the terminal, whatever becomes of the test."""
-    def tell(text: str) -> None:
-        with capsys.disabled():
-            print(f"\n    {request.node.name}: {text}", flush=True)
-    return tell
+def told(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Tells a figure: at the end of the run, whatever becomes of the test."""
+    return lambda text: request.node.user_properties.append(("told", text))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What tests have told, in their order."""
+    figures = {(report.nodeid, text): None for reports in terminalreporter.stats.values() for report in reports
+               for name, text in getattr(report, "user_properties", ()) if name == "told"}
+    if figures:
+        terminalreporter.section("what faults were noticed and overcome in")
+        for node, text in sorted(figures):
+            terminalreporter.write_line(f"{node.rpartition('/')[2]}: {text}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
