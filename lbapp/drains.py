@@ -20,6 +20,8 @@ from lbapp.display import console, endpoint
 from lbapp.showing import done
 
 EVERY_S = 1.0
+LOOKS = 2
+"""Nothing is left when it was so twice in a row: at the first look, what was given just before may be on its way."""
 
 
 def drain(client: Client, pool: str, member: str | None, timeout: int | None, wait: bool, patience: float | None,
@@ -101,13 +103,14 @@ def _wait(count: Callable[[], int | None], name: str, patience: float | None) ->
                           TextColumn("connections ended"), TimeElapsedColumn()]
     with Progress(*columns, console=console(), disable=not sys.stdout.isatty(), transient=True) as progress:
         task = progress.add_task(f"draining {name}", total=None)
-        most = 0
+        most = looks = 0
         while True:
             left = count()
+            looks = looks + 1 if left == 0 else 0
             if left is not None:
                 most = max(most, left)
                 progress.update(task, total=most, completed=most - left)
-                if not left:
+                if looks == LOOKS:
                     return
             if deadline is not None and time.monotonic() >= deadline:
                 raise ClientError(f"{left if left is not None else 'an unknown number of'} connections are left; "

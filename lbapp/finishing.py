@@ -55,6 +55,7 @@ class Finishing:
                     if (clock := self._health.switch(one.dpid)) is not None]
         if not found and not switches:
             return []
+        told = self._told()
         held = self._held()
         of_members: Counter[int] = Counter()
         for (_, number), connections in (held.counted + held.ruled).items():
@@ -63,14 +64,14 @@ class Finishing:
             pool=pool.name, member=member.endpoint, name=member.name,
             seconds=round(self._health.elapsed(report.draining_since or 0.0), 1), drain_timeout=member.drain_timeout,
             # What is left after its time gets no packet through any more, and is reset with the next one.
-            connections=0 if report.ended else of_members[member.number], ended=report.ended)
+            connections=0 if report.ended else of_members[member.number] if told else None, ended=report.ended)
             for pool, member, report in found]
         if switches:
             self._readings.count()
         return views + [DrainingView(
             kind="switch", switch=one.name, pool="", member="", name="",
             seconds=round(self._health.elapsed(clock.since), 1), drain_timeout=one.drain_timeout,
-            connections=0 if clock.ended else self._through(one.dpid, held), ended=clock.ended)
+            connections=0 if clock.ended else self._through(one.dpid, held) if told else None, ended=clock.ended)
             for one, clock in switches]
 
     def described(self, views: Iterable[SwitchView]) -> list[SwitchView]:
@@ -85,6 +86,11 @@ class Finishing:
                 listed[left.switch] = msgspec.structs.replace(
                     listed[left.switch], connections=left.connections, ended=left.ended)
         return list(listed.values())
+
+    def _told(self) -> bool:
+        """Whether all switches have what is in force: those that do not go on giving members connections."""
+        return all(switch.session.synchronised is self._application.in_force(switch.id)
+                   for switch in list(self._application.switches.values()))
 
     def _through(self, switch: int, held: _Held) -> int | None:
         """The connections of a switch; None where not all of them can be known."""

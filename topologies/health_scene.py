@@ -93,8 +93,8 @@ def _drains(demo: Demo) -> None:
         begun = time.monotonic()
         draining = lab.root.popen(lab.controller.command, "--token-file", str(lab.controller.state / "token"), *words,
                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        wait_until(lambda: demo.lab.rest.get("/v1/draining")["draining"], 10, "it is draining")
-        left = demo.lab.rest.get("/v1/draining")["draining"][0]["connections"]
+        left = wait_until(lambda: next((one["connections"] for one in demo.lab.rest.get("/v1/draining")["draining"]),
+                                       None), 10, "it is draining, and what is left is known")
         totals = _served(demo, 20)
         said, _ = draining.communicate(timeout=60)
         seconds = time.monotonic() - begun

@@ -438,8 +438,8 @@ class DrainingView(msgspec.Struct, frozen=True, kw_only=True):
         kind: ``member`` or ``switch``.
         pool, member, name: of a member; else empty.
         switch: of a switch, its datapath id; else empty.
-        connections: null where not all of them can be known: of a switch that is not connected just now, or runs
-            elsewhere without a fast path.
+        connections: null where not all of them can be known: as long as a switch has yet to be told, or is not
+            connected just now, or runs elsewhere without a fast path.
         ended: its time is over; what was left is reset with its next packet.
     """
 

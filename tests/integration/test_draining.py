@@ -140,10 +140,8 @@ def test_a_rolling_upgrade_loses_not_one_request(every_way: tuple[Lab, dict[str,
         time.sleep(1)
         for host in lab.servers:
             members_of = {f"/v1/pools/web-{port}/members/{host.address}:{port}" for port in WAYS}
-            for path in members_of:
-                lab.rest.patch(path, {"draining": True})
-            wait_until(lambda: sum(one["connections"] for one in lab.rest.get("/v1/draining")["draining"]) == 0, 60,
-                       "nothing is left there", every=1)
+            for drain in [lbapp(lab, "drain", f"web-{port}", f"{host.address}:{port}", "--wait") for port in WAYS]:
+                assert "drained" in said(drain)
             http, _ = lab.services[host.name]
             host.kill(http)
             host.kill(more[host.name])

@@ -327,8 +327,9 @@ def test_drain_waits_until_nothing_is_left(running, api, monkeypatch):
     from lbapp import drains
 
     monkeypatch.setattr(drains, "EVERY_S", 0.01)
-    api.draining = left(7, 3, 0)
+    api.draining = left(7, 0, 3, None, 0)
     assert "pool web: 10.0.0.51:80 drained" in running("drain", "web", "10.0.0.51:80", "--wait", "--timeout", "60")
+    assert len(api.draining) == 1, "one look at which nothing was left is not enough"
     assert (members(api)["10.0.0.51:80"]["draining"], members(api)["10.0.0.51:80"]["drain_timeout"]) == (True, 60)
     assert not members(api)["10.0.0.52:80"]["draining"]
     running("drain", "web", "s1", "--undo")

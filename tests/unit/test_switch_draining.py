@@ -305,8 +305,15 @@ def test_a_switch_that_comes_back_is_held_against_its_own() -> None:
 # ------------------------------------------------------------------ what is shown
 
 
+def settled(bench: Bench) -> None:
+    """The switch has what it was told."""
+    queued(bench)
+    bench.switch.session._open.clear()
+    bench.switch.session._settle()
+
+
 def shown(wanted: dict[str, Switch], readings: Readings | None = None, made: Configuration = SITE, ended: bool = False,
-          ) -> tuple[Bench, ControllerRuntime]:
+          told: bool = True) -> tuple[Bench, ControllerRuntime]:
     bench, watched = Bench(made), Watched()
     configuration = replace(made, switches=wanted)
     watched.service.configure(configuration)
@@ -315,6 +322,8 @@ def shown(wanted: dict[str, Switch], readings: Readings | None = None, made: Con
         watched.service.step()
         configuration = replace(configuration, drained=frozenset({1}))
     bench.app.configure(configuration)
+    if told:
+        settled(bench)
     return bench, ControllerRuntime(bench.app, cast(RealReadings, readings or Readings()), watched.service)
 
 
@@ -368,12 +377,12 @@ def test_after_its_time_nothing_counts_any_more() -> None:
 
 
 def test_the_status_of_virtual_servers() -> None:
-    bench, runtime = shown(asked())
+    bench, runtime = shown(asked(), told=False)
     server = SITE.virtual_servers["v"]
     assert runtime.virtual_server_status(server) == ("PENDING_UPDATE", "OFFLINE"), "nobody would be let in"
-    queued(bench)
-    bench.switch.session._open.clear()
-    bench.switch.session._settle()
+    assert runtime.draining()[0].connections is None, "it may be giving members connections still"
+    settled(bench)
+    assert runtime.draining()[0].connections == 0
     assert runtime.virtual_server_status(server)[0] == "ACTIVE", "it has what it is to have"
     bench.app.configure(SITE)
     assert runtime.virtual_server_status(server) == ("PENDING_UPDATE", "ONLINE")
