@@ -25,7 +25,8 @@ shell: setup  ## Mininet's command line, with switch, servers and controller run
 	@$(PYTHON) mininet/shell.py
 
 test: setup  ## all tests: unit, and integration in namespaces (WORKERS=0 PYTEST_ARGS="-k arp")
-	@$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m "not alone" $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest -m alone $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 lint: setup  ## ruff and mypy
 	@$(PYTHON) -m ruff check .

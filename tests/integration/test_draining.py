@@ -130,6 +130,7 @@ def every_way(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, d
         yield lab, more
 
 
+@pytest.mark.alone
 def test_a_rolling_upgrade_loses_not_one_request(every_way: tuple[Lab, dict[str, subprocess.Popen[Any]]]) -> None:
     """wrk asks all the time, on every kind of virtual server; the servers are drained, stopped and started in turn."""
     lab, more = every_way

@@ -249,8 +249,8 @@ def test_the_other_switch_takes_no_part_and_addresses_are_answered(site: Lab) ->
         lab.client("c1").run("ip", "neigh", "flush", "dev", lab.client("c1").interface)
         assert held.ask() == held.server, "the virtual address is still answered for"
         for port in (80, 8080, 8081):
-            assert set(lab.server("s1").who(f"http://{VIP}:{port}/", 8)) == {"s2", "s3"}, "through the second switch"
-        assert set(lab.server("s1").udp(VIP, 53, 8)) == {"s2", "s3"}
+            assert set(lab.server("s1").who(f"http://{VIP}:{port}/", 24)) == {"s2", "s3"}, "through the second switch"
+        assert set(lab.server("s1").udp(VIP, 53, 24)) == {"s2", "s3"}
         assert lab.rest.get("/v1/switches/2")["draining"] is False
     drain(lab, "--undo")
     let_in(lab, BARE)
