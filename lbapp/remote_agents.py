@@ -137,7 +137,14 @@ class RemoteLink:
         return self.client.proxies
 
     def configure(self, changed: Mapping[int, Distribution | None], *, whole: bool = False) -> None:
-        """See :class:`lbapp.fastpaths.Link`. Said at once, and again after each reconnection."""
+        """See :class:`lbapp.fastpaths.Link`. Said at once, and again after each reconnection.
+
+        A member that is back (after a switch was drained to its end) is not to lose what it has from now on by a REAP
+        that is repeated.
+        """
+        back = {target.member for made in changed.values() if made is not None for target in made.targets}
+        for key in [(serial, member) for serial, member in self._unanswered if not serial and member in back]:
+            del self._unanswered[key]
         said = {number: announce(made) for number, made in changed.items() if made is not None}
         if whole:
             self.client.replace([server for server, _ in said.values()],

@@ -52,6 +52,9 @@ class FakeFastPath:
         self.installed += flows
         return [self.room] * (len(flows) // 2)
 
+    def lookup(self, key: layout.FlowKey) -> layout.Flow | None:
+        return None if key in self.closed else next((flow for one, flow in self.installed if one == key), None)
+
     def set_splices(self, splices: dict[int, layout.Splice]) -> None:
         self.splices.update(splices)
 

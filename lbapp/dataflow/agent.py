@@ -63,6 +63,9 @@ GIVE_UP_SECONDS = 3.0
 NEARLY_FULL = 0.95
 ROOM = 0.85
 """Where the table is fuller than the first, the oldest connections go until it is as full as the second."""
+MANY_WALKS, MOST_LISTED = 3, 20_000
+"""Where the flows of so many members or virtual servers go at once, and there are fewer flows than that, all are
+listed: a walk over the whole table takes long, however little is in it."""
 LINGER_MS = 5000
 """How long a closed connection still translates what comes late."""
 SHORT_LINGER_MS = 250
@@ -169,8 +172,9 @@ class Agent(Generic[Path]):
         ids = [self._targets.pop(key) for key in stale if key in self._targets]
         self.fastpath.set_targets(dict.fromkeys(ids))
         self._free.extend(ids)
-        for number in gone:
-            self.fastpath.delete(virtual_server=number)
+        own = self._serials_of([(0, number) for number in gone]) if gone else set()
+        if own:
+            self.fastpath.reap(dict.fromkeys(own, layout.Wanted(final=True)))
 
     def _leftovers(self, services: dict[layout.ServiceKey, layout.Service | None]) -> list[int]:
         """Note what the fast path serves and nobody told of; returns the virtual servers that are no more."""
@@ -337,18 +341,36 @@ class Agent(Generic[Path]):
         answer for those that are not there; of the others :meth:`ended` tells.
         """
         wanted: dict[int, layout.Wanted] = {}
+        gone: list[tuple[int, int]] = []
         for one in asked:
             if isinstance(one, Timeout):
                 wanted[one.serial] = layout.Wanted(False, min(one.seconds, 65535))
             elif one.serial:
                 wanted[one.serial] = layout.Wanted(one.final, 0)
             elif one.member:
-                self.fastpath.delete(member=one.member, virtual_server=one.virtual_server or None)
-        if not wanted:
+                gone.append((one.member, one.virtual_server))
+        own = self._serials_of(gone) - wanted.keys() if gone else set()
+        if not wanted and not own:
             return []
-        _, missing = self.fastpath.reap(wanted)
+        _, missing = self.fastpath.reap({**wanted, **dict.fromkeys(own, layout.Wanted(final=True))})
+        missing = missing - own
         return [Delete(self.switch, tuple(Closed(serial, 0, 0, Reason.DELETED, False, False)
                                           for serial in sorted(missing)))] if missing else []
+
+    def _serials_of(self, gone: Sequence[tuple[int, int]]) -> set[int]:
+        """The flows of (member, virtual server), where one of them 0 is any, if it takes less to list all flows than to
+        walk over the whole table for each; else these flows are deleted here."""
+        flows = self.fastpath.flows(MOST_LISTED) if len(gone) >= MANY_WALKS else None
+        if flows is not None and len(flows) < MOST_LISTED:
+            pairs = set(gone)
+            return {flow.serial for _, flow in flows if not pairs.isdisjoint(
+                ((flow.member, 0), (0, flow.virtual_server), (flow.member, flow.virtual_server)))}
+        for member, virtual_server in gone:
+            if member:
+                self.fastpath.delete(member=member, virtual_server=virtual_server or None)
+            else:
+                self.fastpath.delete(virtual_server=virtual_server)
+        return set()
 
     def reset(self) -> None:
         """Forget every flow (RESET)."""

@@ -58,8 +58,6 @@ REPEAT_SECONDS = 0.3
 REPEATS = 5
 PASSED_ON = 4096
 """Connections whose late segments, read from the ring when they were complete already, are still passed on."""
-LATE_SECONDS = 3.0
-"""For so long. Then the fast path has no flow of theirs any more, and would only hand them back, again and again."""
 PSH = 8
 
 
@@ -93,7 +91,7 @@ class Proxy:
         self._ready: list[Handshake] = []
         self._late: dict[tuple[int, int], list[bytes]] = {}
         self._asking: dict[FlowSignature, Handshake] = {}
-        self._passed: OrderedDict[FlowSignature, tuple[int, float]] = OrderedDict()
+        self._passed: OrderedDict[FlowSignature, int] = OrderedDict()
         self._passed_back: OrderedDict[tuple[bytes, int, bytes, int], int] = OrderedDict()
 
     def __len__(self) -> int:
@@ -117,9 +115,9 @@ class Proxy:
             known = None
         if known is None:
             if record.kind != layout.Ask.DATA or not part.payload:
-                mss, passed = self._passed.get(signature, (0, 0.0))
-                if mss and now - passed < LATE_SECONDS:
-                    # It is translated now.
+                mss = self._passed.get(signature, 0)
+                if mss and self._fastpath.lookup(_key(signature)) is not None:
+                    # It is translated now. Without its flow it would be handed back, again and again.
                     self._late.setdefault((record.ifindex, mss), []).append(frame)
                 else:
                     # Of a connection that has ended: who goes on with that is reset by the fast path.
@@ -252,7 +250,7 @@ class Proxy:
             self._fastpath.set_splices({one.query.serial: layout.Splice(one.member_isn - one.cookie & 0xFFFFFFFF,
                                                                         one.shift) for one in ready})
             for one in ready:
-                self._pass_on(one, now)
+                self._pass_on(one)
         if self._late:
             for (ifindex, mss), late in self._late.items():
                 for frame in joining.join(late, mss):
@@ -267,7 +265,7 @@ class Proxy:
             one.ready = True
             self._ready.append(one)
 
-    def _pass_on(self, one: Handshake, now: float) -> None:
+    def _pass_on(self, one: Handshake) -> None:
         mss = min(one.mss, one.greeting.mss)
         if one.ours and one.member is not None:
             signature = one.query.signature
@@ -275,7 +273,7 @@ class Proxy:
         for frame in joining.join([one.flights[offset] for offset in sorted(one.flights)], mss):
             self._fastpath.inject(one.ifindex, frame)
         self._forget(one)
-        _remember(self._passed, one.query.signature, (mss, now))
+        _remember(self._passed, one.query.signature, mss)
 
     # -------------------------------------------------------------- what the control segment says
 
@@ -317,7 +315,7 @@ class Proxy:
             elif one.binding is Binding.SPLICE or known.ours:
                 self._open(known, told, now)
             else:
-                self._pass_on(known, now)
+                self._pass_on(known)
         return refused
 
     def _tell_arrived(self, one: Handshake) -> None:
@@ -493,9 +491,9 @@ class Proxy:
             (it.source, it.source_port), one.member[:2], part))
 
 
-def _remember(table: OrderedDict[Any, Any], key: Any, what: Any) -> None:
+def _remember(table: OrderedDict[Any, int], key: Any, mss: int) -> None:
     table.pop(key, None)
-    table[key] = what
+    table[key] = mss
     if len(table) > PASSED_ON:
         table.popitem(last=False)
 

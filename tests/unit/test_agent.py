@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import itertools
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -477,6 +478,22 @@ def test_reap_is_answered_for_the_dead_and_for_the_living(agent: Agent, fast: Fa
     assert agent.ended(10) == ([], [Stats(SWITCH, 9, Error.CONNALIVE, 7, 3400),
                                     Stats(SWITCH, 12, Error.NOTAVAIL, 7, 3400),
                                     Stats(SWITCH, 12, Error.CONNALIVE, 7, 3400)]), "the second one's member was silent"
+
+
+def test_many_members_that_go_are_one_walk(agent: Agent, fast: FakeFastPath) -> None:
+    def flow(serial: int, virtual_server: int, member: int) -> Any:
+        return types.SimpleNamespace(serial=serial, virtual_server=virtual_server, member=member)
+
+    fast.held = [(number, flow(*one)) for number, one in enumerate(
+        [(1, 7, 3), (1, 7, 3), (2, 8, 3), (3, 7, 4), (4, 8, 4), (5, 7, 5), (6, 7, 6)])]
+    fast.missing = {2}
+    assert agent.reap([Reap(SWITCH, 0, 0, 3, final=True), Reap(SWITCH, 0, 8, 4, final=True),
+                       Reap(SWITCH, 0, 0, 5, final=True)]) == [], "nobody asked about the one that went meanwhile"
+    assert fast.did("reap") == [dict.fromkeys((1, 2, 4, 5), layout.Wanted(final=True))]
+    assert fast.did("delete") == []
+    fast.held *= 5000
+    agent.reap([Reap(SWITCH, 0, 0, number, final=True) for number in (3, 4, 5)])
+    assert len(fast.did("delete")) == 3, "there are too many to list"
 
 
 def test_nothing_asked_is_no_walk(agent: Agent, fast: FakeFastPath) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,12 @@ class Client:
     def send_reaps(self, reaps: list[Reap]) -> None:
         self.said += reaps
 
+    def put(self, server: Any) -> None:
+        pass
+
+    def distribute(self, number: int, targets: Any) -> None:
+        pass
+
 
 def reap(serial: int, member: int = 3, final: bool = False) -> Reap:
     return Reap(SWITCH, serial, 1, member, final)
@@ -135,6 +142,18 @@ def test_what_nobody_else_repeats_is_said_until_it_is_answered_or_was_said_often
     for second in range(1, 20):
         link.again(now + second * 1.1)
     assert client.said[4:] == [reap(0, 4, final=True), reap(9)] * (REPEATS - 1)
+
+
+def test_a_member_that_is_back_loses_nothing_to_what_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "announce", lambda made: (made, made.targets))
+    client = Client()
+    link = RemoteLink(client)  # type: ignore[arg-type]
+    link.reap([reap(0, 4, final=True), reap(0, 5, final=True), reap(9, 4, final=True)])
+    client.said.clear()
+    made: Any = types.SimpleNamespace(targets=(types.SimpleNamespace(member=4),))
+    link.configure({1: made})
+    link.again(time.monotonic() + 100)
+    assert client.said == [reap(0, 5, final=True), reap(9, 4, final=True)]
 
 
 def test_what_is_repeated_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
