@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from topologies.lab import Lab
 
 WITH_FASTPATH = True
+pytestmark = pytest.mark.alone
 TRANSFERS, SIZE, RATE = 20, 2_000_000, 250_000
 """Eight seconds: longer than any fault below goes on."""
 READER = Path(__file__).with_name("slow_reader.py")
