@@ -172,9 +172,7 @@ class Agent(Generic[Path]):
         ids = [self._targets.pop(key) for key in stale if key in self._targets]
         self.fastpath.set_targets(dict.fromkeys(ids))
         self._free.extend(ids)
-        own = self._serials_of([(0, number) for number in gone]) if gone else set()
-        if own:
-            self.fastpath.reap(dict.fromkeys(own, layout.Wanted(final=True)))
+        self._forget([(0, number) for number in gone])
 
     def _leftovers(self, services: dict[layout.ServiceKey, layout.Service | None]) -> list[int]:
         """Note what the fast path serves and nobody told of; returns the virtual servers that are no more."""
@@ -349,28 +347,29 @@ class Agent(Generic[Path]):
                 wanted[one.serial] = layout.Wanted(one.final, 0)
             elif one.member:
                 gone.append((one.member, one.virtual_server))
-        own = self._serials_of(gone) - wanted.keys() if gone else set()
-        if not wanted and not own:
+        self._forget(gone)
+        if not wanted:
             return []
-        _, missing = self.fastpath.reap({**wanted, **dict.fromkeys(own, layout.Wanted(final=True))})
-        missing = missing - own
+        _, missing = self.fastpath.reap(wanted)
         return [Delete(self.switch, tuple(Closed(serial, 0, 0, Reason.DELETED, False, False)
                                           for serial in sorted(missing)))] if missing else []
 
-    def _serials_of(self, gone: Sequence[tuple[int, int]]) -> set[int]:
-        """The flows of (member, virtual server), where one of them 0 is any, if it takes less to list all flows than to
-        walk over the whole table for each; else these flows are deleted here."""
+    def _forget(self, gone: Sequence[tuple[int, int]]) -> None:
+        """Delete the flows of (member, virtual server), where one of them 0 is any. Many are listed and deleted in one
+        walk over the table, rather than in one for each, where there are few enough to list."""
         flows = self.fastpath.flows(MOST_LISTED) if len(gone) >= MANY_WALKS else None
         if flows is not None and len(flows) < MOST_LISTED:
             pairs = set(gone)
-            return {flow.serial for _, flow in flows if not pairs.isdisjoint(
+            serials = {flow.serial for _, flow in flows if not pairs.isdisjoint(
                 ((flow.member, 0), (0, flow.virtual_server), (flow.member, flow.virtual_server)))}
+            if serials:
+                self.fastpath.reap(dict.fromkeys(serials, layout.Wanted(final=True)))
+            return
         for member, virtual_server in gone:
             if member:
                 self.fastpath.delete(member=member, virtual_server=virtual_server or None)
             else:
                 self.fastpath.delete(virtual_server=virtual_server)
-        return set()
 
     def reset(self) -> None:
         """Forget every flow (RESET)."""
