@@ -339,19 +339,17 @@ class ControllerRuntime:
             followed = counted.switches.get(switch.id)
             openings[switch.id] = sum(switch.session.counters.bound.values()) + (followed.opened if followed else 0)
             reading = readings[switch.id] = self._application.fastpaths.read(switch.id)
+            relay = relayed[switch.id] = self._application.relays.read(switch.id)
+            for held in (reading, relay):
+                for (server_number, member_number), traffic in held.members.items() if held is not None else ():
+                    alive[server_number] += traffic.opened - traffic.closed
+                    if not self._application.control.follows(server_number):
+                        unfollowed[member_number] += traffic.opened - traffic.closed
             for key, traffic in reading.members.items() if reading is not None else ():
-                alive[key[0]] += traffic.opened - traffic.closed
-                if not self._application.control.follows(key[0]):
-                    unfollowed[key[1]] += traffic.opened - traffic.closed
                 if self._application.fastpaths.decides(switch.id, key[0]):  # others the control segment has counted
                     opened = traffic.opened - reading.before.get(key, 0)
                     bound[key] += opened
                     openings[switch.id] += opened
-            relay = relayed[switch.id] = self._application.relays.read(switch.id)
-            for key, traffic in relay.members.items() if relay is not None else ():
-                alive[key[0]] += traffic.opened - traffic.closed
-                if not self._application.control.follows(key[0]):
-                    unfollowed[key[1]] += traffic.opened - traffic.closed
             for number, (packets, size) in switch.session.counters.forwarded.items():
                 totals = forwarded.setdefault(number, [0, 0])
                 totals[0] += packets
