@@ -323,6 +323,19 @@ def downloads(host: LabHost, urls: Sequence[str], directory: Path, limit: str = 
         yield made
 
 
+def lbapp(lab: Lab, *words: str) -> subprocess.Popen[str]:
+    """The command, beside the controller."""
+    return lab.root.popen(lab.controller.command, "--token-file", str(lab.controller.state / "token"), *words,
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def said(process: subprocess.Popen[str], within: float = 60.0) -> str:
+    """All that a command said, once it has ended well."""
+    text, _ = process.communicate(timeout=within)
+    assert process.returncode == 0, text
+    return text
+
+
 def flows(lab: Lab, *match: str, bridge: str = "") -> list[str]:
     """The rules of a switch that match, with their counters."""
     return [line.strip() for line in lab.ovs.ofctl("dump-flows", bridge or lab.bridges[0], *match).splitlines()
@@ -338,6 +351,6 @@ def packets(flow: str) -> int:
 
 __all__ = [
     "ECHO_PORT", "LAN", "REFUSED_WITHIN", "VIP", "VIP6", "Download", "Held", "addresses", "ask_from", "change_member",
-    "configure", "downloads", "flows", "held", "in_order", "member_path", "members", "packets", "pool", "proportional",
-    "refused", "server", "settle", "statistics", "tcp", "unreachable", "wait_for_statistics",
+    "configure", "downloads", "flows", "held", "in_order", "lbapp", "member_path", "members", "packets", "pool",
+    "proportional", "refused", "said", "server", "settle", "statistics", "tcp", "unreachable", "wait_for_statistics",
 ]

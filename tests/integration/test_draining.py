@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.integration.handed_over import LBAPP, Site
-from tests.integration.support import VIP, Held, configure, members, pool, server
+from tests.integration.handed_over import Site
+from tests.integration.support import VIP, Held, configure, lbapp, members, pool, said, server
 from topologies.lab import Lab as RealLab
 from topologies.lab import unavailable
 from topologies.namespace import end, wait_until
@@ -32,19 +32,6 @@ WAYS: dict[int, dict[str, Any]] = {
 }
 """Every way in which a connection is held, by the port of its virtual server and its members."""
 MORE = (8082, 8083, 8084, 8085)
-
-
-def lbapp(lab: Lab, *words: str) -> subprocess.Popen[str]:
-    """The command, beside the controller."""
-    return lab.root.popen(LBAPP, "--token-file", str(lab.controller.state / "token"), *words, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def said(process: subprocess.Popen[str], within: float = 60.0) -> str:
-    """All that a command said, once it has ended well."""
-    text, _ = process.communicate(timeout=within)
-    assert process.returncode == 0, text
-    return text
 
 
 @pytest.fixture

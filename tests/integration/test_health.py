@@ -87,7 +87,7 @@ def watched(lab: Lab) -> Iterator[Lab]:
         for host in lab.servers:
             fault(lab, host.name, None)
         lab.start_servers()
-        lab.apply({"networks": [], "pools": [], "virtual_servers": []})  # another laboratory has a bridge of this name
+        lab.apply({"networks": [], "pools": [], "virtual_servers": []})  # nobody is checked any more
 
 
 def test_members_are_checked_from_the_monitor_address(watched: Lab) -> None:

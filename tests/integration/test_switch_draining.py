@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.integration.handed_over import LBAPP, Site
+from tests.integration.handed_over import Site
 from tests.integration.support import (
     ECHO_PORT,
     VIP,
@@ -23,9 +23,11 @@ from tests.integration.support import (
     Held,
     configure,
     downloads,
+    lbapp,
     members,
     pool,
     refused,
+    said,
     server,
     settle,
     unreachable,
@@ -67,19 +69,6 @@ class Talking:
         """Who answers."""
         self.socket.send(b"who")
         return self.socket.recv(100).decode().partition(" ")[0]
-
-
-def lbapp(lab: Lab, *words: str) -> subprocess.Popen[str]:
-    """The command, beside the controller."""
-    return lab.root.popen(LBAPP, "--token-file", str(lab.controller.state / "token"), *words, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def said(process: subprocess.Popen[str], within: float = 60.0) -> str:
-    """All that a command said, once it has ended well."""
-    text, _ = process.communicate(timeout=within)
-    assert process.returncode == 0, text
-    return text
 
 
 def drain(lab: Lab, *words: str) -> str:
