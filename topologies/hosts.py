@@ -78,6 +78,20 @@ class LabHost(Namespace):
         self.interface = interface
         self.directory = directory
 
+    def one_cpu_a_flow(self) -> None:
+        """Have each flow's packets received by one CPU, as a network card with several queues does (by RPS).
+
+        A veth leaves them to the CPU of whoever sent. Two of one connection at once, a handshake's last ACK and the
+        first data, are a race that Linux before 6.19 can lose: between a request's end and its socket's beginning
+        it finds neither, and answers with a RST (``inet_ehash_insert``).
+
+        Raises:
+            CommandError: the kernel has no RPS.
+        """
+        every = f"{(1 << min(os.cpu_count() or 1, 32)) - 1:x}"
+        self.run("unshare", "--mount", "sh", "-c", f"mount -t sysfs sysfs /sys && for queue in "
+                 f"/sys/class/net/{self.interface}/queues/rx-*; do echo {every} >$queue/rps_cpus || exit 1; done")
+
     # ------------------------------------------------------------------ clients
 
     def curl(self, url: str, *options: str, timeout: float = 10.0) -> str:
