@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: The lbapp authors
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: the fixtures of tests/namespaces.py, and the controller's log beside a failure."""
+"""What all tests share: the fixtures of tests/namespaces.py, and beside a failure what controller, switch and machine
+had to say."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from typing import Any
 
 import mininet.log  # noqa: F401
 import pytest
+
+from tests.machine import Watch
 
 # Mininet makes all later loggers of a class of its own, which tells its parents nothing: what is logged would be
 # lost to tests by the order in which modules are imported.
@@ -49,13 +52,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.integration)
 
 
+WATCH = Watch()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    WATCH.begin()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Add the end of the log of each laboratory's controller to a failure."""
+    """Add to a failure what the machine did, and the end of the logs of each laboratory's controller and switch."""
     report = yield
     if report.failed:
+        report.sections.append(("the machine meanwhile", WATCH.told()))
         for name, value in getattr(item, "funcargs", {}).items():
             controller = getattr(value, "controller", None)
             if controller is not None:
                 report.sections.append((f"log of {name}'s controller", controller.log_tail()))
+                report.sections.append((f"log of {name}'s switch", value.ovs.log_tail()))
     return report

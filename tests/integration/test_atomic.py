@@ -18,6 +18,8 @@ from topologies.hosts import LabHost
 if TYPE_CHECKING:
     from topologies.lab import Lab
 
+pytestmark = pytest.mark.alone
+
 CHANGES = 20
 AT_LEAST = 300
 
