@@ -27,6 +27,7 @@ from lbapp.dataflow.facts import (
 )
 from lbapp.dataflow.matches import (
     ANY_FRAGMENT,
+    ANY_RST,
     CT_INVALID,
     CT_REPLY,
     ETH_ARP,
@@ -126,6 +127,9 @@ def base_flows(zone: Zones, probe: bytes) -> Iterator[Flow]:
         SetField("nd_options_type", TARGET_LINK_LAYER_ADDRESS), SetField("nd_reserved", SOLICITED_OVERRIDE),
         SetField("ipv6_nd_tll", VIRTUAL_MAC), SetTtl(255), Output(IN_PORT))
     yield base(Table.SERVE, Priority.INVALID, (CT_INVALID,))
+    for ether in (ETH_IPV4, ETH_IPV6):
+        # Of no connection: it ends nothing, and is not to be answered.
+        yield base(Table.SERVE, Priority.STRANGER, (("eth_type", ether), ("ip_proto", TCP), ("ct_mark", 0), ANY_RST))
     yield base(Table.SERVE, Priority.NO_SERVER, (("ct_mark", 0),))
     yield base(Table.SERVE, Priority.DEFAULT, (), goto=Table.BOUND)
     yield base(Table.BOUND, Priority.INVALID, (("ct_mark", 0),), to_controller(), kind=Kind.FULL)

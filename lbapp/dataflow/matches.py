@@ -16,6 +16,8 @@ MAX_RELAYED = 0xF000
 CT_INVALID = ("ct_state", 0x30, 0x30)
 CT_REPLY = ("ct_state", 0x28, 0x38)
 """+trk+inv, and +trk+rpl-inv."""
+BARE_SYN, ANY_RST = ("tcp_flags", 0x02, 0x17), ("tcp_flags", 0x04, 0x04)
+"""What begins a connection (FIN, SYN, RST and ACK are looked at), and what ends one."""
 ANY_FRAGMENT = ("ip_frag", 1, 1)
 """The first one as well: Open vSwitch hides the ports of all fragments, unless told otherwise."""
 

@@ -210,7 +210,9 @@ class Priority(enum.IntEnum):
     INVALID = 901
     CLOSING = 801
     REPLY = 701
+    STRANGER = 511
     NEW = 501
+    OUT_OF_NOWHERE = 495
     NO_SERVER = 490
     SPECIAL = 401
     ROUTED = 20

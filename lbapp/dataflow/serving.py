@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from lbapp.config.model import Algorithm, Member, Pool, Protocol, State, VirtualServer
 from lbapp.config.routing import Routes
 from lbapp.control.selection import maglev_table, slot_blocks
-from lbapp.dataflow.matches import ETH_IPV4, ETH_IPV6, ip_match, packed, to_controller, to_relay, transport_match
+from lbapp.dataflow.matches import (
+    BARE_SYN,
+    ETH_IPV4,
+    ETH_IPV6,
+    TCP,
+    ip_match,
+    packed,
+    to_controller,
+    to_relay,
+    transport_match,
+)
 from lbapp.dataflow.openflow import (
     NAT_DESTINATION,
     Action,
@@ -98,13 +108,17 @@ def virtual_server_flows(virtual_server: VirtualServer, pool: Pool | None, eligi
     if len(blocks) > MAX_BLOCKS:
         flows.append(rule(Table.SERVE, Priority.NEW, new, query, kind=Kind.QUERY, owner=number))
         return flows, None
+    ether = ETH_IPV4 if virtual_server.version == 4 else ETH_IPV6
+    if virtual_server.protocol is Protocol.TCP:
+        # Only what begins a connection: to conntrack, any segment out of nowhere is new.
+        flows.append(rule(Table.SERVE, Priority.OUT_OF_NOWHERE, new, query, kind=Kind.QUERY, owner=number))
+        new = (("eth_type", ether), ("ip_proto", TCP), BARE_SYN, *new)
     flows.append(rule(Table.SERVE, Priority.NEW, new, (choice,), kind=kind, owner=number,
                       goto=Table.SOURCE_HASH if blocks else None))
     for value, mask, member_number in blocks:
         flows.append(rule(Table.SOURCE_HASH, Priority.NORMAL, (
             of_this, (Register.SLOT, value, mask | 0xFFFFFF00)), (Load(Register.MEMBER, member_number),),
             kind=kind, owner=number, goto=Table.BIND))
-    ether = ETH_IPV4 if virtual_server.version == 4 else ETH_IPV6
     flows += [rule(Table.BIND, Priority.NORMAL, (("eth_type", ether), of_this, (Register.MEMBER, member.number)),
                    (commit(virtual_server, member, zone, routed=routes.routed(virtual_server, member)),),
                    kind=kind, owner=number) for member in eligible]

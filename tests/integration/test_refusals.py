@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.integration.capture import captures
 from tests.integration.support import (
     ECHO_PORT,
     REFUSED_WITHIN,
@@ -187,10 +190,34 @@ def test_a_segment_out_of_nowhere_is_refused_and_leaves_nothing(both: Lab) -> No
         "    p=s.recv(200); t=p[20:]\n"
         "    if t[2:4]==struct.pack('!H',31999) and t[:2]==struct.pack('!H',port): print(hex(t[13])); break\n")
     client = lab.client("c3")
-    for port in (8080, 8081):
+    for port in (80, 8080, 8081):
         answer = client.run("python3", "-c", program, client.address, VIP, str(port)).stdout.strip()
         assert int(answer, 16) & 0x04, f"port {port}: expected a RST, got flags {answer}"
     assert "sport=31999" not in lab.ovs.appctl("dpctl/dump-conntrack")
+
+
+@pytest.mark.parametrize("port", [80, 8080, 8081], ids=["switch", "controller", "rules"])
+def test_floods_of_what_begins_nothing(both: Lab, port: int, told: Callable[[str], None]) -> None:
+    """Row 13: no state, no member hears of it, and no more comes back than was sent."""
+    lab, client = both, both.client("c3")
+
+    def passed() -> tuple[int, int]:
+        (link,) = json.loads(client.run("ip", "-j", "-s", "link", "show", client.interface).stdout)
+        return link["stats64"]["tx"]["bytes"], link["stats64"]["rx"]["bytes"]
+
+    before = passed()
+    with captures(*lab.servers) as behind:
+        for flags in (("-A",), ("-A", "-d", "100"), ("-R",), ("-F",), ("-F", "-P", "-U"), ()):
+            client.run("hping3", "-q", *flags, "-p", str(port), "-c", "50", "-i", "u1000", VIP, check=False)
+        assert sum(lab.client("c1").who(f"http://{VIP}:{port}/", 6).values()) == 6
+        heard = [one for capture in behind for one in capture.read()]
+    strange = socket.inet_aton(client.address)
+    assert any(one.dport == 80 for one in heard), "there was something to hear"
+    assert not [one for one in heard if strange in (one.source, one.destination)]
+    assert f"={client.address}," not in lab.ovs.appctl("dpctl/dump-conntrack")
+    sent, back = (now - then for now, then in zip(passed(), before, strict=True))
+    assert sent >= 6 * 50 * 54 and back <= sent, "no amplifier"
+    told(f"{sent} bytes came, {back} went back")
 
 
 def test_refusals_do_not_disturb_who_is_served(both: Lab) -> None:
