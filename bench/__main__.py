@@ -28,7 +28,7 @@ from bench.rounds import METRICS, Sample, add_latency, medians, orders, spread, 
 from bench.targets import BASELINES, Target
 
 ALL: tuple[Target, ...] = (*BASELINES, *OURS)
-SIZES = {"configuration": 10_000, "held": 100_000, "fastpath": 1_000_000, "idle": 20}
+SIZES = {"configuration": 10_000, "held": 100_000, "fastpath": 1_000_000, "idle": 20, "watching": 12}
 BY_NAME = {target.name: target for target in ALL}
 
 
@@ -180,13 +180,15 @@ def _report(screen: Console, samples: Sequence[Sample], names: Sequence[str],
               help=f"Held at once in the fast path; without it at most {SIZES['held']}.")
 @click.option("--seconds", type=click.IntRange(1, 600), default=SIZES["idle"], show_default=True,
               help="For how long idle processes are watched.")
+@click.option("--pairs", type=click.IntRange(2, 1000), default=SIZES["watching"], show_default=True,
+              help="How often new connections are counted with and without members being looked after.")
 @click.option("--only", type=click.Choice(list(SIZES)), default=None, help="One part of it.")
-def scale_command(virtual_servers: int, connections: int, seconds: int, only: str | None) -> None:
-    """Measure size: many virtual servers, many connections held, and what idle processes use."""
+def scale_command(virtual_servers: int, connections: int, seconds: int, pairs: int, only: str | None) -> None:
+    """Measure size: many virtual servers, many connections held, what idle processes use, what health checks cost."""
     _prepare()
     screen = report.console()
     sizes = {"configuration": virtual_servers, "held": min(connections, SIZES["held"]),
-             "fastpath": connections, "idle": seconds}
+             "fastpath": connections, "idle": seconds, "watching": pairs}
     figures, failures, interrupted = _scale(
         screen, {part: size for part, size in sizes.items() if only in (None, part)})
     _finish(screen, {}, figures, failures, interrupted)

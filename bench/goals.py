@@ -24,7 +24,6 @@ RATIOS: tuple[tuple[str, str, str, float], ...] = (
     *(("lbapp-fastpath", metric, NFT, 1.0) for metric in BULK),
     *(("lbapp-fastpath", metric, REFERENCE, 1.8) for metric in BULK),
     ("lbapp-agent", "new_conn_per_s", REFERENCE, 1.2),
-    ("lbapp-watched", "new_conn_per_s", "lbapp-plain", 0.97),
     ("lbapp-handoff", "new_conn_per_s", HTTP, 1.3),
     *((target, metric, HTTP, least) for target in ("lbapp-splice", "lbapp-handoff")
       for metric, least in (("keepalive_req_per_s", 1.3), ("big_mb_per_s", 1.8))),
@@ -44,6 +43,7 @@ SCALE_BYTES_PER_CONNECTION = 20.0
 FAST_CONNECTIONS = 1_000_000
 FAST_BYTES = 512
 IDLE_PERCENT = 1.0
+WATCHING_PERCENT = 3.0
 
 
 @dataclass(frozen=True)
@@ -102,4 +102,7 @@ def goals(targets: Mapping[str, Mapping[str, float]], scale: Mapping[str, float]
               IDLE_PERCENT, " %"),
         _most(f"lbapp run --fastpath, idle: at most {IDLE_PERCENT:.0f} % of a core",
               scale.get("idle_fastpath_percent"), IDLE_PERCENT, " %"),
+        _most(f"looking after members costs at most {WATCHING_PERCENT:.0f} % of new connections/s",
+              scale.get("watching_percent"), WATCHING_PERCENT,
+              f" %, standard error {scale.get('watching_percent_error', 0):.2g}"),
     ]

@@ -150,6 +150,13 @@ class Installation:
         except (RestError, httpx.HTTPError) as error:
             raise BenchError(str(error)) from None
 
+    def patch(self, path: str, body: Any) -> Any:
+        """A REST call that has to succeed."""
+        try:
+            return self.rest.patch(path, body)
+        except (RestError, httpx.HTTPError) as error:
+            raise BenchError(str(error)) from None
+
     def rules(self) -> int:
         """How many OpenFlow rules the switch holds."""
         try:
@@ -218,40 +225,6 @@ class Lbapp(Target):
                     installation.controller, SETTLE_SECONDS)
 
 
-class Watched(Lbapp):
-    """The same with everything that looks after members: monitors once a second, clients' failures, damping, and agents
-    beside the servers whose reports make the weights."""
-
-    def virtual_server(self, name: str, port: int, addresses: Sequence[str]) -> dict[str, Any]:
-        """See :meth:`Lbapp.virtual_server`."""
-        body = super().virtual_server(name, port, addresses)
-        monitors = [{"type": "TCP", "interval": 1, "timeout": 1}]
-        if port == WEB_PORT:
-            monitors.append({"type": "HTTP", "url_path": "/small", "interval": 1, "timeout": 1})
-        body["pool"].update(monitors=monitors, passive={}, damping={}, distribution={"interval": 1})
-        return body
-
-    def prepare(self, lab: Lab, installation: Installation) -> None:
-        """The balancer's address among the members, and an agent beside each."""
-        installation.post("/v1/networks", {"name": "all", "cidr": "10.0.0.0/8", "address": "10.255.0.1",
-                                           "monitor_address": "10.255.0.2"})
-        state = installation.process.state
-        for namespace, address in zip(installation.servers, installation.addresses, strict=True):
-            lab.spawn(installation.middle, f"server-agent-{namespace.name}", [
-                installation.process.command, "--token-file", str(state / "token"), "server-agent", "--report-only",
-                "--name", namespace.name, "--listener", f"{address}:{WEB_PORT}", "--netns",
-                str(NAMED / namespace.name), *(("--bus-key", str(state / "bus.key"))
-                                               if (state / "bus.key").exists() else ())])
-
-    def ready(self, installation: Installation) -> None:
-        """All of it works."""
-        installation.wait(lambda: all(
-            member["health_status"] and member["health_status"]["state"] == "up"
-            for member in installation.get("/v1/pools/web-pool/members")["members"]), "the members are checked")
-        installation.wait(lambda: sum(bool(one.get("report")) for one in installation.get(
-            "/v1/server-agents")["server_agents"]) == len(installation.servers), "the servers report")
-
-
 class Spliced(Lbapp):
     """What clients say is read: the rules of ``haproxy-http``, then a second handshake with the member."""
 
@@ -309,6 +282,4 @@ OURS: tuple[Target, ...] = (
     Spliced("lbapp-hybrid", "ROUND_ROBIN", ("--fastpath",), binding="hybrid"),
     HandedOff("lbapp-handoff", "ROUND_ROBIN", ("--fastpath",), binding="handoff"),
     Lbapp("lbapp-agent", "ROUND_ROBIN", ("--fastpath",), decision="controller"),
-    Lbapp("lbapp-plain", "WEIGHTED_ROUND_ROBIN", ("--fastpath",), decision="controller"),
-    Watched("lbapp-watched", "WEIGHTED_ROUND_ROBIN", ("--fastpath",), decision="controller"),
 )

@@ -4,7 +4,7 @@
 
 ``configuration`` applies a large site with the command an operator uses and watches the switch;
 ``held`` opens connections through a virtual server that the switch decides. Both return plain
-figures for the ``scale`` part of ``latest.json``. Further parts are in ``connections.py``.
+figures for the ``scale`` part of ``latest.json``. Further parts are in ``connections.py`` and ``watching.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import connections
+from bench import connections, watching
 from bench.dialogue import Dialogue
 from bench.holder import SPARE_FILES
 from bench.lab import BenchError, Lab, raise_open_files
@@ -215,4 +215,5 @@ class Part(NamedTuple):
 
 PARTS: dict[str, Part] = {
     "configuration": Part(configuration, APPLIED), "held": Part(held, HELD),
-    "fastpath": Part(connections.fastpath, connections.FASTPATH), "idle": Part(connections.idle, connections.IDLE)}
+    "fastpath": Part(connections.fastpath, connections.FASTPATH), "idle": Part(connections.idle, connections.IDLE),
+    "watching": Part(watching.watching, watching.FIGURES)}
