@@ -231,7 +231,7 @@ def test_goals_at_their_limits_are_met() -> None:
     scale_figures = {"connections_held": 100_000, "held_rules_per_virtual_server": 60,
                      "held_controller_bytes_per_connection": 0.0, "fast_connections_held": 1_000_000,
                      "fast_bytes_per_connection": 512, "idle_agent_percent": 1.0, "idle_fastpath_percent": 1.0,
-                     **watching.figures([97, 48.5], [100, 50])}
+                     **watching.figures([97.5, 49], [100, 50])}
     targets = figures(100, 100)
     targets["lbapp-ovs"]["controller_us_per_conn"] = 25.0
     targets["lbapp-fastpath"]["messages_per_closed"] = 1 / 64
