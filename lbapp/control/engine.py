@@ -376,9 +376,10 @@ class ControlSegment:
         # Most are not followed: they are added up first, for few virtual servers and members.
         sums: dict[tuple[int, int], list[int]] = {}
         for closed in delete.closed:
-            serial, virtual_server, member, reason, _, counted, packets, size, _ = closed
+            serial, virtual_server, member, reason, outbound, counted, packets, size, _ = closed
             entry = followed.get(serial)
-            if packets == REFUSED_PACKETS and counted and reason is Reason.SHUTDOWN and not (entry and entry.rules):
+            if (packets == REFUSED_PACKETS and outbound and counted and reason is Reason.SHUTDOWN
+                    and not (entry and entry.rules)):
                 self.failures.append((member, "refused"))
             if entry is not None:
                 load = entry.counts[1]

@@ -92,7 +92,8 @@ class Closed(NamedTuple):
     """One closed connection or, with ``state: rules``, one closed direction of it.
 
     Counters are what the DFS counted; ``duration`` is in seconds; ``outbound`` is the
-    OUTBOUND flag of 003 FIGURE 7 (server to client). ``counted`` is false where the DFS has no
+    OUTBOUND flag of 003 FIGURE 7 (server to client); of a whole connection, that a server's only packet ended it, the
+    answer to the client's only one: it refused. ``counted`` is false where the DFS has no
     counters for the connection (conntrack).
     """
 

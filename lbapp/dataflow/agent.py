@@ -426,8 +426,8 @@ class Agent(Generic[Path]):
         for (_, _, _, _, _, virtual_server, member, serial, reason, state, duration, packets_in, bytes_in, packets_out,
              bytes_out) in self.fastpath.closed(limit):
             if reason in reasons:
-                add(Closed(serial, virtual_server, member, reasons[reason], False, True, packets_in + packets_out,
-                           bytes_in + bytes_out, duration * seconds))
+                add(Closed(serial, virtual_server, member, reasons[reason], packets_in == packets_out == 1, True,
+                           packets_in + packets_out, bytes_in + bytes_out, duration * seconds))
             else:
                 for error in (Error.CONNALIVE,) if state & layout.ANSWERED else (Error.NOTAVAIL, Error.CONNALIVE):
                     alive.append(Stats(self.switch, serial, error, packets_in + packets_out, bytes_in + bytes_out))

@@ -453,6 +453,15 @@ def ended(serial: int, reason: layout.Reason, state: int = 0) -> layout.Closed:
                          3000)
 
 
+@pytest.mark.parametrize(("packets", "refused"), [((1, 1), True), ((2, 0), False), ((2, 1), False), ((5, 4), False)])
+def test_who_answered_the_first_packet_with_its_last_has_refused(agent: Agent, fast: FakeFastPath,
+                                                                 packets: tuple[int, int], refused: bool) -> None:
+    """A client's own SYN and RST are two packets as well, and anybody can forge them."""
+    fast.ending = [ended(11, layout.Reason.SHUTDOWN)._replace(packets_in=packets[0], packets_out=packets[1])]
+    (one,), _ = agent.ended(3)
+    assert (one.outbound, one.packets) == (refused, sum(packets))
+
+
 def test_closed_connections_are_told_of_in_batches(agent: Agent, fast: FakeFastPath) -> None:
     fast.ending = [ended(serial, reason) for serial, reason in enumerate(
         (layout.Reason.SHUTDOWN, layout.Reason.IDLE, layout.Reason.OVERFLOW, layout.Reason.DELETED), 11)]

@@ -19,12 +19,13 @@ def test_a_member_that_failed_a_client_is_noted_once_each_time() -> None:
 
 
 @pytest.mark.parametrize(("closed", "noted"), [
-    (Closed(8, 1, 2, Reason.SHUTDOWN, packets=2, bytes=100), True),
+    (Closed(8, 1, 2, Reason.SHUTDOWN, outbound=True, packets=2, bytes=100), True),
+    (Closed(8, 1, 2, Reason.SHUTDOWN, packets=2, bytes=100), False),  # a SYN and a RST, both of the client's
     (Closed(8, 1, 2, Reason.SHUTDOWN, packets=3, bytes=160), False),
-    (Closed(8, 1, 2, Reason.IDLE, packets=2, bytes=100), False),
+    (Closed(8, 1, 2, Reason.IDLE, outbound=True, packets=2, bytes=100), False),
     (Closed(8, 1, 2, Reason.SHUTDOWN, counted=False), False),
 ])
-def test_a_connection_of_two_packets_was_refused(closed: Closed, noted: bool) -> None:
+def test_a_first_packet_that_was_answered_by_the_last_was_refused(closed: Closed, noted: bool) -> None:
     segment = control()
     segment.handle(Delete(1, (closed,)), 2.0)
     assert list(segment.failures) == ([(2, "refused")] if noted else [])
