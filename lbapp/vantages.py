@@ -111,21 +111,22 @@ class Vantages:
 
     def _arrange(self) -> None:
         wanted = self._wanted()
-        if self._closed or wanted == self._there:
-            self._tell()
-            return
-        self._leave()
-        if wanted is not None:
-            try:
-                self._spot = self._make_spot(wanted)
-            except Exception as error:
-                # Whatever it is: members go on being used unchecked, and people are told.
-                LOG.error("members cannot be checked from %s at bridge %s: %s", ", ".join(wanted.addresses),
-                          wanted.bridge, error)
-                return
-            self._there = wanted
-            self._inside = self._make(*self._calls, self._spot.netns)
+        if not self._closed and wanted != self._there:
+            self._leave()
+            if wanted is not None:
+                self._settle(wanted)
         self._tell()
+
+    def _settle(self, wanted: Wanted) -> None:
+        try:
+            self._spot = self._make_spot(wanted)
+        except Exception as error:
+            # Whatever it is: its members go on being used unchecked, people are told, and the next change tries again.
+            LOG.error("members cannot be checked from %s at bridge %s: %s", ", ".join(wanted.addresses),
+                      wanted.bridge, error)
+            return
+        self._there = wanted
+        self._inside = self._make(*self._calls, self._spot.netns)
 
     def _leave(self) -> None:
         if self._inside is not None:

@@ -124,3 +124,9 @@ def test_a_place_that_cannot_be_made_leaves_members_unchecked(caplog: Any) -> No
     bench.vantages.attach("br0")
     assert bench.checked == {"own": {"2:tcp", "3:tcp"}}
     assert "no namespaces here" in caplog.text
+    later = {key: target for key, target in TARGETS.items() if not key.startswith("2")}
+    bench.vantages.configure([LAN], later)
+    assert bench.checked == {"own": {"3:tcp"}}, "others are looked after all the same"
+    bench.refuse = None
+    bench.vantages.configure([LAN], TARGETS)
+    assert bench.checked == {"own": {"2:tcp", "3:tcp"}, "inside": {"1:tcp"}}
