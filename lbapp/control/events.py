@@ -25,6 +25,7 @@ class EventKind(enum.Enum):
     MEMBER_DRAINED = "member_drained"
     MEMBER_SLOW_START = "member_slow_start"
     MEMBER_FAILED = "member_failed"
+    MEMBER_OVERRIDDEN = "member_overridden"
     PRIORITY = "priority"
     FALLBACK = "fallback"
     DISTRIBUTION = "distribution"

@@ -150,6 +150,7 @@ class Health:
             self._forget(self._numbers.pop(key, ()))
         for key in touched:
             pool = after[key]
+            self._overridden(before.get(key), pool, now)
             kept = []
             for member in pool.members:
                 if not _needed(pool, member):
@@ -160,6 +161,15 @@ class Health:
             self._numbers[key] = tuple(kept)
         self._pools = after
         return touched | set(gone)
+
+    def _overridden(self, before: Pool | None, pool: Pool, now: float) -> None:
+        """Tell of what an operator says of members, or says no more."""
+        said = {member.number: member.health for member in before.members} if before is not None else {}
+        for member in pool.members:
+            if member.health is not said.get(member.number, Override.AUTO):
+                text = ("no operator's word any more" if member.health is Override.AUTO
+                        else f"{member.health.value}, says an operator")
+                self._events.add(now, EventKind.MEMBER_OVERRIDDEN, text, pool.name, member.endpoint)
 
     def _forget(self, numbers: Iterable[int]) -> None:
         for number in numbers:

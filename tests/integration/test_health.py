@@ -261,6 +261,10 @@ def test_an_operator_overrides_and_a_fallback_serves(watched: Lab) -> None:
         assert all(one.error is None for one in probe.stop())
     texts = [one["text"] for one in lab.rest.get("/v1/events?kind=fallback&pool=least")["events"]]
     assert texts[-2:] == ["pool sorry is used", "its own members are used again"]
+    overridden = lab.rest.get("/v1/events?kind=member_overridden&pool=least")["events"]
+    assert [(one["member"], one["text"]) for one in overridden] == [
+        *((f"10.0.0.5{index}:80", "down, says an operator") for index in (1, 2, 3)),
+        ("10.0.0.51:80", "up, says an operator")]
 
 
 def test_a_lower_priority_steps_in_and_back(watched: Lab) -> None:

@@ -127,6 +127,17 @@ def test_an_operator_has_the_last_word() -> None:
     assert site.taking() == [1]
 
 
+def test_what_an_operator_says_is_told() -> None:
+    site = Site(pool(m1={"health": "down"}))
+    site.configure(pool(m0={"health": "up"}, m1={"health": "down"}))
+    site.configure(pool(m0={"health": "up"}, m1={"weight": 5}))
+    site.configure(pool(m0={"health": "up"}))
+    assert [(event.pool, event.member, event.text) for event in site.events.since(0)
+            if event.kind is EventKind.MEMBER_OVERRIDDEN] == [
+        ("p", "10.0.0.2:80", "down, says an operator"), ("p", "10.0.0.1:80", "up, says an operator"),
+        ("p", "10.0.0.2:80", "no operator's word any more")]
+
+
 def test_a_changed_pool_keeps_what_is_known() -> None:
     site = Site(pool(monitors=TCP))
     site.said(1, False)
