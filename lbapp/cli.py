@@ -101,7 +101,7 @@ def cli(ctx: click.Context, url: str, token: str | None, token_file: Path | None
 @click.option("--agent", "agents", type=HostPort(), multiple=True, metavar="HOST:PORT",
               help="An agent beside a switch of another host; may be repeated.")
 @click.option("--bus-key", type=PATH, envvar="LBAPP_BUS_KEY", show_envvar=True,
-              help="Shared key of the buses, made on the first run.  [default: bus.key in the state directory]")
+              help="Shared key of the buses, made where there is none.  [default: bus.key in the state directory]")
 @click.option("--queries", type=click.Choice(["agent", "openflow"]), default="agent", show_default=True,
               help="How first packets come from a switch with a fast path: straight, or as packet-ins.")
 @click.option("--monitor-scripts", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIRECTORY",
@@ -308,7 +308,7 @@ def add() -> None:
     """Add a virtual server, pool, member or network."""
 
 
-SET = click.option("--set", "sets", multiple=True, metavar="FIELD=VALUE", help="Any other field; may be repeated.")
+SET = click.option("--set", "sets", multiple=True, metavar="FIELD=VALUE", help="Another plain field; may be repeated.")
 
 
 def _added(access: Access, kind: str, what: str, body: dict[str, Any], pool: str | None = None) -> None:
