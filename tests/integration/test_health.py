@@ -282,6 +282,65 @@ def test_a_lower_priority_steps_in_and_back(watched: Lab) -> None:
     assert any(one["kind"] == "priority" for one in lab.rest.get("/v1/events?limit=1000&pool=least")["events"])
 
 
+def test_clients_are_told_that_nobody_is_there(watched: Lab) -> None:
+    lab = watched
+    lab.rest.patch("/v1/pools/least", {"sorry": {"status": 503, "body": "closed for today\n"}})
+    for index in (1, 2, 3):
+        lab.rest.patch(f"/v1/pools/least/members/10.0.0.5{index}:80", {"health": "down"})
+
+    def answer() -> str:
+        return lab.client("c1").run("curl", "-sS", "--max-time", "5", "-w", "%{http_code}", f"http://{VIP}:8081/",
+                                    check=False).stdout
+
+    wait_until(lambda: answer() == "closed for today\n503", 10, "the sorry page")
+    lab.rest.patch("/v1/pools/least/members/10.0.0.52:80", {"health": "auto"})
+    wait_until(lambda: answer() == "s2\n200", 10, "a member serves again")
+
+
+def test_a_member_that_comes_back_starts_slowly(watched: Lab) -> None:
+    lab, path = watched, "/v1/pools/least/members/10.0.0.51:80"
+    lab.rest.patch("/v1/pools/least", {"slow_start": 8, "lb_algorithm": "WEIGHTED_ROUND_ROBIN",
+                                       "members": [{**one, "weight": 100} for one in members(lab)]})
+    settle(lab)
+    fault(lab, "s1", REJECT)
+    becomes(lab, "s1", "down", 15, "least")
+    fault(lab, "s1", None)
+    becomes(lab, "s1", "up", 15, "least")
+    weights: list[int] = []
+
+    def full() -> bool:
+        weights.append(lab.rest.get(path)["effective_weight"])
+        return weights[-1] == 100
+
+    wait_until(full, 25, "its whole weight", every=0.2)
+    assert weights == sorted(weights)
+    assert len(set(weights)) > 5, weights
+    assert set(lab.client("c1").who(f"http://{VIP}:8080/", 30)) == {"s1", "s2", "s3"}
+
+
+def test_a_member_that_comes_and_goes_stays_out_until_it_is_well(watched: Lab) -> None:
+    lab = watched
+    lab.rest.patch("/v1/pools/least", {"damping": {"changes": 4, "window": 120, "hold": 5}})
+
+    def damped() -> bool:
+        listed = lab.rest.get("/v1/events?limit=1000&pool=least&kind=member_damped")["events"]
+        return bool(listed)
+
+    for _ in range(4):
+        fault(lab, "s1", REJECT)
+        becomes(lab, "s1", "down", 15, "least")
+        fault(lab, "s1", None)
+        wait_until(lambda: damped() or health(lab, "s1", "least")["state"] == "up", 15, "it is up, or held down")
+        if damped():
+            break
+    begun = time.monotonic()
+    assert damped()
+    assert health(lab, "s1", "least")["state"] == "down"
+    assert "s1" not in lab.client("c1").who(f"http://{VIP}:8080/", 12)
+    becomes(lab, "s1", "up", 30, "least")
+    assert time.monotonic() - begun > 2
+
+
 @pytest.mark.parametrize("port", [8080, 8081], ids=["l4", "l7"])
 def test_clients_failures_tell_of_a_member(watched: Lab, port: int, told: Any) -> None:
     """Without monitors: who refuses clients is left out for a while, and then tried again."""
