@@ -22,6 +22,11 @@ from bench import report
 from bench.lab import BenchError, raise_open_files, sweep
 from bench.queueing import BATCH_SECONDS, Machine, Outcome, Trace, simulate
 from lbapp.config.model import Algorithm
+from lbapp.config.pool import Synthesis
+
+HOW: dict[str, Algorithm | Synthesis] = {
+    one.value: one for one in (*Algorithm, Synthesis.EVEN_LOAD, Synthesis.CAPABILITY, Synthesis.DYNAMIC_RATIO)}
+"""The algorithms, and turns by weights that follow what servers report."""
 
 
 def traces(requests: int) -> tuple[Trace, ...]:
@@ -31,21 +36,24 @@ def traces(requests: int) -> tuple[Trace, ...]:
         Trace("skewed", "10 members alike, sizes bounded Pareto (1 to 1000, exponent 1.2)", ten, requests),
         Trace("slow", "the same, one member at a tenth of the speed", (Machine(speed=0.1), *ten[1:]), requests),
         Trace("dying", "the same, one member falls to a tenth half-way", ten, requests, changes=((0.5, 0, 0.1),)),
+        Trace("dead", "the same, one member dies half-way; its checks notice after 2.5 s", ten, requests,
+              deaths=((0.5, 0),)),
         Trace("large", "1000 members of weights and capacities 1 to 4",
               tuple(Machine(workers=1 + number % 4, weight=1 + number % 4) for number in range(1000)), 3 * requests),
     )
 
 
-def table(trace: Trace, outcomes: Sequence[tuple[Algorithm, Outcome]]) -> Table:
+def table(trace: Trace, outcomes: Sequence[tuple[Algorithm | Synthesis, Outcome]]) -> Table:
     """The outcomes of a trace, a row each."""
     result = Table(title=f"{trace.name}: {trace.text}; {trace.requests} requests, {100 * trace.load:.0f} % load",
                    title_justify="left")
     result.add_column("algorithm")
-    for heading in ("imbalance", "p50 ms", "p99 ms"):
+    for heading in ("imbalance", "p50 ms", "p99 ms", *(("lost",) if trace.deaths else ())):
         result.add_column(heading, justify="right")
-    for algorithm, outcome in outcomes:
-        result.add_row(algorithm.value, f"{outcome.imbalance:.2f}",
-                       *(report.number(1000 * outcome.percentile(percent)) for percent in (50, 99)))
+    for how, outcome in outcomes:
+        result.add_row(how.value, f"{outcome.imbalance:.2f}",
+                       *(report.number(1000 * outcome.percentile(percent)) for percent in (50, 99)),
+                       *((str(outcome.lost),) if trace.deaths else ()))
     return result
 
 
@@ -84,8 +92,8 @@ def _real(screen: Console, rounds: int, seconds: int, seed: int) -> None:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--requests", type=click.IntRange(100, 10_000_000), default=20_000, show_default=True,
               help="Simulated for ten members; three times as many for a thousand.")
-@click.option("--traces", "names", default="", help="Some of skewed, slow, dying, large.")
-@click.option("--algorithms", default="", help="Some of the algorithms.")
+@click.option("--traces", "names", default="", help="Some of skewed, slow, dying, dead, large.")
+@click.option("--algorithms", default="", help="Some of the algorithms and syntheses.")
 @click.option("--seed", type=int, default=1, show_default=True, help="The same seed, the same figures.")
 @click.option("--batch", type=click.FloatRange(0.001, 10), default=BATCH_SECONDS, show_default=True,
               help="Seconds from one batch of ended connections to the next.")
@@ -106,12 +114,12 @@ def main(requests: int, names: str, algorithms: str, seed: int, batch: float, re
             raise click.ClickException(str(error)) from None
         return
     known = traces(requests)
-    wanted = [Algorithm(name) for name in _chosen(algorithms.upper(), [one.value for one in Algorithm], "--algorithms")]
+    wanted = [HOW[name] for name in _chosen(algorithms.upper(), list(HOW), "--algorithms")]
     chosen = _chosen(names, [trace.name for trace in known], "--traces")
     for trace in known:
         if trace.name in chosen:
             with screen.status(trace.name):
-                outcomes = [(algorithm, simulate(trace, algorithm, seed, batch)) for algorithm in wanted]
+                outcomes = [(how, simulate(trace, how, seed, batch)) for how in wanted]
             screen.print(table(trace, outcomes))
 
 

@@ -12,8 +12,20 @@ import pytest
 from click.testing import CliRunner
 
 from bench import arrivals, distribution, work_server
-from bench.queueing import Machine, Outcome, Server, Trace, bounded_pareto, pareto_mean, requests, simulate
+from bench.queueing import (
+    NOTICED_SECONDS,
+    WARM_UP,
+    Machine,
+    Outcome,
+    Server,
+    Trace,
+    bounded_pareto,
+    pareto_mean,
+    requests,
+    simulate,
+)
 from lbapp.config.model import Algorithm
+from lbapp.config.pool import Synthesis
 
 TEN = (Machine(),) * 10
 SLOW = Trace("slow", "", (Machine(speed=0.1), *TEN[1:]), 4000, seconds=20.0)
@@ -86,6 +98,23 @@ def test_a_dying_member_is_left():
     assert simulate(trace, Algorithm.LEAST_RESPONSE_TIME, 1).percentile(99) < turns / 3
 
 
+def test_what_a_dead_member_had_and_got_is_lost():
+    trace = Trace("dead", "", TEN, 4000, seconds=20.0, deaths=((0.5, 0),))
+    turns, least = (simulate(trace, algorithm, 1) for algorithm in (Algorithm.ROUND_ROBIN, Algorithm.LEAST_CONNECTIONS))
+    expected = NOTICED_SECONDS * 4000 / 20 / 10
+    assert 0.7 * expected < turns.lost < 1.5 * expected, "a tenth of all until it is noticed, and what it had"
+    assert least.lost < turns.lost / 3, "its connections never end: it looks full"
+    counted = sum(began >= WARM_UP * trace.seconds for began, _, _ in requests(trace, 1))
+    assert len(turns.latencies) + turns.lost == counted, "and nothing else"
+
+
+@pytest.mark.parametrize("synthesis", [Synthesis.EVEN_LOAD, Synthesis.CAPABILITY, Synthesis.DYNAMIC_RATIO])
+def test_weights_that_follow_reports_spare_a_slow_member(slow, synthesis):
+    outcome, turns = simulate(SLOW, synthesis, 1), slow[Algorithm.ROUND_ROBIN]
+    assert outcome.imbalance < turns.imbalance
+    assert outcome.percentile(99) < turns.percentile(99) / 3
+
+
 def test_late_news_misleads_those_who_count_connections():
     """What has ended and is not told of yet makes fast members look full; who knows how fast they are is not misled."""
     trace = Trace("quick", "", SLOW.machines[:6], 6000, seconds=20.0, load=0.5, tail=0)
@@ -113,7 +142,7 @@ def test_the_command_prints_a_table_a_trace():
     assert "LEAST_BYTES" not in done.output
     refused = CliRunner().invoke(distribution.main, ["--traces", "fast"])
     assert refused.exit_code == 2
-    assert "expected some of skewed, slow, dying, large" in refused.output
+    assert "expected some of skewed, slow, dying, dead, large" in refused.output
 
 
 # ------------------------------------------------------------------ the real ones
