@@ -101,7 +101,10 @@ def put_in_order(lab: Lab) -> Lab:
     lab.start_servers()
     lab.start_controller()
     lab.apply(EMPTY_SITE)
-    # A UDP client's port that comes back would meet its connection with a member that is no more.
+    # A client's port that comes back would meet its earlier connection: the server's, which nobody told of its end (it
+    # would answer a SYN with an ACK, which is invalid to conntrack), or conntrack's own (UDP).
+    for host in lab.servers:
+        host.run("ss", "--kill", "--tcp", "state", "connected", check=False)
     lab.ovs.appctl("dpctl/flush-conntrack")
     return lab
 
