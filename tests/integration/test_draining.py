@@ -81,7 +81,7 @@ def test_a_deadline_resets_what_is_left(site: Lab, port: int) -> None:
                 time.sleep(0.1)
     finally:
         connection.close()
-    kinds = [one["text"] for one in lab.rest.get("/v1/events?pool=web")["events"]
+    kinds = [one["text"] for one in lab.rest.get("/v1/events?limit=1000&pool=web")["events"]
              if one["kind"] in ("member_draining", "member_drained")]
     assert kinds[-2:] == ["draining, for at most 2 s", "its 2 s are over; what is left is reset"]
 

@@ -259,9 +259,9 @@ def test_an_operator_overrides_and_a_fallback_serves(watched: Lab) -> None:
         lab.rest.patch(path, {"health": "up"})
         wait_until(lambda: {one.name for one in probe.seen[-10:]} == {"s1"}, 10, "its own member serves again")
         assert all(one.error is None for one in probe.stop())
-    texts = [one["text"] for one in lab.rest.get("/v1/events?kind=fallback&pool=least")["events"]]
+    texts = [one["text"] for one in lab.rest.get("/v1/events?limit=1000&kind=fallback&pool=least")["events"]]
     assert texts[-2:] == ["pool sorry is used", "its own members are used again"]
-    overridden = lab.rest.get("/v1/events?kind=member_overridden&pool=least")["events"]
+    overridden = lab.rest.get("/v1/events?limit=1000&kind=member_overridden&pool=least")["events"]
     assert [(one["member"], one["text"]) for one in overridden] == [
         *((f"10.0.0.5{index}:80", "down, says an operator") for index in (1, 2, 3)),
         ("10.0.0.51:80", "up, says an operator")]
