@@ -324,7 +324,8 @@ def test_the_clock_is_set(make_lab: Callable[..., Lab], told: Callable[[str], No
         for offset in (HOUR, -HOUR):
             for name in ALL:
                 becomes(lab, name, "up")
-            since, event = lab.controller.log.stat().st_size, lab.rest.get("/v1/events?limit=1000")["events"][-1]["number"]
+            since = lab.controller.log.stat().st_size
+            event = lab.rest.get("/v1/events?limit=1000")["events"][-1]["number"]
             begun = time.monotonic()
             clock.set(offset)
             wait_until(lambda: "the clock was set" in logged(lab, since), 15, "it is told of")  # noqa: B023
