@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
 
 from bench import machine
-from bench.lab import NAMED, BenchError, Lab, Namespace, tail
+from bench.lab import NAMED, BenchError, Lab, Namespace, Process, tail
 from bench.load import BULK_PORT, WEB_PORT, Client, Messages, Site
 from bench.targets import VIP, Target, hosts, start_servers
 from lbapp.dataflow.ovs import OvsError, PrivateOvs
@@ -138,24 +138,22 @@ class Installation:
 
     def get(self, path: str) -> Any:
         """A REST call that has to succeed."""
-        try:
-            return self.rest.get(path)
-        except (RestError, httpx.HTTPError) as error:
-            raise BenchError(str(error)) from None
+        return _succeeded(self.rest.get, path)
 
     def post(self, path: str, body: Any) -> Any:
         """A REST call that has to succeed."""
-        try:
-            return self.rest.post(path, body)
-        except (RestError, httpx.HTTPError) as error:
-            raise BenchError(str(error)) from None
+        return _succeeded(self.rest.post, path, body)
 
     def patch(self, path: str, body: Any) -> Any:
         """A REST call that has to succeed."""
-        try:
-            return self.rest.patch(path, body)
-        except (RestError, httpx.HTTPError) as error:
-            raise BenchError(str(error)) from None
+        return _succeeded(self.rest.patch, path, body)
+
+    def server_agents(self, *options: str) -> list[Process]:
+        """Start ``lbapp server-agent`` beside each server, for its web server."""
+        return [self.lab.spawn(self.middle, f"server-agent-{namespace.name}", [
+            self.process.command, "--token-file", str(self.process.state / "token"), "server-agent", "--name",
+            namespace.name, "--netns", str(NAMED / namespace.name), "--listener", f"{address}:{WEB_PORT}", *options])
+            for namespace, address in zip(self.servers, self.addresses, strict=True)]
 
     def rules(self) -> int:
         """How many OpenFlow rules the switch holds."""
@@ -183,6 +181,13 @@ class Installation:
         self.wait(answers, f"an answer on {address}:{port}")
 
 
+def _succeeded(call: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return call(*arguments)
+    except (RestError, httpx.HTTPError) as error:
+        raise BenchError(str(error)) from None
+
+
 class Lbapp(Target):
     """lbapp with one of its ways to treat a new connection.
 
@@ -205,21 +210,13 @@ class Lbapp(Target):
         return {"name": name, "vip_address": VIP, "protocol": "TCP", "protocol_port": port, **self._options,
                 "pool": {"name": f"{name}-pool", "lb_algorithm": self._algorithm, "members": members}}
 
-    def prepare(self, lab: Lab, installation: Installation) -> None:
-        """What has to be there before virtual servers are."""
-
-    def ready(self, installation: Installation) -> None:
-        """Wait for what has to work."""
-
     def build(self, lab: Lab) -> Site:
         """See :meth:`Target.build`."""
         installation = Installation(lab, self._run)
-        self.prepare(lab, installation)
         installation.post("/v1/virtual-servers", self.virtual_server("web", WEB_PORT, installation.addresses))
         installation.post("/v1/virtual-servers", self.virtual_server("bulk", BULK_PORT, installation.addresses[:1]))
         for port in (WEB_PORT, BULK_PORT):
             installation.wait_answer(VIP, port)
-        self.ready(installation)
         time.sleep(0.5)
         return Site(tuple(Client(client, VIP) for client in installation.clients), installation.servers,
                     installation.controller, SETTLE_SECONDS)
@@ -244,26 +241,22 @@ class Spliced(Lbapp):
             for name, (kind, compare, value, key) in rules.items()]
         installation.post("/v1/virtual-servers", {**self.virtual_server("web", WEB_PORT, installation.addresses),
                                                   "application": "http", "l7_policies": policies})
-        self.agents(lab, installation)
+        self.agents(installation)
         installation.wait_answer(VIP, WEB_PORT)
         time.sleep(0.5)
         return Site(tuple(Client(client, VIP) for client in installation.clients), installation.servers,
                     installation.controller, SETTLE_SECONDS)
 
-    def agents(self, lab: Lab, installation: Installation) -> None:
+    def agents(self, installation: Installation) -> None:
         """None beside the servers."""
 
 
 class HandedOff(Spliced):
     """The same, and the servers' kernels adopt the connections: an ``lbapp server-agent`` for each."""
 
-    def agents(self, lab: Lab, installation: Installation) -> None:
+    def agents(self, installation: Installation) -> None:
         """Start them, and wait until they have announced themselves."""
-        for namespace, address in zip(installation.servers, installation.addresses, strict=True):
-            lab.spawn(installation.middle, f"server-agent-{namespace.name}", [
-                installation.process.command, "--token-file", str(installation.process.state / "token"), "server-agent",
-                "--name", namespace.name, "--netns", str(NAMED / namespace.name),
-                "--listener", f"{address}:{WEB_PORT}"])
+        installation.server_agents()
 
         def all_announced() -> bool:
             agents = installation.rest.get("/v1/server-agents")["server_agents"]

@@ -186,7 +186,8 @@ class Segment:
         self._server = VirtualServer(name="web", vip_address="192.0.2.1", protocol=Protocol.TCP, protocol_port=80,
                                      number=VIRTUAL_SERVER, default_pool_id="pool")
         self._hosts = {member.address: Host(b"\2\0\0\0\0\1", 1) for member in self._members}
-        self.control = ControlSegment(self._configuration())
+        self._configured = self._configuration()
+        self.control = ControlSegment(self._configured)
         self.control.handle(SwitchUp(SWITCH, self._hosts), 0.0)
 
     def _configuration(self) -> Configuration:
@@ -195,6 +196,11 @@ class Segment:
             health=Override.DOWN if one.number in self._dead else Override.AUTO) for one in self._members)
         return Configuration(virtual_servers={"web": self._server},
                              pools={"pool": msgspec.structs.replace(self._pool, members=members)})
+
+    @property
+    def listens(self) -> bool:
+        """Whether weights follow what servers report."""
+        return self._master is not None
 
     def choose(self, serial: int, client: int, now: float) -> int:
         """The index of the member that a request of a client gets."""
@@ -219,14 +225,12 @@ class Segment:
         self.control.configure(self._configuration(), now)
 
     def report(self, values: Sequence[Mapping[str, float]], now: float) -> None:
-        """What the servers' agents say, all of them at once; nothing where nobody listens."""
-        if self._master is None:
-            return
+        """What the servers' agents say, all of them at once, where somebody listens."""
+        assert self._master is not None
         for member, said in zip(self._members, values, strict=True):
             if member.number not in self._dead:
                 self._master.report(member.address, [(member.address, 0)], said, now)
-        plain = Configuration(virtual_servers={"web": self._server}, pools={"pool": self._pool})
-        weights = self._master.distribute(plain, now, self._dead)
+        weights = self._master.distribute(self._configured, now, self._dead)
         if weights is not self._weights:
             self._weights = weights
             self._configure(now)
@@ -267,7 +271,8 @@ class _Run:
             self._at(share * trace.seconds + NOTICED_SECONDS, lambda now, index=index: segment.died(index, now))  # type: ignore[misc]
         self._at(trace.seconds, self._count)
         self._at(batch, self._tell)
-        self._at(REPORT_SECONDS, self._report)
+        if segment.listens:
+            self._at(REPORT_SECONDS, self._report)
 
     def _at(self, when: float, what: Callable[[float], None]) -> None:
         self.ordered += 1

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.lab import NAMED, Lab, Process
+from bench.lab import Lab, Process
 from bench.lbapp_targets import SETTLE_SECONDS, Installation
 from bench.load import WEB_PORT, Client, Site, new_connections
 from bench.targets import VIP
@@ -52,7 +52,7 @@ def watching(pairs: int, progress: Callable[[str], None]) -> dict[str, float]:
             "pool": {"name": "watched", "lb_algorithm": "WEIGHTED_ROUND_ROBIN", "members": [
                 {"address": address, "protocol_port": WEB_PORT} for address in installation.addresses]}})
         installation.wait_answer(VIP, WEB_PORT)
-        agents = _agents(lab, installation)
+        agents = _agents(installation)
         site = Site(tuple(Client(client, VIP) for client in installation.clients), installation.servers,
                     installation.controller, SETTLE_SECONDS)
         new_connections(lab, site, 1)
@@ -73,13 +73,9 @@ def figures(watched: Sequence[float], unwatched: Sequence[float]) -> dict[str, f
             "watching_percent_error": statistics.stdev(missing) / math.sqrt(len(missing))}
 
 
-def _agents(lab: Lab, installation: Installation) -> list[Process]:
-    state = installation.process.state
-    key = ("--bus-key", str(state / "bus.key")) if (state / "bus.key").exists() else ()
-    started = [lab.spawn(installation.middle, f"server-agent-{namespace.name}", [
-        installation.process.command, "--token-file", str(state / "token"), "server-agent", "--report-only",
-        "--name", namespace.name, "--listener", f"{address}:{WEB_PORT}", "--netns", str(NAMED / namespace.name), *key])
-        for namespace, address in zip(installation.servers, installation.addresses, strict=True)]
+def _agents(installation: Installation) -> list[Process]:
+    key = installation.process.state / "bus.key"
+    started = installation.server_agents("--report-only", *(("--bus-key", str(key)) if key.exists() else ()))
     installation.wait(lambda: sum(bool(one.get("report")) for one in installation.get(
         "/v1/server-agents")["server_agents"]) == len(installation.servers), "the servers report")
     return started

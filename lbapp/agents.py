@@ -161,6 +161,7 @@ class LocalLink:
 
     proxies = True
     limits = True
+    lossy = False
 
     def __init__(self, agent: Agent[FastPath], fastpaths: FastPaths) -> None:
         self.agent = agent

@@ -70,6 +70,7 @@ class Link(Protocol):
     Attributes:
         proxies: whether it shakes hands with clients and asks with what they say (APP_QUERY).
         limits: whether it keeps limits on new connections, so that what it asks about is within them.
+        lossy: whether a message may be lost on the way, so that what was answered may be asked again.
     """
 
     @property
@@ -78,6 +79,10 @@ class Link(Protocol):
 
     @property
     def limits(self) -> bool:
+        """See above."""
+
+    @property
+    def lossy(self) -> bool:
         """See above."""
 
     def configure(self, changed: Mapping[int, Distribution | None], *, whole: bool = False) -> None:
@@ -328,6 +333,8 @@ class FastPaths:
 
     @staticmethod
     def _answered(side: _Side, reply: Reply, now: float) -> Reply:
+        if not side.link.lossy:
+            return reply
         side.recent[reply.query.serial] = (now, reply)
         if len(side.recent) > RECENT:
             side.recent.popitem(last=False)
@@ -343,9 +350,11 @@ class FastPaths:
 
     @staticmethod
     def _decided(side: _Side, reply: AppReply, now: float) -> AppReply:
+        if not side.link.lossy:
+            return reply
         decided, serial = side.decided, reply.query.serial
-        known = decided.get(serial)
-        side.size += len(reply.answer) - (len(decided.pop(serial)[1].answer) if known is not None else 0)
+        known = decided.pop(serial, None)
+        side.size += len(reply.answer) - (len(known[1].answer) if known is not None else 0)
         decided[serial] = (now, reply)
         while len(decided) > RECENT or side.size > RECENT_BYTES:
             side.size -= len(decided.popitem(last=False)[1][1].answer)

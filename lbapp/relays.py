@@ -47,6 +47,7 @@ class RelayLink:
 
     proxies = True
     limits = False
+    lossy = False
 
     def __init__(self, switch: int, relays: FastPaths, send: Callable[[bytes], object],
                  hand_over: Callable[[NewFlow], bool], hybrid: Callable[[int], bool]) -> None:

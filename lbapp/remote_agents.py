@@ -129,6 +129,7 @@ class RemoteLink:
         self.totals = Totals()
         self.incarnation = 0
         self.limits = False
+        self.lossy = True
         self._unanswered: OrderedDict[tuple[int, int], tuple[Reap, int, float]] = OrderedDict()
 
     @property

@@ -61,7 +61,7 @@ FEATURES = ("bundles", "conntrack", "groups")
 MOST_FAST = 20_000
 """Connections of a fast path in one list: it may hold a million."""
 HANDSHAKES = ("greeted", "greeted_ack", "cookie_bad", "reset_sent", "asked_data", "asked_member", "ask_lost",
-              "splice_wait", "proxy_stray", "proxy_dropped", "proxy_member_failed", "proxy_unanswered")
+              "splice_wait", "given", "proxy_stray", "proxy_dropped", "proxy_member_failed", "proxy_unanswered")
 """What a fast path and its agent count of handshakes that are proxied."""
 DROPS = ("shot", "closed_lost", "malformed", "waiting_dropped", "unanswered", "refused", "query_unknown_port",
          "reply_unknown_port")

@@ -13,6 +13,7 @@ import mininet.log  # noqa: F401
 import pytest
 
 from tests.machine import Watch
+from topologies.namespace import file_tail
 
 # Mininet makes all later loggers of a class of its own, which tells its parents nothing: what is logged would be
 # lost to tests by the order in which modules are imported.
@@ -70,5 +71,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
             controller = getattr(value, "controller", None)
             if controller is not None:
                 report.sections.append((f"log of {name}'s controller", controller.log_tail()))
-                report.sections.append((f"log of {name}'s switch", value.ovs.log_tail()))
+                switch = file_tail(value.ovs.rundir / "ovs-vswitchd.log", 10)
+                report.sections.append((f"log of {name}'s switch", switch))
     return report

@@ -220,19 +220,19 @@ class Bench(Tables):
 
     def answered(self, data: bytes, *, checksum: str = "whole") -> Seen:
         """Let a frame walk; it must have been answered, and rightly."""
-        verdict, out, _ = kernel.run(self.programs["wire"], data, room=len(data) + 256)
+        verdict, out, _ = kernel.run(self.programs["wire"], data, room=2048)
         assert verdict == REDIRECT
         return read(out, checksum)
 
     def connect(self, client: str, virtual: str, member: str, protocol: int = TCP, sport: int = 40000, *,
                 dport: int = 80, mport: int = 8080, state: int = 0, serial: int = 1, number: int = 5,
-                idle: int = 100) -> layout.Result:
+                idle: int = 100, request: int = 0) -> layout.Result:
         """Install a connection."""
         c, v, m = packed(client), packed(virtual), packed(member)
         keep = VIRTUAL_MAC if state & layout.ROUTED else layout.KEEP_MAC
         return self.install([
             (FlowKey(c, v, sport, dport, protocol),
-             Flow(c, m, sport, mport, MEMBER_MAC, keep, WIRE, state, serial, number, 77, idle)),
+             Flow(c, m, sport, mport, MEMBER_MAC, keep, WIRE, state, serial, number, 77, idle, request=request)),
             (FlowKey(m, c, mport, sport, protocol),
              Flow(v, c, dport, sport, CLIENT_MAC, VIRTUAL_MAC, WIRE, state | layout.OUTBOUND, serial, number, 77,
                   idle))])[0]

@@ -40,9 +40,10 @@ def text(message: Any) -> str:
     if isinstance(message, Reply):
         translation = ""
         if message.translation is not None:
-            address, port, there, routed = message.translation
-            translation = f" -> {'=' if address is None else _address(address)}:{port or '='} at {text(there)}"
-            translation += " (routed)" if routed else ""
+            to = message.translation
+            whither = "=" if to.address is None else _address(to.address)
+            translation = f" -> {whither}:{to.port or '='} at {text(to.host)}"
+            translation += " (routed)" if to.routed else ""
         flags = ("" if message.install else " (installed)") + (" (tracked)" if message.tracked else "")
         member = f" member {message.member}" if message.member else ""
         return f"Reply {message.query.serial} {message.error.name}{member}{translation}{flags}"

@@ -15,6 +15,7 @@ from lbapp.dataflow import frames
 from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.cookies import Options
+from lbapp.dataflow.fastpath.requests import Requests, State
 from lbapp.dataflow.frames import ACK, Segment
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 from lbapp.dataflow.proxy import Proxy
@@ -34,6 +35,17 @@ class Wire(NamedTuple):
     ifindex: int
 
 
+def places(count: int) -> tuple[Requests, bytearray]:
+    """So many, and their memory; what is taken back is, for no program comes between."""
+    memory = bytearray(count * layout.REQUEST_SIZE)
+
+    def revoke(index: int) -> int:
+        was, memory[index * layout.REQUEST_SIZE] = memory[index * layout.REQUEST_SIZE], State.NONE
+        return was
+
+    return Requests(memory, revoke), memory
+
+
 class FakeFastPath:
     def __init__(self) -> None:
         self.ports = {1: Wire(CLIENT_WIRE), 4: Wire(MEMBER_WIRE)}
@@ -44,6 +56,20 @@ class FakeFastPath:
         self.injected: list[tuple[int, bytes]] = []
         self.sent: list[tuple[int, bytes]] = []
         self.pending_forgotten: list[layout.FlowKey] = []
+        self.with_places(0)
+
+    def with_places(self, count: int) -> None:
+        """So many clients' first data can be kept for members' SYN-ACKs."""
+        self.requests, self.memory = places(count)
+
+    def give(self, number: int) -> tuple[int, bytes]:
+        """A member's SYN-ACK came, and took what was kept: of which connection, and what."""
+        at = (number - 1) * layout.REQUEST_SIZE
+        state, serial, *_, size, _, _ = layout.REQUEST.unpack_from(self.memory, at)
+        assert state == State.WAITING
+        self.memory[at] = State.GIVEN
+        data = at + layout.REQUEST.size
+        return serial, bytes(self.memory[data:data + size])
 
     def port_of(self, ifindex: int) -> int | None:
         return next((number for number, wire in self.ports.items() if wire.ifindex == ifindex), None)
@@ -82,9 +108,11 @@ class World:
         self.proxy = Proxy(self.fast, SWITCH, itertools.count(101, 2), self.flows, lambda _: self.greeting,
                            self.counters)
         self.states: list[int] = []
+        self.requests: list[int] = []
 
-    def flows(self, reply: Reply, state: int) -> Any:
+    def flows(self, reply: Reply, state: int, request: int) -> Any:
         self.states.append(state)
+        self.requests.append(request)
         if reply.translation is None or reply.translation.host.port not in self.fast.ports:
             return None
         key = layout.FlowKey(CLIENT[0], VIP[0], CLIENT[1], VIP[1], 6)
@@ -141,6 +169,6 @@ class World:
             packet = frames.parse(frame)
             assert frames.with_checksum(frame, packet) == frame
             assert frame[:6] == mac
-            assert packet.signature[:4] == (*source, *destination)
+            assert packet.signature.five[:4] == (*source, *destination)
             found.append(frames.segment(frame, packet))
         return found

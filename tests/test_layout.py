@@ -79,7 +79,7 @@ def test_control_imports_only_the_model_and_the_standard_library(path):
     for module in imports(path):
         top = module.partition(".")[0]
         if top == "lbapp":
-            assert within(module, "lbapp.control", *MODEL, "lbapp.config.routing"), module
+            assert within(module, "lbapp.control", "lbapp.values", *MODEL, "lbapp.config.routing"), module
         elif top in L7_LIBRARIES:
             assert name(path).startswith("lbapp/control/l7/"), module
         else:
@@ -93,7 +93,7 @@ def test_bus_codecs_and_sessions_do_no_io(path):
         top = module.partition(".")[0]
         if top == "lbapp":
             pure = tuple(f"lbapp.bus.{name.removesuffix('.py')}" for name in BUS_PURE)
-            assert within(module, "lbapp.control.messages", "lbapp.config.model", *pure), module
+            assert within(module, "lbapp.control.messages", "lbapp.config.model", "lbapp.values", *pure), module
         else:
             assert top in sys.stdlib_module_names and top not in CLOCKS_AND_SOCKETS, module
 

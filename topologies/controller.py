@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from topologies.namespace import Namespace, end, wait_until
+from topologies.namespace import Namespace, end, file_tail, wait_until
 
 OPENFLOW = "127.0.0.1:6653"
 API = "127.0.0.1:8080"
@@ -190,7 +190,7 @@ class ControllerProcess:
 
     def log_tail(self, lines: int = 30) -> str:
         """The end of what it printed."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
+        return file_tail(self.log, lines)
 
     def rss(self) -> int:
         """Its resident memory in bytes, 0 when it is not running."""

@@ -58,6 +58,11 @@ def wait_until(condition: Callable[[], Any], timeout: float, what: str, every: f
         time.sleep(every)
 
 
+def file_tail(path: Path, lines: int) -> str:
+    """The last lines of a file; empty where there is none."""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
+
+
 def unavailable() -> str | None:
     """Why network namespaces cannot be made here; None where they can."""
     if os.geteuid() != 0:

@@ -27,6 +27,7 @@ from lbapp.bus.records import (
     read_translation,
 )
 from lbapp.control.messages import AppQuery, AppReply, Binding, Edit, Error, FlowSignature, Query, Reply
+from lbapp.values import astuple
 
 MOST_DATA = 72 << 10
 """What a client said, or is answered: more than is ever read of it (64 KiB), or than may be configured."""
@@ -65,7 +66,7 @@ def pack_query(message: AppQuery, size: int) -> bytes:
     Raises:
         EncodeError: it cannot be carried.
     """
-    query, seq, ack, options, data, failed, timed_out = message
+    query, seq, ack, options, data, failed, timed_out = astuple(message)
     if len(data) > MOST_DATA or len(failed) > MOST_FAILED:
         raise EncodeError(Fault.LONG, f"APP_QUERY with {len(data)} bytes of data and {len(failed)} failed members")
     return b"".join((pack_flow(_QUERIES[size], size, query, seq, ack, _TIMED_OUT if timed_out else 0, len(failed),
@@ -78,7 +79,7 @@ def pack_reply(message: AppReply, size: int) -> bytes:
     Raises:
         EncodeError: it cannot be carried.
     """
-    query, reply, binding, answer, edit = message
+    query, reply, binding, answer, edit = astuple(message)
     what = _HANDOFF if binding is Binding.HANDOFF else 0
     if edit is not None:
         if answer or what or reply is None or reply.error is not Error.OK:

@@ -13,6 +13,7 @@ from typing import Any
 
 from lbapp.bus.errors import DecodeError, EncodeError, Fault
 from lbapp.control.messages import Host, Query, Translation
+from lbapp.values import astuple
 
 # Flags of a record. ADD_TCP_OFFSETS is FIGURE 7's.
 INSTALL, TRACKED, TRANSLATE, TRANSLATE_ADDRESS, ROUTED, ADD_TCP_OFFSETS = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
@@ -28,8 +29,8 @@ _MAX_64 = 0xFFFFFFFFFFFFFFFF
 
 def pack_flow(struct: Struct, size: int, query: Query, *more: Any) -> bytes:
     """A flow (:data:`FLOW`), and what follows it, as ``struct`` has them; ``size`` is that of an address."""
-    serial, _, in_port, mac, signature, number, flags = query
-    source, source_port, destination, destination_port, protocol, tos = signature
+    serial, _, in_port, mac, signature, number, flags = astuple(query)
+    source, source_port, destination, destination_port, protocol, tos = astuple(signature)
     # struct pads and cuts strings without a word.
     if len(mac) != 6 or len(source) != size or len(destination) != size:
         raise EncodeError(Fault.VALUE, "a MAC address of 6 bytes and two addresses of one family")
@@ -41,16 +42,15 @@ def pack_answer(size: int, translation: Translation | None, flags: int) -> tuple
     """Flags, address, port, MAC and port of the next hop."""
     if translation is None:
         return flags, _ZERO[size], 0, _NOWHERE.mac, 0
-    address, port, host, routed = translation
-    mac, out_port = host
-    flags |= TRANSLATE | (ROUTED if routed else 0)
+    address, mac = translation.address, translation.host.mac
+    flags |= TRANSLATE | (ROUTED if translation.routed else 0)
     if address is None:
         address = _ZERO[size]
     else:
         flags |= TRANSLATE_ADDRESS
     if len(mac) != 6 or len(address) != size:
         raise EncodeError(Fault.VALUE, "a translation of the flow's family, and a MAC address of 6 bytes")
-    return flags, address, port, mac, out_port
+    return flags, address, translation.port, mac, translation.host.port
 
 
 def read_translation(flags: int, address: bytes, port: int, mac: bytes, out_port: int) -> Translation | None:

@@ -59,6 +59,7 @@ from lbapp.control.messages import (
     Stats,
     Timeout,
 )
+from lbapp.values import astuple
 
 HEADER = Struct("!BBBBHQQQQ")
 OVERHEAD = HEADER.size + TAG_BYTES
@@ -207,13 +208,13 @@ def _pack_query(query: Query, size: int) -> bytes:
 
 
 def _pack_reply(reply: Reply, size: int) -> bytes:
-    query, error, member, translation, install, tracked = reply
+    query, error, member, translation, install, tracked = astuple(reply)
     flags, address, port, mac, out_port = pack_answer(size, translation, install * INSTALL | tracked * TRACKED)
     return pack_flow(_REPLIES[size], size, query, error, flags, member, address, port, mac, out_port)
 
 
 def _pack_newflow(flow: NewFlow, size: int) -> bytes:
-    query, member, translation, tracked, seq, ack, shift = flow
+    query, member, translation, tracked, seq, ack, shift = astuple(flow)
     if (seq is None) != (ack is None) or (shift and seq is None) or not -128 <= shift < 128:
         raise EncodeError(Fault.VALUE, "both TCP offsets, or none, and a window shift only with them")
     flags, address, port, mac, out_port = pack_answer(
@@ -238,7 +239,7 @@ def _pack_deletes(closed: Sequence[Closed], room: int) -> tuple[int, bytes]:
     """
     out = bytearray()
     count, last_serial, last_server = 0, 0, -1
-    for serial, server, member, reason, outbound, counted, packets, octets, duration in closed:
+    for serial, server, member, reason, outbound, counted, packets, octets, duration in map(astuple, closed):
         if not 0 <= serial <= _MAX_32 or not 0 <= server <= _MAX_32 or not 0 <= member <= _MAX_32:
             raise EncodeError(Fault.VALUE, "serial, virtual server and member of 32 bits")
         before = len(out)

@@ -35,7 +35,8 @@ class _Watched(Timed):
 
     def __init__(self, reap: Reap, patience: float) -> None:
         super().__init__()
-        self.switch, self.serial, self.virtual_server, self.member = reap[:4]
+        self.switch, self.serial = reap.switch, reap.serial
+        self.virtual_server, self.member = reap.virtual_server, reap.member
         self.patience = patience
         self.packets = -1
         self.asked = 0

@@ -28,6 +28,7 @@ from lbapp.control.persistence import Clients, Keys
 from lbapp.control.selection import ALGORITHMS, Candidate, Selector
 from lbapp.control.services import Service, Services, Way
 from lbapp.control.statistics import Counts, Ledger
+from lbapp.values import Value
 
 Choice = tuple[int, Translation, Way, tuple[Counts, Counts, Counts]]
 
@@ -38,7 +39,7 @@ class Full(NamedTuple):
     member: int
 
 
-class Chosen(NamedTuple):
+class Chosen(Value, frozen=True):
     """Why a connection went where it went: the policy that matched ("": none), what was read, and the binding."""
 
     policy: str

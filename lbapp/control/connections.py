@@ -151,7 +151,7 @@ class Connections:
     def find(self, switch: int, signature: FlowSignature) -> Entry | None:
         """The connection that has this signature, whatever the type of service."""
         index = self._by_signature.get(switch)
-        return index.get(signature[:5]) if index else None
+        return index.get(signature.five) if index else None
 
     # -------------------------------------------------------------- begin
 
@@ -161,7 +161,7 @@ class Connections:
         entry = Entry(query.switch, query.serial, query.virtual_server, member, rules, query.signature, way, counts,
                       idle, now)
         self._insert(entry)
-        self._by_signature.setdefault(entry.switch, {})[query.signature[:5]] = entry
+        self._by_signature.setdefault(entry.switch, {})[query.signature.five] = entry
 
     def _insert(self, entry: Entry) -> None:
         old = self.get(entry.switch, entry.serial)
@@ -208,8 +208,8 @@ class Connections:
             del self._tables[entry.switch]
         self._size -= 1
         index = self._by_signature.get(entry.switch)
-        if index and entry.signature is not None and index.get(entry.signature[:5]) is entry:
-            del index[entry.signature[:5]]
+        if index and entry.signature is not None and index.get(entry.signature.five) is entry:
+            del index[entry.signature.five]
             if not index:
                 del self._by_signature[entry.switch]
 

@@ -376,11 +376,10 @@ class ControlSegment:
         # Most are not followed: they are added up first, for few virtual servers and members.
         sums: dict[tuple[int, int], list[int]] = {}
         for closed in delete.closed:
-            serial, virtual_server, member, reason, outbound, counted, packets, size, _ = closed
-            entry = followed.get(serial)
-            if (packets == REFUSED_PACKETS and outbound and counted and reason is Reason.SHUTDOWN
-                    and not (entry and entry.rules)):
-                self.failures.append((member, "refused"))
+            entry = followed.get(closed.serial)
+            if (closed.packets == REFUSED_PACKETS and closed.outbound and closed.counted
+                    and closed.reason is Reason.SHUTDOWN and not (entry and entry.rules)):
+                self.failures.append((closed.member, "refused"))
             if entry is not None:
                 load = entry.counts[1]
                 if load.wanted:
@@ -388,12 +387,13 @@ class ControlSegment:
                     endings.add(load, closed, entry.rules, now - entry.opened if known else None)
                 self._connections.closed(entry, closed, now)
                 continue
-            total = sums.get((virtual_server, member))
+            key = closed.virtual_server, closed.member
+            total = sums.get(key)
             if total is None:
-                total = sums[virtual_server, member] = [0, 0, 0]
+                total = sums[key] = [0, 0, 0]
             total[0] += 1
-            total[1] += packets
-            total[2] += size
+            total[1] += closed.packets
+            total[2] += closed.bytes
         for (virtual_server, member), total in sums.items():
             self._count_closed(delete.switch, virtual_server, member, *total)
         endings.settle(now)

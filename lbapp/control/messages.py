@@ -4,14 +4,14 @@
 
 The names and meanings are those of 003 (FIGURES 4 to 8, "SSMB Wire Protocol"). What carries a
 message (OpenFlow, a message bus) is not visible here. Messages from the DFS are past events;
-messages from the CS are what the DFS has to do next. Named tuples, because one is made for
-every connection.
+messages from the CS are what the DFS has to do next.
 """
 
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+
+from lbapp.values import Value
 
 
 class Error(enum.IntEnum):
@@ -24,7 +24,7 @@ class Error(enum.IntEnum):
     CONNALIVE = 4
 
 
-class FlowSignature(NamedTuple):
+class FlowSignature(Value, frozen=True):
     """The sextuple that makes a flow (003, "flow signature"). Addresses are packed bytes (4 or 16)."""
 
     source: bytes
@@ -34,8 +34,13 @@ class FlowSignature(NamedTuple):
     protocol: int
     tos: int = 0
 
+    @property
+    def five(self) -> tuple[bytes, int, bytes, int, int]:
+        """What makes a connection, whatever its type of service."""
+        return self.source, self.source_port, self.destination, self.destination_port, self.protocol
 
-class Host(NamedTuple):
+
+class Host(Value, frozen=True):
     """Where a neighbour is, seen from one switch."""
 
     mac: bytes
@@ -55,7 +60,7 @@ class Reason(enum.Enum):
 # ------------------------------------------------------------------ DFS -> CS
 
 
-class Query(NamedTuple):
+class Query(Value, frozen=True):
     """A flow that no rule covers (QUERY). ``virtual_server`` is a number, 0 where none matches.
 
     ``serial`` is chosen by the originator and stays for the life of the flow; ``tcp_flags`` is 0
@@ -71,7 +76,7 @@ class Query(NamedTuple):
     tcp_flags: int
 
 
-class AppQuery(NamedTuple):
+class AppQuery(Value, frozen=True):
     """A flow whose client was shaken hands with, and what it sent (APP_QUERY).
 
     ``seq`` and ``ack`` are those of the client's first data, ``options`` the TCP options that the handshake fixed
@@ -88,7 +93,7 @@ class AppQuery(NamedTuple):
     timed_out: bool = False
 
 
-class Closed(NamedTuple):
+class Closed(Value, frozen=True):
     """One closed connection or, with ``state: rules``, one closed direction of it.
 
     Counters are what the DFS counted; ``duration`` is in seconds; ``outbound`` is the
@@ -108,14 +113,14 @@ class Closed(NamedTuple):
     duration: float = 0.0
 
 
-class Delete(NamedTuple):
+class Delete(Value, frozen=True):
     """Closed connections, many in one message (DELETE; 000 claim 6)."""
 
     switch: int
     closed: tuple[Closed, ...]
 
 
-class Stats(NamedTuple):
+class Stats(Value, frozen=True):
     """A live connection, in answer to REAP (STATS with CONNALIVE), or counters alone.
 
     With NOTAVAIL, in front of the same with CONNALIVE: its member has sent no byte of its own so far.
@@ -128,7 +133,7 @@ class Stats(NamedTuple):
     bytes: int = 0
 
 
-class Refused(NamedTuple):
+class Refused(Value, frozen=True):
     """The DFS could not hold the flow of a REPLY: a rule table or conntrack is full."""
 
     switch: int
@@ -136,7 +141,7 @@ class Refused(NamedTuple):
     virtual_server: int
 
 
-class Failed(NamedTuple):
+class Failed(Value, frozen=True):
     """A member answered a client with an error of its own, as far as anybody saw that: an HTTP ``status`` of 5xx."""
 
     switch: int
@@ -146,20 +151,20 @@ class Failed(NamedTuple):
     status: int
 
 
-class SwitchUp(NamedTuple):
+class SwitchUp(Value, frozen=True):
     """A switch is connected; ``hosts`` is what its own rules say about neighbours (address -> Host)."""
 
     switch: int
     hosts: dict[str, Host]
 
 
-class SwitchDown(NamedTuple):
+class SwitchDown(Value, frozen=True):
     """A switch is no longer connected. It goes on forwarding."""
 
     switch: int
 
 
-class NeighbourSeen(NamedTuple):
+class NeighbourSeen(Value, frozen=True):
     """An ARP or neighbour advertisement told where ``address`` is."""
 
     switch: int
@@ -167,14 +172,14 @@ class NeighbourSeen(NamedTuple):
     host: Host
 
 
-class PortDown(NamedTuple):
+class PortDown(Value, frozen=True):
     """A port of a switch lost its link or was removed."""
 
     switch: int
     port: int
 
 
-class Live(NamedTuple):
+class Live(Value, frozen=True):
     """The connections that a switch's conntrack really holds, as (serial, virtual server, member).
 
     ``agents``: those of its fast path as well. Otherwise nothing is said about odd serials, which its agent gave.
@@ -188,7 +193,7 @@ class Live(NamedTuple):
 # ------------------------------------------------------------------ CS -> DFS
 
 
-class Translation(NamedTuple):
+class Translation(Value, frozen=True):
     """What to rewrite for a flow (REPLY, NEWFLOW). ``address`` None: leave the address; ``port`` 0: the port.
 
     ``routed``: the balancer stands between two networks here, and acts as a router would (TTL, source MAC).
@@ -200,7 +205,7 @@ class Translation(NamedTuple):
     routed: bool = False
 
 
-class Reply(NamedTuple):
+class Reply(Value, frozen=True):
     """What to do with a queried flow (REPLY). Self-contained: holds all of its query.
 
     ``error`` is not OK: refuse at once. ``install`` is false where the flow is installed already
@@ -223,7 +228,7 @@ class Binding(enum.Enum):
     HANDOFF = "handoff"
 
 
-class Edit(NamedTuple):
+class Edit(Value, frozen=True):
     """What the member is told instead of a part of what the client said: for ``removed`` bytes from ``at``, ``text``.
 
     All of it is in what the control segment was asked with. What follows keeps the client's sequence numbers.
@@ -234,7 +239,7 @@ class Edit(NamedTuple):
     text: bytes
 
 
-class AppReply(NamedTuple):
+class AppReply(Value, frozen=True):
     """What to do with a flow whose client has spoken (REPLY to APP_QUERY).
 
     ``reply`` None: more bytes are needed. Its ``error`` not OK: the client gets ``answer`` and is then closed; with no
@@ -248,7 +253,7 @@ class AppReply(NamedTuple):
     edit: Edit | None = None
 
 
-class NewFlow(NamedTuple):
+class NewFlow(Value, frozen=True):
     """A flow that the control segment originates (NEWFLOW), self-contained.
 
     ``seq_offset`` and ``ack_offset`` (ADD_TCP_OFFSETS of 003 FIGURE 7) are added modulo 2**32 to what the client
@@ -264,7 +269,7 @@ class NewFlow(NamedTuple):
     window_shift: int = 0
 
 
-class Timeout(NamedTuple):
+class Timeout(Value, frozen=True):
     """Give this flow another idle time-out (TIMEOUT), in seconds; 0: delete it unless it is alive, as REAP."""
 
     switch: int
@@ -272,13 +277,13 @@ class Timeout(NamedTuple):
     seconds: int
 
 
-class Reset(NamedTuple):
+class Reset(Value, frozen=True):
     """Forget every flow (RESET). Both segments may send it."""
 
     switch: int
 
 
-class Reap(NamedTuple):
+class Reap(Value, frozen=True):
     """Delete this flow unless it is alive (REAP, 003 FIGURE 19).
 
     Answered by Stats with CONNALIVE, or by Delete. ``final``: the control segment knows that it
@@ -292,14 +297,14 @@ class Reap(NamedTuple):
     final: bool = False
 
 
-class Probe(NamedTuple):
+class Probe(Value, frozen=True):
     """Ask on the wire where ``address`` is."""
 
     switch: int
     address: str
 
 
-class HostChanged(NamedTuple):
+class HostChanged(Value, frozen=True):
     """What rules depend on changed: ``address`` is now at ``host``, or nowhere known (None)."""
 
     switch: int

@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeVar
 from lbapp.config.pool import Waiting
 from lbapp.control.limits import DEFAULTS, Limits
 from lbapp.control.messages import Edit, FlowSignature, Query
+from lbapp.values import Value
 
 Flow = tuple[int, FlowSignature]
 Way = tuple[int, int, int]
@@ -28,7 +29,7 @@ FOREMOST = 20
 """Of a line, so many are told of one by one."""
 
 
-class Told(NamedTuple):
+class Told(Value, frozen=True):
     """What is known of a client that was read (APP_QUERY).
 
     Attributes:

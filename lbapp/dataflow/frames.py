@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from lbapp.control.messages import FlowSignature, Host
+from lbapp.values import Value
 
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 TCP, _UDP, _ICMP, _ICMP6 = 6, 17, 1, 58
 _ALL_ONES = b"\xff" * 6
 
 
-class Packet(NamedTuple):
+class Packet(Value, frozen=True):
     """An IPv4 or IPv6 packet that carries TCP or UDP.
 
     ``offset`` is where the transport header starts, ``end`` where the IP packet ends in the frame.
@@ -94,9 +94,10 @@ def ones_sum(data: bytes) -> int:
     return total % 0xFFFF or (0xFFFF if total else 0)
 
 
-def pseudo_header(source: bytes, destination: bytes, protocol: int, length: int) -> bytes:
-    """What TCP, UDP and ICMPv6 checksums cover besides their own bytes."""
-    return source + destination + struct.pack("!II" if len(source) == 16 else "!HH", length, protocol)
+def pseudo_sum(source: bytes, destination: bytes, protocol: int, length: int) -> int:
+    """The sum of what TCP, UDP and ICMPv6 checksums cover besides their own bytes."""
+    total = int.from_bytes(source, "big") + int.from_bytes(destination, "big") + protocol + length
+    return total % 0xFFFF or 0xFFFF
 
 
 def with_checksum(frame: bytes, packet: Packet) -> bytes:
@@ -113,9 +114,8 @@ def with_checksum(frame: bytes, packet: Packet) -> bytes:
     field = frame[at] << 8 | frame[at + 1]
     if signature.protocol == _UDP and not field and len(signature.source) == 4:
         return frame  # a UDP sender over IPv4 may leave it out
-    pseudo = ones_sum(pseudo_header(signature.source, signature.destination, signature.protocol, end - offset))
-    total = ones_sum(frame[offset:end])
-    whole = (pseudo + total) % 0xFFFF
+    pseudo = pseudo_sum(signature.source, signature.destination, signature.protocol, end - offset)
+    whole = (pseudo + ones_sum(frame[offset:end])) % 0xFFFF
     if whole == 0:
         return frame
     if field != pseudo:
@@ -162,15 +162,14 @@ def with_destination(frame: bytes, packet: Packet, address: bytes, port: int) ->
 def _ip_header(source: bytes, destination: bytes, protocol: int, payload: int) -> bytes:
     if len(source) == 16:
         return struct.pack("!IHBB", 6 << 28, payload, protocol, 64) + source + destination
-    header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + payload, 0, 0x4000, 64, protocol, 0) + source + destination
-    checksum = 0xFFFF - ones_sum(header)
-    return header[:10] + checksum.to_bytes(2, "big") + header[12:]
+    length, hops = 20 + payload, 64 << 8 | protocol
+    total = 0x4500 + length + 0x4000 + hops + int.from_bytes(source, "big") + int.from_bytes(destination, "big")
+    return struct.pack("!HHHHHH", 0x4500, length, 0, 0x4000, hops, -total % 0xFFFF) + source + destination
 
 
 def _transport(source: bytes, destination: bytes, protocol: int, segment: bytes, at: int) -> bytes:
-    total = ones_sum(pseudo_header(source, destination, protocol, len(segment)) + segment)
-    checksum = 0xFFFF - total
-    return segment[:at] + checksum.to_bytes(2, "big") + segment[at + 2:]
+    total = pseudo_sum(source, destination, protocol, len(segment)) + ones_sum(segment)
+    return segment[:at] + (-total % 0xFFFF).to_bytes(2, "big") + segment[at + 2:]
 
 
 def refusal(frame: bytes, packet: Packet, mac: bytes) -> bytes | None:
@@ -209,7 +208,7 @@ def refusal(frame: bytes, packet: Packet, mac: bytes) -> bytes | None:
     return ethernet + _ip_header(source, destination, protocol, len(segment)) + segment
 
 
-class Segment(NamedTuple):
+class Segment(Value, frozen=True):
     """The TCP part of a packet. ``window`` is as on the wire."""
 
     seq: int
@@ -272,11 +271,13 @@ def tcp(destination_mac: bytes, source_mac: bytes, source: tuple[bytes, int], de
         source, destination: packed address and port.
         content: options padded to a multiple of four bytes.
     """
-    header = struct.pack("!HHIIBBHHH", source[1], destination[1], content.seq & 0xFFFFFFFF, content.ack & 0xFFFFFFFF,
-                         20 + len(content.options) << 2, content.flags, content.window, 0, 0)
-    packed = _transport(source[0], destination[0], TCP, header + content.options + content.payload, 16)
-    ether = b"\x08\x00" if len(source[0]) == 4 else b"\x86\xdd"
-    return destination_mac + source_mac + ether + _ip_header(source[0], destination[0], TCP, len(packed)) + packed
+    (here, port), (there, other), more = source, destination, content.options + content.payload
+    seq, ack, size = content.seq & 0xFFFFFFFF, content.ack & 0xFFFFFFFF, 20 + len(more)
+    shape = 20 + len(content.options) << 10 | content.flags
+    total = pseudo_sum(here, there, TCP, size) + port + other + seq + ack + shape + content.window + ones_sum(more)
+    header = struct.pack("!HHIIHHHH", port, other, seq, ack, shape, content.window, -total % 0xFFFF, 0)
+    ether = b"\x08\x00" if len(here) == 4 else b"\x86\xdd"
+    return destination_mac + source_mac + ether + _ip_header(here, there, TCP, size) + header + more
 
 
 def probe(address: bytes, mac: bytes, sender: bytes | None = None) -> bytes:
@@ -319,8 +320,8 @@ def neighbour(frame: bytes, port: int) -> tuple[bytes, Host] | None:
         length = frame[18] << 8 | frame[19]
         if length < 24 or 54 + length > len(frame):
             return None
-        total = ones_sum(pseudo_header(frame[22:38], frame[38:54], _ICMP6, length) + frame[54:54 + length])
-        if total != 0xFFFF:
+        total = pseudo_sum(frame[22:38], frame[38:54], _ICMP6, length) + ones_sum(frame[54:54 + length])
+        if total % 0xFFFF:
             return None
         mac = frame[80:86] if length >= 32 and frame[78:80] == b"\x02\x01" else frame[6:12]
         return (frame[62:78], Host(mac, port)) if not mac[0] & 1 else None

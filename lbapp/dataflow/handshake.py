@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import enum
 
+import msgspec
+
 from lbapp.control.messages import AppQuery, Edit, Query, Reply
 from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.fastpath.cookies import Options
-from lbapp.dataflow.frames import Segment
+from lbapp.dataflow.frames import FIN, Segment
 
 MAX_DATA = 68 << 10
 """What of one connection's data is kept: more than the 64 KiB that are read, so that what is too long is seen to be."""
@@ -30,52 +32,76 @@ class Phase(enum.Enum):
     ANSWERING = "answering"
 
 
-class Handshake:
-    """A connection on its way."""
+class Handshake(msgspec.Struct, eq=False, gc=False):
+    """A connection on its way.
 
-    __slots__ = ("acked", "ahead", "asked", "asks", "challenges", "cookie", "data", "due", "failed", "first",
-                 "flights", "greeting", "ifindex", "isn", "member", "member_isn", "mss", "options", "phase", "query",
-                 "ready", "reply", "shift", "since", "size_asked", "timed_out", "tries", "una", "unanswered", "undo",
-                 "window")
+    Attributes:
+        isn, cookie: the two initial sequence numbers.
+        data: what the client said, in order.
+        ahead: what came before what precedes it, by its place in ``data``.
+        flights: the client's own segments, likewise.
+        acked: how much of ``data`` the client was told has arrived.
+        since: since when questions are not answered; 0: all are.
+        undo: what makes the data what the client said.
+        request: its number, where the fast path keeps what the client said for the member's SYN-ACK; 0: it does not.
+        flags: of the client's first segment.
+    """
 
-    def __init__(self, query: Query, ifindex: int, first: Segment, options: Options, greeting: Greeting,
-                 now: float) -> None:
-        self.query = query
-        self.ifindex = ifindex
-        self.isn = first.seq - 1 & 0xFFFFFFFF
-        self.cookie = first.ack - 1 & 0xFFFFFFFF
-        self.options = options
-        self.greeting = greeting
-        self.phase = Phase.READING
-        self.data = bytearray()
-        self.ahead: dict[int, bytes] = {}
-        self.flights: dict[int, bytes] = {}
-        self.acked = 0
-        self.window = first.window
-        self.first = now
-        self.asked = now
-        self.asks = 0
-        self.since = 0.0  # since when questions are not answered; 0: all are
-        self.unanswered = 0
-        self.challenges = 0
-        self.size_asked = -1
-        self.timed_out = False
-        self.failed: tuple[int, ...] = ()
-        self.reply: Reply | None = None
-        self.member: tuple[bytes, int, int] | None = None
-        self.member_isn = 0
-        self.mss = options.mss
-        self.shift = 0
-        self.due = 0.0
-        self.tries = 0
-        self.una = 0
-        self.undo: Edit | None = None  # what makes the data what the client said
-        self.ready = False
+    query: Query
+    ifindex: int
+    isn: int
+    cookie: int
+    options: Options
+    greeting: Greeting
+    window: int
+    first: float
+    asked: float
+    mss: int
+    flags: int
+    phase: Phase = Phase.READING
+    data: bytearray = msgspec.field(default_factory=bytearray)
+    ahead: dict[int, bytes] = msgspec.field(default_factory=dict)
+    flights: dict[int, bytes] = msgspec.field(default_factory=dict)
+    acked: int = 0
+    asks: int = 0
+    since: float = 0.0
+    unanswered: int = 0
+    challenges: int = 0
+    size_asked: int = -1
+    timed_out: bool = False
+    failed: tuple[int, ...] = ()
+    reply: Reply | None = None
+    member: tuple[bytes, int, int] | None = None
+    member_isn: int = 0
+    shift: int = 0
+    due: float = 0.0
+    tries: int = 0
+    una: int = 0
+    undo: Edit | None = None
+    ready: bool = False
+    request: int = 0
+
+    @classmethod
+    def begun(cls, query: Query, ifindex: int, first: Segment, options: Options, greeting: Greeting,
+              now: float) -> Handshake:
+        """By the first data of a client."""
+        return cls(query, ifindex, first.seq - 1 & 0xFFFFFFFF, first.ack - 1 & 0xFFFFFFFF, options, greeting,
+                   first.window, now, now, options.mss, first.flags)
 
     @property
     def ours(self) -> bool:
         """Whether what the client said is delivered from here, not by the client's own segments."""
         return self.acked > 0 or self.undo is not None
+
+    @property
+    def whole(self) -> bool:
+        """Whether one segment, which the client repeats if it is lost, was all that the client said."""
+        return len(self.flights) == 1 and 0 in self.flights and not (self.ours or self.ahead or self.flags & FIN)
+
+    @property
+    def segment_most(self) -> int:
+        """The most data of a segment that the member takes."""
+        return min(self.mss, self.greeting.mss)
 
     def begins(self, isn: int) -> bool:
         """Whether that is the client's own initial sequence number."""

@@ -358,11 +358,6 @@ class PrivateOvs(Ovs):
         except FileNotFoundError as error:
             raise OvsError(f"{error.filename} is not installed") from None
 
-    def log_tail(self, lines: int = 10) -> str:
-        """The end of what this instance's ovs-vswitchd logged."""
-        log = self.rundir / "ovs-vswitchd.log"
-        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
-
     def switch_running(self) -> bool:
         """Whether this instance's ovs-vswitchd lives."""
         return self._switch is not None and self._switch.poll() is None

@@ -19,6 +19,9 @@ member has acknowledged the last of them, and only then the fast path takes over
 The same where the member is told something else than the client said (``Edit``): what is changed is ours to deliver.
 The member's SYN then carries the client's initial sequence number less what was put in, so that all that follows the
 change has the client's own numbers, and nobody has to translate them.
+
+Where one segment was all that the client said, the fast path keeps it (``fastpath/requests.py``): the member's SYN-ACK
+becomes the client's first data on the spot, and only a member that refuses or is silent is heard of here.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 from lbapp.control.messages import AppQuery, AppReply, Binding, Error, FlowSignature, Query, Refused, Reply
@@ -59,10 +63,14 @@ REPEATS = 5
 PASSED_ON = 4096
 """Connections whose late segments, read from the ring when they were complete already, are still passed on."""
 PSH = 8
+LOOK_SECONDS = 0.05
+"""So often it is seen which members have had what was kept for them."""
 
 
-Flows = Callable[[Reply, int], "tuple[tuple[layout.FlowKey, layout.Flow], tuple[layout.FlowKey, layout.Flow]] | None"]
-"""The two directions of a connection as a REPLY wants it, with further bits of state; None where a port is unknown."""
+Direction = tuple[layout.FlowKey, layout.Flow]
+Flows = Callable[[Reply, int, int], "tuple[Direction, Direction] | None"]
+"""The two directions of a connection as a REPLY wants it, with further bits of state, and a request that is kept for
+its member (0: none); None where a port is unknown."""
 
 
 class Proxy:
@@ -91,6 +99,8 @@ class Proxy:
         self._ready: list[Handshake] = []
         self._late: dict[tuple[int, int], list[bytes]] = {}
         self._asking: dict[FlowSignature, Handshake] = {}
+        self._kept: dict[FlowSignature, Handshake] = {}
+        self._look_at = 0.0
         self._passed: OrderedDict[FlowSignature, int] = OrderedDict()
         self._passed_back: OrderedDict[tuple[bytes, int, bytes, int], int] = OrderedDict()
 
@@ -118,7 +128,7 @@ class Proxy:
                 mss = self._passed.get(signature, 0)
                 if mss and self._fastpath.lookup(_key(signature)) is not None:
                     # It is translated now. Without its flow it would be handed back, again and again.
-                    self._late.setdefault((record.ifindex, mss), []).append(frame)
+                    self._later(record.ifindex, mss, frame)
                 else:
                     # Of a connection that has ended: who goes on with that is reset by the fast path.
                     self._counters["proxy_stray"] += 1
@@ -139,12 +149,17 @@ class Proxy:
             return
         if known.ready and known.ours:
             # The member has all that was delivered from here.
-            self._late.setdefault((record.ifindex, min(known.mss, known.greeting.mss)), []).append(frame)
+            self._later(record.ifindex, known.segment_most, frame)
+            return
+        if known.request and self._fastpath.requests.given(known.request):
+            self._follow(known, record.ifindex, frame)
             return
         before = len(known.data)
         grown = known.take(part, frame)
         self._bytes += len(known.data) - before
         if known.phase is not Phase.READING:
+            if (grown or not known.whole) and self._let_go(known):  # else the member gets all of it from here
+                self._follow(known, record.ifindex, frame)
             return
         if part.flags & FIN and known.ends(part):
             known.timed_out = True  # nothing more will come
@@ -159,12 +174,14 @@ class Proxy:
         if port is None or greeting is None:
             self._counters["query_unknown_port"] += 1
             return None
+        if len(self._all) >= MAX_HANDSHAKES or self._bytes >= MAX_TOTAL:
+            self._look(now)
         while len(self._all) >= MAX_HANDSHAKES or self._bytes >= MAX_TOTAL:
             self._counters["proxy_dropped"] += 1
             self._reset(next(iter(self._all.values())))
         query = Query(next(self._serials) & 0xFFFFFFFF, self._switch, port, packet.source_mac, packet.signature,
                       record.virtual_server, packet.tcp_flags)
-        made = Handshake(query, record.ifindex, part, Options.of(record.options), greeting, now)
+        made = Handshake.begun(query, record.ifindex, part, Options.of(record.options), greeting, now)
         self._all[packet.signature] = made
         return made
 
@@ -194,7 +211,7 @@ class Proxy:
         one = self._members.get(ends)
         if one is None:
             if ends in self._passed_back:
-                self._late.setdefault((record.ifindex, self._passed_back[ends]), []).append(frame)
+                self._later(record.ifindex, self._passed_back[ends], frame)
             else:
                 self._counters["proxy_stray"] += 1
         elif one.ready and one.ours:
@@ -216,6 +233,9 @@ class Proxy:
             self._acknowledged(one, part, record.ifindex, frame, now)
 
     def _opened(self, one: Handshake, part: Segment, now: float) -> None:
+        if self._let_go(one):
+            self._given(one)  # by an earlier SYN-ACK than this one
+            return
         offered = Options.offered(part.options)
         one.member_isn = part.seq
         one.mss = min(one.mss, offered.mss)
@@ -256,9 +276,50 @@ class Proxy:
                 for frame in joining.join(late, mss):
                     self._fastpath.inject(ifindex, frame)
             self._late.clear()
+        if now >= self._look_at:
+            self._look(now)
         asking, self._asking = self._asking, {}
         return [question for question in (self._ask(one, now) for signature, one in asking.items()
                                           if self._all.get(signature) is one) if question is not None]
+
+    def _keep(self, one: Handshake) -> int:
+        """Have the fast path give the member what the client said; the number of the request, 0 where it cannot."""
+        if not one.whole or len(one.data) > one.greeting.mss:
+            return 0
+        scale = one.greeting.window_scale if one.options.window_scale is not None else None
+        number: int = self._fastpath.requests.keep(one.query.serial, one.isn, one.cookie, scale, one.window,
+                                                   one.flags & (ACK | PSH), one.data)
+        if number:
+            one.request = number
+            self._kept[one.query.signature] = one
+        return number
+
+    def _look(self, now: float) -> None:
+        self._look_at = now + LOOK_SECONDS
+        for one in [one for one in self._kept.values() if self._fastpath.requests.given(one.request)]:
+            self._given(one)
+
+    def _given(self, one: Handshake) -> None:
+        """The member has what the client said, and the fast path the connection."""
+        self._forget(one)
+        _remember(self._passed, one.query.signature, one.segment_most)
+
+    def _later(self, ifindex: int, mss: int, frame: bytes) -> None:
+        """Let a frame go with the next :meth:`flush`; its receiver takes segments of so much data."""
+        self._late.setdefault((ifindex, mss), []).append(frame)
+
+    def _follow(self, one: Handshake, ifindex: int, frame: bytes) -> None:
+        """A segment of the client that was still on its way here when the member had got what was kept for it."""
+        self._later(ifindex, one.segment_most, frame)
+        self._given(one)
+
+    def _let_go(self, one: Handshake) -> bool:
+        """Take back what is kept for the member, if any; returns whether the member has it already."""
+        if not one.request:
+            return False
+        del self._kept[one.query.signature]
+        number, one.request = one.request, 0
+        return bool(self._fastpath.requests.release(number))
 
     def _pass_soon(self, one: Handshake) -> None:
         if not one.ready:
@@ -266,14 +327,13 @@ class Proxy:
             self._ready.append(one)
 
     def _pass_on(self, one: Handshake) -> None:
-        mss = min(one.mss, one.greeting.mss)
+        mss = one.segment_most
         if one.ours and one.member is not None:
             signature = one.query.signature
             _remember(self._passed_back, (*one.member[:2], signature.source, signature.source_port), mss)
         for frame in joining.join([one.flights[offset] for offset in sorted(one.flights)], mss):
             self._fastpath.inject(one.ifindex, frame)
-        self._forget(one)
-        _remember(self._passed, one.query.signature, mss)
+        self._given(one)
 
     # -------------------------------------------------------------- what the control segment says
 
@@ -299,7 +359,8 @@ class Proxy:
                 changed = one.edit is None or known.change(one.edit)
                 self._bytes += len(known.data) - size
                 splice = one.binding is Binding.SPLICE or known.ours
-                pair = self._flows(one.reply, layout.SPLICE if splice else 0) if changed else None
+                pair = self._flows(one.reply, layout.SPLICE if splice else 0,
+                                   self._keep(known) if splice else 0) if changed else None
                 if pair is None:
                     self._counters["reply_unknown_port"] += 1
                     refused.append(Refused(self._switch, one.query.serial, one.query.virtual_server))
@@ -316,6 +377,8 @@ class Proxy:
                 self._open(known, told, now)
             else:
                 self._pass_on(known)
+            if known.request and self._fastpath.requests.given(known.request):
+                self._given(known)  # its member is near
         return refused
 
     def _tell_arrived(self, one: Handshake) -> None:
@@ -339,13 +402,7 @@ class Proxy:
         self._synchronize(one)
 
     def _synchronize(self, one: Handshake) -> None:
-        options = one.options
-        packed = b"\x02\x04" + options.mss.to_bytes(2, "big")
-        if options.sack:
-            packed += b"\x01\x01\x04\x02"
-        if options.window_scale is not None:
-            packed += b"\x01\x03\x03" + bytes((options.window_scale,))
-        self._to_member(one, Segment(one.isn, 0, SYN, 64_240, packed, b""))
+        self._to_member(one, Segment(one.isn, 0, SYN, 64_240, _packed(one.options), b""))
 
     def _finish(self, one: Handshake, answer: bytes, now: float) -> None:
         if not answer:
@@ -377,6 +434,7 @@ class Proxy:
 
     def tick(self, now: float) -> list[AppQuery]:
         """Repeat what was lost, ask about what took too long, give up on the rest; to be called ten times a second."""
+        self._look(now)
         for one in list(self._all.values()):
             if one.phase is Phase.READING:
                 self._still_reading(one, now)
@@ -418,6 +476,9 @@ class Proxy:
 
     def _next_member(self, one: Handshake, now: float) -> None:
         assert one.reply is not None
+        if self._let_go(one):
+            self._given(one)  # it came at last
+            return
         self._counters["proxy_member_failed"] += 1
         self._close(one)
         self._bytes -= len(one.data)
@@ -449,6 +510,7 @@ class Proxy:
             self._members.pop((*one.member[:2], signature.source, signature.source_port), None)
             self._fastpath.close_flow(_key(signature))
             one.member = None
+        self._let_go(one)
 
     def _abandon(self, one: Handshake) -> None:
         """Its client is gone."""
@@ -468,6 +530,7 @@ class Proxy:
         signature = one.query.signature
         if one.member is not None:
             self._members.pop((*one.member[:2], signature.source, signature.source_port), None)
+        self._let_go(one)
         if self._all.pop(signature, None) is not None:
             self._bytes -= len(one.data)
 
@@ -489,6 +552,17 @@ class Proxy:
         self._fastpath.send(one.member[2], frames.tcp(
             translation.host.mac, VIRTUAL_MAC if translation.routed else one.query.client_mac,
             (it.source, it.source_port), one.member[:2], part))
+
+
+@lru_cache(maxsize=512)
+def _packed(options: Options) -> bytes:
+    """What a client offered, as TCP options; they offer much the same."""
+    packed = b"\x02\x04" + options.mss.to_bytes(2, "big")
+    if options.sack:
+        packed += b"\x01\x01\x04\x02"
+    if options.window_scale is not None:
+        packed += b"\x01\x03\x03" + bytes((options.window_scale,))
+    return packed
 
 
 def _remember(table: OrderedDict[Any, int], key: Any, mss: int) -> None:

@@ -23,6 +23,7 @@ from lbapp.dataflow import frames
 from lbapp.dataflow.fastpath import cookies, layout
 from lbapp.dataflow.fastpath.cookies import Options
 from lbapp.dataflow.fastpath.layout import Ask, Flow, FlowKey, QueryRecord, Reason, Result, Service, ServiceKey, Splice
+from lbapp.dataflow.fastpath.requests import Requests
 from lbapp.dataflow.frames import ACK, FIN, RST, SYN, Packet, Segment
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 from lbapp.dataflow.relayed import Connection
@@ -79,12 +80,14 @@ class Relay:
 
     Attributes:
         out: frames that are to leave, with their port, in order; whoever sends them empties it.
+        requests: none: no SYN-ACK is answered here.
     """
 
     def __init__(self, clock: Callable[[], float], most: int = MAX_RELAYED) -> None:
         self.ports = Ports()
         self.max_flows = most
         self.out: list[tuple[int, bytes]] = []
+        self.requests = Requests(bytearray(), int)
         self._clock = clock
         self._keys: tuple[bytes | None, bytes | None] = (None, None)
         self._current = 0
@@ -241,8 +244,8 @@ class Relay:
         self._counts["asked_member" if kind is Ask.MEMBER else "asked_data"] += 1
         self._asked.append(QueryRecord(port, virtual_server, frame, kind, top))
 
-    def queries(self) -> list[QueryRecord]:
-        """See :meth:`Tables.queries`."""
+    def queries(self, _limit: int = 0) -> list[QueryRecord]:
+        """See :meth:`Tables.queries`; all there are, for nobody is told that there are more."""
         asked = list(self._asked)
         self._asked.clear()
         return asked

@@ -66,6 +66,6 @@ class Site:
         def since() -> tuple[int, int]:
             now = self.counters()
             return (now.get("greeted", 0) - before.get("greeted", 0),
-                    now.get("splice_wait", 0) - before.get("splice_wait", 0))
+                    sum(now.get(name, 0) - before.get(name, 0) for name in ("splice_wait", "given")))
 
         return since

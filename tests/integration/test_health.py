@@ -27,6 +27,7 @@ from tests.integration.support import (
     server,
     settle,
 )
+from tests.namespaces import EMPTY_SITE
 from topologies.namespace import end, wait_until
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def watched(lab: Lab) -> Iterator[Lab]:
         for host in lab.servers:
             fault(lab, host.name, None)
         lab.start_servers()
-        lab.apply({"networks": [], "pools": [], "virtual_servers": []})  # nobody is checked any more
+        lab.apply(EMPTY_SITE)  # nobody is checked any more
 
 
 def test_members_are_checked_from_the_monitor_address(watched: Lab) -> None:

@@ -234,7 +234,7 @@ def test_full_is_what_fits():
     (Kind.QUERY, QUERY._replace(serial=2**32)),
     (Kind.QUERY, QUERY._replace(client_mac=b"short")),
     (Kind.QUERY, QUERY._replace(signature=SIGNATURE._replace(destination=bytes(16)))),
-    (Kind.QUERY, QUERY._replace(in_port="1")),  # type: ignore[arg-type]
+    (Kind.QUERY, QUERY._replace(in_port="1")),
     (Kind.REPLY, Reply(QUERY, Error.OK, 1, Translation(bytes(16), 1, Host(bytes(6), 1)))),
     (Kind.REPLY, QUERY),
     (Kind.NEWFLOW, NewFlow(QUERY, 1, Translation(None, 1, Host(bytes(6), 1)), False, 1, None)),

@@ -16,6 +16,7 @@ import pytest
 from lbapp.dataflow.fastpath import kernel, layout
 from lbapp.dataflow.fastpath.layout import FlowKey, Hash, Mode, Reason, Result, Service, ServiceKey
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
+from lbapp.values import astuple
 from tests.fastpath_packets import (
     ACK,
     CLIENT_MAC,
@@ -343,7 +344,7 @@ def test_punt(tables: Bench, size: int) -> None:
     tables.serve(VIRTUAL, [], mode=Mode.PUNT, number=12)
     data = request(SYN, payload=b"p" * size)
     assert kernel.run(tables.programs["wire"], data)[0] == SHOT
-    assert tables.queries() == [(WIRE, 12, data, layout.Ask.FIRST, 0)]
+    assert tables.queries() == [layout.QueryRecord(WIRE, 12, data, layout.Ask.FIRST, 0)]
     assert tables.counted() == {"queries": 1}
     assert tables.flows(10) == []
 
@@ -367,7 +368,7 @@ def test_a_full_ring_of_queries(tables: Bench) -> None:
     assert tables.miss(data) == "query"
     found = 0
     while some := tables.queries(999):
-        assert all(one == (WIRE, 5, data, layout.Ask.FIRST, 0) for one in some)
+        assert all(one == layout.QueryRecord(WIRE, 5, data, layout.Ask.FIRST, 0) for one in some)
         found += len(some)
     assert found == room
     kernel.run(tables.programs["wire"], data)
@@ -405,11 +406,11 @@ def test_install_many(tables: Bench) -> None:
     assert results[1000] is Result.EXISTS
     for index in (0, 1, 2047, 2048, 5199):
         found = tables.lookup(flows[index][0])
-        assert found is not None and found[:10] == flows[index][1][:10]
+        assert found is not None and astuple(found)[:10] == astuple(flows[index][1])[:10]
     pages: list[FlowKey] = []
     while page := tables.flows(1000, pages[-1] if pages else None):
         pages += [key for key, _ in page]
-    assert sorted(pages) == sorted(key for key, _ in flows)
+    assert sorted(map(astuple, pages)) == sorted(astuple(key) for key, _ in flows)
 
 
 def test_a_full_table() -> None:

@@ -317,7 +317,7 @@ def test_other_virtual_servers_are_as_they_were(proxied: Bench) -> None:
     assert proxied.miss(frame("10.0.0.7", "10.0.0.101", flags=ACK)) == "flow"
     assert proxied.walk(frame(CLIENT, "10.0.0.101")).destination == "10.0.1.1"
     assert proxied.drop(frame(CLIENT, "10.0.0.102")) == {"queries": 1}
-    assert proxied.queries() == [(WIRE, 13, frame(CLIENT, "10.0.0.102"), Ask.FIRST, 0)]
+    assert proxied.queries() == [layout.QueryRecord(WIRE, 13, frame(CLIENT, "10.0.0.102"), Ask.FIRST, 0)]
     assert proxied.miss(frame(CLIENT, "10.0.0.103")) == "pass"
     assert proxied.walk(frame(CLIENT, VIRTUAL, UDP)).destination == "10.0.1.1"
 
@@ -339,7 +339,7 @@ def test_the_first_data_goes_to_the_agent(proxied: Bench, family: int, checksum:
     assert proxied.drop(data) == {"asked_data": 1}
     record = proxied.queries()[0]
     assert Options.of(record.options) == OFFERED
-    assert record == (WIRE, 12, data, Ask.DATA, made >> 23)
+    assert record == layout.QueryRecord(WIRE, 12, data, Ask.DATA, made >> 23)
     assert pending(proxied) == {FlowKey(packed(client), packed(virtual), 40000, 80, TCP): (ISN, made)}
     assert proxied.flows(10) == []
 
@@ -392,7 +392,7 @@ def test_further_segments_of_a_client_that_is_being_read(proxied: Bench) -> None
                  said(b"far", at=0x1FFFF)):
         assert proxied.drop(data) == {"asked_data": 1}
         kind = Ask.DATA if data == said(b"first") else Ask.LATER
-        assert proxied.queries()[-1] == (WIRE, 12, data, kind, made >> 23)
+        assert proxied.queries()[-1] == layout.QueryRecord(WIRE, 12, data, kind, made >> 23)
     for data in (said(b"", ACK, at=5), said(b"", ACK | PSH), frame(CLIENT, VIRTUAL, flags=ACK, seq=ISN + 1,
                                                                     ack=made + 1 + 700)):
         assert proxied.drop(data) == {"greeted_ack": 1}
@@ -404,7 +404,7 @@ def test_further_segments_of_a_client_that_is_being_read(proxied: Bench) -> None
     assert proxied.queries() == []
     reset = frame(CLIENT, VIRTUAL, flags=RST, seq=ISN + 6 & 0xFFFFFFFF, ack=0)
     assert proxied.drop(reset) == {"asked_data": 1}
-    assert proxied.queries()[-1] == (WIRE, 12, reset, Ask.LATER, made >> 23)
+    assert proxied.queries()[-1] == layout.QueryRecord(WIRE, 12, reset, Ask.LATER, made >> 23)
     assert not pending(proxied)
     assert proxied.drop(reset) == {"cookie_bad": 1}
 

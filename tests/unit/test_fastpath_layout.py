@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lbapp.control.buckets import Ration, Shape, mask
 from lbapp.dataflow.fastpath import build, layout
 from lbapp.dataflow.fastpath.layout import Flow, FlowKey, Layout, Service, ServiceKey, Swept, Target
+from lbapp.dataflow.fastpath.requests import State
 
 
 def words(text: str) -> list[str]:
@@ -23,7 +24,7 @@ def words(text: str) -> list[str]:
 
 
 FLOW_FIELDS = words("source destination source_port destination_port destination_mac source_mac ifindex state used "
-                    "opened packets bytes serial virtual_server member idle_seconds")
+                    "opened packets bytes serial virtual_server member idle_seconds request")
 KEY_FIELDS = words("source destination source_port destination_port protocol")
 FIELDS = {
     ("fp_key", layout.KEY.format): KEY_FIELDS,
@@ -45,6 +46,7 @@ FIELDS = {
     ("fp_cookies", layout.COOKIES.format): ["keys[0]", "keys[1]", "current", "valid"],
     ("fp_pending", layout.PENDING.format): ["isn", "cookie"],
     ("fp_splice", layout.SPLICE_VALUE.format): ["serial", "offset", "shift", "shift_in", "ready"],
+    ("fp_request", layout.REQUEST.format): words("state serial isn cookie sum window length scale flags"),
     ("fp_wanted", layout.WANTED.format): ["final", "idle_seconds", "found"],
     ("fp_layout", layout.LAYOUT.format): ["version", "flow_size", "service_size", "target_size", "seed[0]", "seed[1]",
                                           "mac"],
@@ -60,6 +62,8 @@ NUMBERS = {
     "FP_VERSION": layout.VERSION, "FP_TICK_SHIFT": layout.TICK_SHIFT, "FP_SLOTS": layout.SLOTS,
     "FP_INSTALLS": layout.INSTALLS, "FP_FRAME": layout.FRAME, "FP_FRAME_SMALL": layout.FRAME_SMALL,
     "FP_FRAME_MIDDLE": layout.FRAME_MIDDLE, "FP_FRAME_LARGE": layout.FRAME_LARGE, "FP_WINDOW": layout.WINDOW,
+    "FP_REQUESTS": layout.REQUESTS, "FP_REQUEST": layout.REQUEST_DATA,
+    **{f"FP_REQUEST_{one.name}": one.value for one in State},
     "FP_HISTOGRAM": layout.HISTOGRAM, "FP_TARGET_ROUTED": layout.TARGET_ROUTED, "FP_COUNTERS": len(layout.Counter),
     **{f"FP_{name}": getattr(layout, name) for name in
        words("OUTBOUND ROUTED ESTABLISHED FIN PEER_FIN RST CLOSED REPORTED DECIDED TRACKED SPLICE ANSWERED")},

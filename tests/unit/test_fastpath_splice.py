@@ -17,6 +17,7 @@ from lbapp.dataflow.fastpath import kernel, layout
 from lbapp.dataflow.fastpath import tables as tables_module
 from lbapp.dataflow.fastpath.layout import Ask, FlowKey, Reason, Result, Splice
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
+from lbapp.values import astuple
 from tests.fastpath_packets import (
     ACK,
     CHECKSUM_COMPLETE,
@@ -217,13 +218,13 @@ def test_before_it_is_ready(tables: Bench, family: int) -> None:
     for data in (request(family, payload=b"first", **made), request(family, FIN | ACK, **made),
                  request(family, RST, **made), request(family, SYN)):
         assert tables.drop(data) == {"splice_wait": 1, "asked_data": 1}
-        assert tables.queries()[0][:4] == (WIRE, 5, data, Ask.LATER)
+        assert astuple(tables.queries()[0])[:4] == (WIRE, 5, data, Ask.LATER)
     tables.drop(request(family, payload=b"first", **made))
     assert [one.options for one in tables.queries()] == [cookie >> 23]
     assert tables.drop(request(family, **made)) == {"splice_wait": 1}, "an acknowledgment says nothing"
     for data in (answer(family, SYN | ACK), answer(family, RST | ACK), answer(family), answer(family, payload=b"220")):
         assert tables.drop(data) == {"splice_wait": 1, "asked_member": 1}
-        assert tables.queries() == [(WIRE, 5, data, Ask.MEMBER, 0)]
+        assert tables.queries() == [layout.QueryRecord(WIRE, 5, data, Ask.MEMBER, 0)]
     assert all((flow.packets, flow.state & (layout.ESTABLISHED | layout.RST | layout.FIN)) == (0, 0)
                for _, flow in tables.flows(10))
     tables.set_splices({SERIAL: Splice(3)})

@@ -182,10 +182,10 @@ def test_asked_about_then_sent_once_more(site: Site, virtual: str, member: str) 
         def agent() -> None:
             with site.root.entered():
                 while not done.is_set():
-                    for ifindex, _, data, _, _ in fastpath.queries():
-                        whole = frames.with_checksum(data, frames.parse(data))
+                    for one in fastpath.queries():
+                        whole = frames.with_checksum(one.frame, frames.parse(one.frame))
                         assert fastpath.install(site.flows(fastpath, whole)) == [layout.Result.OPENED]
-                        assert fastpath.inject(ifindex, whole)
+                        assert fastpath.inject(one.ifindex, whole)
                     time.sleep(0.001)
 
         thread = threading.Thread(target=agent)

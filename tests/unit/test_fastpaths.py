@@ -44,6 +44,7 @@ class FakeLink:
 
     proxies = True
     limits = True
+    lossy = True
 
     def __init__(self) -> None:
         self.told: list[tuple[dict[int, Distribution | None], bool]] = []
@@ -225,6 +226,15 @@ def test_a_query_that_comes_again_is_the_same_flow(world: World) -> None:
     world.link.replies.clear()
     world.fastpaths.asked(SWITCH, [query(101, port=4001)])
     assert world.control.virtual_server_counters(1).opened == fastpaths_module.RECENT + 3, "it is bounded"
+
+
+def test_nothing_is_remembered_for_an_agent_whose_replies_cannot_be_lost(
+        world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeLink, "lossy", False)
+    for _ in range(2):
+        world.fastpaths.asked(SWITCH, [query(101)])
+    assert len(world.link.replies) == 2
+    assert world.control.virtual_server_counters(1).opened == 2
 
 
 def test_whom_an_agent_elsewhere_is_asked_about(world: World) -> None:

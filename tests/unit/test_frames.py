@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ryu.lib.packet import arp, ethernet, icmp, icmpv6, ipv4, ipv6, packet, packet_utils, tcp
 
-from lbapp.control.messages import Host
+from lbapp.control.messages import FlowSignature, Host
 from lbapp.dataflow import frames
 from tests.fake_frames import build, frame, mac_number, parse, transport
 
@@ -43,7 +43,7 @@ def partial(data: bytes) -> bytes:
 def test_parse_reads_what_was_written(pair, protocol):
     known = frames.parse(frame(*pair, protocol, 40000, 80, flags=0x12, tos=0x28, payload=b"abc"))
     source, destination = (netaddr.IPAddress(text).packed for text in pair)
-    assert known.signature == (source, 40000, destination, 80, protocol, 0x28)
+    assert known.signature == FlowSignature(source, 40000, destination, 80, protocol, 0x28)
     assert known.tcp_flags == (0x12 if protocol == 6 else 0)
     assert known.source_mac == bytes.fromhex("0a0000000001")
 

@@ -13,6 +13,7 @@ from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.cookies import Options
 from lbapp.dataflow.frames import ACK, FIN, RST, SYN, Segment
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
+from lbapp.values import astuple
 from tests.proxy_world import (
     CLIENT,
     CLIENT_MAC,
@@ -43,7 +44,7 @@ def test_one_segment_is_spliced(world: World) -> None:
     assert asked is not None
     assert asked.data == REQUEST
     assert (asked.seq, asked.ack) == (ISN + 1 & 0xFFFFFFFF, COOKIE + 1)
-    assert asked.query[:4] == (101, SWITCH, 1, CLIENT_MAC)
+    assert astuple(asked.query)[:4] == (101, SWITCH, 1, CLIENT_MAC)
     assert not world.answer(asked.query)
     assert world.states == [layout.SPLICE]
     (syn,) = world.to_member()

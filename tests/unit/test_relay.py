@@ -194,7 +194,7 @@ def test_handshakes_are_answered_alike(twins: Twins, family: int) -> None:
         top = cookies.check(KEYS, packed(FAMILIES[family][0]), 40000, ISN, told[4])
         assert top is not None
         offered = Options.offered(options)
-        assert Options.of(top)[1:] == offered[1:]
+        assert Options.of(top)._replace(mss=0) == offered._replace(mss=0)
 
 
 @BOTH

@@ -16,7 +16,7 @@ import tests.fake_frames  # noqa: F401  (prepares eventlet for Ryu)
 # isort: split
 from lbapp.app import LoadBalancer, Switch
 from lbapp.config.model import Algorithm, Configuration, Decision, Protocol, State
-from lbapp.control.messages import NeighbourSeen, SwitchUp
+from lbapp.control.messages import Host, NeighbourSeen, SwitchUp
 from lbapp.dataflow.pipeline import VIRTUAL_MAC, Kind, zones
 from tests import sites
 from tests.fake_frames import Headers, address_number, build, frame, mac, mac_number, parse, transport
@@ -411,4 +411,4 @@ def test_neighbours_are_heard_and_switched_on():
     answer = build({"eth_dst": 5, "eth_src": 6, "eth_type": 0x806, "arp_op": 2, "arp_sha": 6, "arp_spa": 0x0A00000B,
                     "arp_tha": 5, "arp_tpa": 0x0A000001})
     assert [sent.port for sent in world.send(44, answer)] == [0xFFFFFFFA]
-    assert world.app.control.host(1, "10.0.0.11") == (bytes(5) + b"\6", 44)
+    assert world.app.control.host(1, "10.0.0.11") == Host(bytes(5) + b"\6", 44)

@@ -7,19 +7,18 @@ Owns: the outcomes and the bytes of an answer. Never: decides which of them it i
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from lbapp.control.messages import Edit
+from lbapp.values import Value
 
 KEY_MOST = 200
 """Characters of the text that says what decided."""
 
 
-class More(NamedTuple):
+class More(Value, frozen=True):
     """Not decidable yet: more bytes are needed."""
 
 
-class ToPool(NamedTuple):
+class ToPool(Value, frozen=True):
     """A member of a pool gets the connection.
 
     Attributes:
@@ -35,7 +34,7 @@ class ToPool(NamedTuple):
     edit: Edit | None = None
 
 
-class Answer(NamedTuple):
+class Answer(Value, frozen=True):
     """The client gets these bytes, and then the connection is closed.
 
     Attributes:
@@ -51,7 +50,7 @@ class Answer(NamedTuple):
     why: str
 
 
-class Reject(NamedTuple):
+class Reject(Value, frozen=True):
     """The connection is reset.
 
     Attributes:

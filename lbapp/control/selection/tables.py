@@ -46,9 +46,9 @@ def flow_hash(signature: FlowSignature) -> int:
 
     003's signature is a sextuple; a connection whose packets change their TOS stays where it is.
     """
-    source, source_port, destination, destination_port, protocol, _ = signature
-    ports = (source_port << 24 | destination_port << 8 | protocol).to_bytes(5, "big")
-    return mix(crc32(ports, crc32(destination, crc32(source))))
+    it = signature
+    ports = (it.source_port << 24 | it.destination_port << 8 | it.protocol).to_bytes(5, "big")
+    return mix(crc32(ports, crc32(it.destination, crc32(it.source))))
 
 
 # ------------------------------------------------------------------ tables shared with the switch

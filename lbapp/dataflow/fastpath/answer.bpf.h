@@ -20,6 +20,8 @@ struct answer {
 	__u8 flags;
 	__u8 words;
 	__be32 options[ANSWER_OPTIONS];
+	__u32 data;             /* bytes behind the header, which whoever answers writes afterwards */
+	__u32 sum;              /* of them */
 };
 
 struct offer {
@@ -35,6 +37,7 @@ struct offer {
 struct scratch {
 	struct offer offer;
 	struct answer answer;
+	struct fp_key back;
 	__u32 header[TCP_HEADER / 4 + ANSWER_OPTIONS];
 	__u32 chunk[CHUNK / 4];
 };
@@ -109,7 +112,7 @@ static __always_inline __u32 segment_length(struct __sk_buff *skb, const struct 
 static __noinline int answer(struct __sk_buff *skb, const struct packet *packet, const struct answer *what,
 			     __u32 length)
 {
-	__u32 l4 = packet->l4 & 0x7f, size = TCP_HEADER + what->words * 4U;
+	__u32 l4 = packet->l4 & 0x7f, size = TCP_HEADER + what->words * 4U, whole = size + what->data;
 	struct scratch *here = scratch();
 	struct tcphdr *tcp;
 	__u32 *header;
@@ -125,7 +128,7 @@ static __noinline int answer(struct __sk_buff *skb, const struct packet *packet,
 	/* A segment that is to be cut up has a partial checksum, which does not hold its bytes. */
 	if (!skb->gso_size)
 		before = sum_of(skb, l4, length);
-	if (skb->len != l4 + size && bpf_skb_change_tail(skb, l4 + size, 0))
+	if (skb->len != l4 + whole && bpf_skb_change_tail(skb, l4 + whole, 0))
 		return -FP_SHOT;
 	if (bpf_skb_pull_data(skb, l4 + size))
 		return -FP_SHOT;
@@ -143,7 +146,7 @@ static __noinline int answer(struct __sk_buff *skb, const struct packet *packet,
 
 		hops = (__u64)(__u32)~words[0] + (__u32)~words[1];
 		words[0] = bpf_htonl(6U << 28);
-		ip->payload_len = bpf_htons(size);
+		ip->payload_len = bpf_htons(whole);
 		ip->hop_limit = 64;
 		hops += (__u64)words[0] + words[1];
 		copy16((__u8 *)address, (__u8 *)&ip->saddr);
@@ -157,7 +160,7 @@ static __noinline int answer(struct __sk_buff *skb, const struct packet *packet,
 		sum = (__u64)(__u16)~ip->check + (__u16)~words[0] + (__u16)~words[1] + (__u16)~words[2]
 		    + (__u16)~words[3] + (__u16)~words[4];
 		ip->tos = 0;
-		ip->tot_len = bpf_htons(sizeof(*ip) + size);
+		ip->tot_len = bpf_htons(sizeof(*ip) + whole);
 		ip->id = 0;
 		ip->frag_off = bpf_htons(0x4000);
 		ip->ttl = 64;
@@ -184,7 +187,7 @@ static __noinline int answer(struct __sk_buff *skb, const struct packet *packet,
 		header[7] = what->options[2];
 		/* Addresses and ports have only changed places. */
 		sum = bpf_csum_diff(0, 0, header, sizeof(here->header), 0);
-		sum += (__u64)(__u32)~fold32(before) + check;
+		sum += (__u64)(__u32)~fold32(before) + check + what->sum;
 		tcp->check = check;
 	}
 	known_again(size);
@@ -192,7 +195,7 @@ static __noinline int answer(struct __sk_buff *skb, const struct packet *packet,
 		return -FP_SHOT;
 	if (bpf_skb_store_bytes(skb, l4, header, size, 0)
 	    || bpf_l4_csum_replace(skb, l4 + 16, 0, fold32(sum), 0)
-	    || bpf_l4_csum_replace(skb, l4 + 16, 0, (__u32)bpf_htons(size) + (__u16)~bpf_htons(length),
+	    || bpf_l4_csum_replace(skb, l4 + 16, 0, (__u32)bpf_htons(whole) + (__u16)~bpf_htons(length),
 				   BPF_F_PSEUDO_HDR))
 		return -FP_SHOT;
 	if (packet->ipv6)

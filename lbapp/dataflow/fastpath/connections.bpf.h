@@ -198,7 +198,7 @@ static __noinline int enter_both(struct fp_install *one)
 	way->member = flow->member;
 	way->idle_seconds = flow->idle_seconds;
 	way->packets = way->bytes = 0;
-	way->pad = 0;
+	way->request = 0;
 
 	error = bpf_map_update_elem(&flows, &back, way, BPF_NOEXIST);
 	if (error == -EEXIST) {
@@ -224,7 +224,7 @@ static __noinline int enter_both(struct fp_install *one)
 
 static __always_inline int enter(struct fp_install *one)
 {
-	struct fp_splice none = {.serial = one->flow.serial};
+	struct fp_splice none = {.serial = one->flow.serial, .offset = one->flow.request};
 	int result;
 
 	if (!(one->flow.state & FP_SPLICE))

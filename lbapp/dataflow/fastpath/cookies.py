@@ -17,10 +17,10 @@ import struct
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 from lbapp.dataflow.fastpath.layout import NO_SCALE, mapped
 from lbapp.dataflow.frames import tcp_options
+from lbapp.values import Value
 
 MSS = (536, 1220, 1280, 1360, 1400, 1440, 1460, 8960)
 """A client's is taken for the largest of these that is not larger."""
@@ -32,7 +32,7 @@ _MASK = (1 << 64) - 1
 _WORDS = struct.Struct("<QQ")
 
 
-class Options(NamedTuple):
+class Options(Value, frozen=True):
     """What a client offered in its SYN. ``mss`` is one of :data:`MSS`; ``window_scale`` None: none."""
 
     mss: int

@@ -5,7 +5,8 @@
  * controller, hands queries to the agent, and leads everything else, untouched, into the switch.
  *
  * Programs: wire (TC ingress of a wire-side interface), again (the same for a frame that the agent sends once
- * more), out (TC ingress of the inner interface: what the switch sends), install and sweep (run by the agent).
+ * more), out (TC ingress of the inner interface: what the switch sends), install, finish, revoke and sweep
+ * (run by the agent).
  * The walk of a packet, and who owns what, is told in docs/fastpath.md.
  */
 #include <linux/bpf.h>
@@ -348,6 +349,16 @@ int finish(struct fp_key *context)
 	if (!(__sync_fetch_and_or(&flow->state, FP_CLOSED) & FP_CLOSED))
 		report(&key, flow, other, FP_SHUTDOWN, bpf_ktime_get_ns() >> FP_TICK_SHIFT);
 	return 1;
+}
+
+/* Takes a request back, by its index. Returns what it was: WAITING, if it is taken back; TAKEN and GIVEN stay. */
+SEC("syscall")
+int revoke(__u32 *context)
+{
+	__u32 index = *context;
+	struct fp_request *kept = bpf_map_lookup_elem(&requests, &index);
+
+	return kept ? __sync_val_compare_and_swap(&kept->state, FP_REQUEST_WAITING, FP_REQUEST_NONE) : FP_REQUEST_NONE;
 }
 
 /* Says nothing and is told nothing but in "sweeping". */

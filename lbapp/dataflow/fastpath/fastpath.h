@@ -23,6 +23,8 @@
 #define FP_WINDOW 14600
 #define FP_INSTALLS 1024
 #define FP_HISTOGRAM 32
+#define FP_REQUESTS 4096
+#define FP_REQUEST 1460
 
 /* Bits of fp_flow.state. */
 enum fp_state {
@@ -58,6 +60,9 @@ enum fp_ask {
 	FP_ASK_LATER,        /* as FP_ASK_DATA, but not the client's first: its sequence number is not the cookie's */
 };
 
+/* fp_request.state. Only programs leave WAITING: for TAKEN and then GIVEN, or ("revoke") for NONE. */
+enum fp_request_state { FP_REQUEST_NONE, FP_REQUEST_WAITING, FP_REQUEST_TAKEN, FP_REQUEST_GIVEN };
+
 /* What a packet that is not forwarded here was, and what else is counted. */
 enum fp_counter {
 	FP_HITS,
@@ -90,6 +95,7 @@ enum fp_counter {
 	FP_SPLICE_WAIT,      /* came before the splice was ready */
 	FP_OVER_RATE,        /* new connections refused: beyond what the virtual server may have */
 	FP_OVER_CLIENT,      /* beyond what the client's network may have */
+	FP_GIVEN,            /* a member's SYN-ACK that became the client's first data */
 	FP_COUNTERS,
 };
 
@@ -120,7 +126,7 @@ struct fp_flow {
 	__u32 virtual_server;
 	__u32 member;
 	__u16 idle_seconds;
-	__u16 pad;
+	__u16 request;          /* FP_SPLICE, as it is entered: what its member gets first, see fp_splice */
 };
 
 struct fp_service_key {
@@ -245,15 +251,33 @@ struct fp_pending {
 };
 
 /*
- * Hash "splices", by serial. Made with the connection's entries and deleted with them; ready once the agent has
- * filled it in. The serial comes first: see "Memory used again" in docs/fastpath.md.
+ * Hash "splices", by serial. Made with the connection's entries and deleted with them; ready once the agent, or the
+ * member's SYN-ACK, has filled it in. The serial comes first: see "Memory used again" in docs/fastpath.md.
  */
 struct fp_splice {
 	__u32 serial;
-	__u32 offset;           /* the member's initial sequence number less the cookie */
+	__u32 offset;           /* the member's initial sequence number less the cookie; before: a request, from 1; 0: none */
 	__s8 shift;             /* the member's window, in what the client takes it for: left so many bits */
 	__s8 shift_in;          /* the client's, in what the member takes it for */
 	__u16 ready;
+};
+
+/*
+ * Array "requests": what clients have said whose members were sent a SYN. The agent fills one in; the SYN-ACK takes
+ * its place, and is the member's first data.
+ */
+struct fp_request {
+	__u32 state;
+	__u32 serial;
+	__u32 isn;              /* the client's */
+	__u32 cookie;
+	__u32 sum;              /* ones' complement sum of the payload, in the host's byte order */
+	__u16 window;
+	__u16 length;
+	__u8 scale;             /* the window scale that the client was told; 15: none */
+	__u8 flags;
+	__u16 pad;
+	__u8 payload[FP_REQUEST];
 };
 
 /*

@@ -105,6 +105,29 @@ static long read_option(__u32 index, struct offer **of)
 	return 0;
 }
 
+/* What a SYN or SYN-ACK offers, in the scratch's "offer". False if it could not be read. */
+static __noinline int read_offer(struct __sk_buff *skb, __u32 l4, const struct tcphdr *tcp)
+{
+	struct scratch *here = scratch();
+	struct offer *offer;
+	__u32 length;
+
+	if (!here || !tcp)
+		return 0;
+	offer = &here->offer;
+	__builtin_memset(offer, 0, sizeof(*offer));
+	offer->mss = 536;
+	offer->scale = COOKIE_NO_SCALE;
+	length = (((__u8 *)tcp)[12] >> 4) * 4U - TCP_HEADER;
+	if (length - 1 < TCP_OPTIONS) {
+		if (bpf_skb_load_bytes(skb, l4 + TCP_HEADER, offer->bytes, length))
+			return 0;
+		offer->length = length;
+		bpf_loop(TCP_OPTIONS, read_option, &offer, 0);
+	}
+	return 1;
+}
+
 /* Answer a SYN. What came before it on this port is forgotten, but not for a SYN that is repeated. */
 static __noinline int greet(struct __sk_buff *skb, const struct fp_key *key, const struct packet *packet,
 			    const struct fp_service *service, const struct fp_cookies *keys)
@@ -113,26 +136,16 @@ static __noinline int greet(struct __sk_buff *skb, const struct fp_key *key, con
 	struct scratch *here = scratch();
 	struct answer *what;
 	struct offer *offer;
-	__u32 mss = service->mss ? service->mss : 536, isn, options_length;
+	__u32 mss = service->mss ? service->mss : 536, isn;
 	struct tcphdr tcp;
 	int verdict;
 
-	if (!here || bpf_skb_load_bytes(skb, packet->l4, &tcp, sizeof(tcp)))
+	if (!here || bpf_skb_load_bytes(skb, packet->l4, &tcp, sizeof(tcp)) || !read_offer(skb, packet->l4, &tcp))
 		return -FP_SHOT;
 	what = &here->answer;
 	offer = &here->offer;
 	__builtin_memset(what, 0, sizeof(*what));
-	__builtin_memset(offer, 0, sizeof(*offer));
-	offer->mss = 536;
-	offer->scale = COOKIE_NO_SCALE;
 	isn = bpf_ntohl(tcp.seq);
-	options_length = (((__u8 *)&tcp)[12] >> 4) * 4U - TCP_HEADER;
-	if (options_length - 1 < TCP_OPTIONS) {
-		if (bpf_skb_load_bytes(skb, packet->l4 + TCP_HEADER, offer->bytes, options_length))
-			return -FP_SHOT;
-		offer->length = options_length;
-		bpf_loop(TCP_OPTIONS, read_option, &offer, 0);
-	}
 	if (known && known->isn == isn) {
 		what->sequence = known->cookie;
 	} else {
@@ -167,6 +180,18 @@ static __noinline int greet(struct __sk_buff *skb, const struct fp_key *key, con
 
 /* ------------------------------------------------------------------ what a client says */
 
+/* What a segment without options says, in the scratch's "answer". */
+static __always_inline void plain(struct scratch *here, __u32 sequence, __u32 acknowledgment, __u32 flags, __u16 window)
+{
+	here->answer.sequence = sequence;
+	here->answer.acknowledgment = acknowledgment;
+	here->answer.flags = flags;
+	here->answer.window = window;
+	here->answer.words = 0;
+	here->answer.options[0] = here->answer.options[1] = here->answer.options[2] = 0;
+	here->answer.data = here->answer.sum = 0;
+}
+
 /* A segment without options; with TCP_ACK, of what we have heard and the window that we offered. */
 static __noinline int reply(struct __sk_buff *skb, const struct packet *packet, __u32 sequence, __u32 acknowledgment,
 			    __u32 flags)
@@ -175,12 +200,8 @@ static __noinline int reply(struct __sk_buff *skb, const struct packet *packet, 
 
 	if (!here)
 		return -FP_SHOT;
-	here->answer.sequence = sequence;
-	here->answer.acknowledgment = acknowledgment;
-	here->answer.flags = flags;
-	here->answer.words = 0;
-	here->answer.window = (flags & (TCP_ACK | TCP_RST)) == TCP_ACK ? FP_WINDOW >> (flags >> 8 & 15) : 0;
-	here->answer.options[0] = here->answer.options[1] = here->answer.options[2] = 0;
+	plain(here, sequence, acknowledgment, flags,
+	      (flags & (TCP_ACK | TCP_RST)) == TCP_ACK ? FP_WINDOW >> (flags >> 8 & 15) : 0);
 	return answer(skb, packet, &here->answer, segment_length(skb, packet));
 }
 

@@ -4,7 +4,7 @@
 
 Says to Python what ``fastpath.h`` says to the programs, struct by struct; a test compares both with
 the compiled object's type information. Pure: never touches the kernel. Records that are read or
-written for every connection are plain named tuples, made by one call of ``struct``.
+written for every connection are plain values, made by one call of ``struct``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lbapp.control.buckets import Ration, Shape
+from lbapp.values import Value
 
 VERSION = 3
 TICK_SHIFT = 20
@@ -31,6 +32,8 @@ FRAME_LARGE = 16384
 WINDOW = 14_600
 """What a client may send when its SYN has been answered here."""
 HISTOGRAM = 32
+REQUESTS, REQUEST_DATA = 4096, 1460
+"""How many clients' first data is kept for members' SYN-ACKs, and how many bytes of it."""
 
 OUTBOUND, ROUTED, ESTABLISHED, FIN, PEER_FIN, RST, CLOSED, REPORTED, DECIDED, TRACKED, SPLICE, ANSWERED = (
     1 << bit for bit in range(12))
@@ -129,6 +132,7 @@ class Counter(enum.IntEnum):
     SPLICE_WAIT = 27
     OVER_RATE = 28
     OVER_CLIENT = 29
+    GIVEN = 30
 
 
 # ------------------------------------------------------------------ small things
@@ -166,10 +170,10 @@ def milliseconds(number_of_ticks: int) -> int:
 # ------------------------------------------------------------------ flows
 
 KEY = struct.Struct("=16s16sHHB3x")
-FLOW = struct.Struct("=16s16sHH6s6sIIIIQQIIIHxx")
+FLOW = struct.Struct("=16s16sHH6s6sIIIIQQIIIHH")
 
 
-class FlowKey(NamedTuple):
+class FlowKey(Value, frozen=True):
     """One direction of a connection, as its packets arrive. Addresses are 4 or 16 bytes."""
 
     source: bytes
@@ -191,7 +195,7 @@ class FlowKey(NamedTuple):
                    protocol)
 
 
-class Flow(NamedTuple):
+class Flow(Value, frozen=True):
     """What becomes of one direction's packets, and what was seen of it.
 
     Attributes:
@@ -201,6 +205,7 @@ class Flow(NamedTuple):
         state: bits, see :data:`OUTBOUND`.
         idle_seconds: how long it may be silent.
         used: ticks; with ``opened`` filled in by the kernel's side.
+        request: with the state ``SPLICE``, as it is entered: what its member gets first (:class:`Requests`).
     """
 
     source: bytes
@@ -219,25 +224,26 @@ class Flow(NamedTuple):
     bytes: int = 0
     used: int = 0
     opened: int = 0
+    request: int = 0
 
     def pack(self) -> _Bytes:
         """As it lies in the maps."""
         return FLOW.pack(mapped(self.source), mapped(self.destination), _SWAPPED[self.source_port],
                          _SWAPPED[self.destination_port], self.destination_mac, self.source_mac, self.ifindex,
                          self.state, self.used, self.opened, self.packets, self.bytes, self.serial,
-                         self.virtual_server, self.member, self.idle_seconds)
+                         self.virtual_server, self.member, self.idle_seconds, self.request)
 
     @classmethod
     def unpack(cls, data: _Data) -> Flow:
         """The other way round."""
         (source, destination, source_port, destination_port, destination_mac, source_mac, ifindex, state, used,
-         opened, packets, octets, serial, virtual_server, member, idle) = FLOW.unpack(data)
+         opened, packets, octets, serial, virtual_server, member, idle, request) = FLOW.unpack(data)
         return cls(unmapped(source), unmapped(destination), _SWAPPED[source_port], _SWAPPED[destination_port],
                    destination_mac, source_mac, ifindex, state, serial, virtual_server, member, idle, packets, octets,
-                   used, opened)
+                   used, opened, request)
 
 
-INSTALL = struct.Struct("=16s16sHHB3x" "16s16sHH6s6sIIIIQQIIIHxx" "96x" "6sxxI4x")
+INSTALL = struct.Struct("=16s16sHHB3x" "16s16sHH6s6sIIIIQQIIIHH" "96x" "6sxxI4x")
 """A connection to be entered: its key, the way there, room for the way back, the client's place, the result."""
 INSTALL_RESULT = 40 + 96 + 96 + 12
 INSTALL_CONTEXT = struct.Struct("=II")
@@ -411,7 +417,7 @@ class Closed(NamedTuple):
         return (self.duration << TICK_SHIFT) // 1_000_000
 
 
-class QueryRecord(NamedTuple):
+class QueryRecord(Value, frozen=True):
     """A packet for the agent.
 
     Attributes:
@@ -434,9 +440,11 @@ class QueryRecord(NamedTuple):
 COOKIES = struct.Struct("=16s16sII")
 PENDING = struct.Struct("=II")
 SPLICE_VALUE = struct.Struct("=IIbbH")
+REQUEST = struct.Struct("=IIIIIHHBBxx")
+REQUEST_SIZE = REQUEST.size + REQUEST_DATA
 
 
-class Splice(NamedTuple):
+class Splice(Value, frozen=True):
     """How a member's side of a connection differs from the client's.
 
     Attributes:
@@ -567,5 +575,6 @@ def structs() -> Iterator[tuple[str, int]]:
         "fp_closed": CLOSED_RECORD.size - RING_HEADER.size, "fp_query": QUERY.size, "fp_install": INSTALL.size,
         "fp_install_context": INSTALL_CONTEXT.size, "fp_wanted": WANTED.size, "fp_sweep": SWEEP_SIZE,
         "fp_layout": LAYOUT.size, "fp_cookies": COOKIES.size, "fp_pending": PENDING.size,
-        "fp_splice": SPLICE_VALUE.size, "fp_rate": RATE.size, "fp_client_key": CLIENT_KEY.size,
+        "fp_splice": SPLICE_VALUE.size, "fp_request": REQUEST_SIZE, "fp_rate": RATE.size,
+        "fp_client_key": CLIENT_KEY.size,
     }.items()

@@ -118,6 +118,14 @@ struct {
 	__type(value, struct fp_splice);
 } splices SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, FP_REQUESTS);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct fp_request);
+} requests SEC(".maps");
+
 /* Clients whose first data is with the agent. Nobody has to clear up: those that nothing came for are forgotten. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);

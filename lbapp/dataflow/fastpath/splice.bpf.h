@@ -95,6 +95,83 @@ static __always_inline __be16 scaled(__be16 window, __s8 shift)
 	return bpf_htons(value > 0xffff ? 0xffff : value);
 }
 
+/* Whether a segment's checksum is right, or partial, as offloading leaves it. */
+static __noinline int sound(struct __sk_buff *skb, const struct packet *packet, __u32 check, __u32 length)
+{
+	struct scratch *here = scratch();
+	__u64 pseudo;
+
+	if (!here)
+		return 0;
+	__builtin_memset(here->chunk, 0, CHUNK);
+	if (packet->ipv6 ? bpf_skb_load_bytes(skb, ETH + 8, here->chunk, 32) : bpf_skb_load_bytes(skb, ETH + 12, here->chunk, 8))
+		return 0;
+	pseudo = (__u32)bpf_csum_diff(0, 0, here->chunk, CHUNK, 0);
+	pseudo += (__u32)bpf_htons(IPPROTO_TCP) + bpf_htons(length);
+	return fold16(pseudo) == check || fold16(pseudo + fold32(sum_of(skb, packet->l4 & 0x7f, length))) == 0xffff;
+}
+
+/*
+ * A member's SYN-ACK to a splice that is not ready: now it is, and the SYN-ACK becomes the client's first data, where
+ * that is kept for it. 0: it is not.
+ */
+static __noinline int give(struct __sk_buff *skb, const struct packet *packet, const struct fp_flow *flow, __u32 serial,
+			   __u32 index)
+{
+	struct fp_request *kept = bpf_map_lookup_elem(&requests, &index);
+	struct fp_splice ready = {.serial = serial};
+	struct scratch *here = scratch();
+	struct fp_flow *other;
+	struct tcphdr tcp;
+	__u32 l4 = packet->l4 & 0x7f, length;
+	int verdict = 0;
+
+	if (!kept || !here || bpf_skb_load_bytes(skb, l4, &tcp, sizeof(tcp)) || kept->serial != serial
+	    || bpf_ntohl(tcp.ack_seq) != kept->isn + 1 || !sound(skb, packet, tcp.check, segment_length(skb, packet))
+	    || __sync_val_compare_and_swap(&kept->state, FP_REQUEST_WAITING, FP_REQUEST_TAKEN) != FP_REQUEST_WAITING)
+		return 0;
+	/* Given to somebody else, and used again, since the first look: it is none of ours. */
+	if (*(volatile __u32 *)&kept->serial != serial) {
+		*(volatile __u32 *)&kept->state = FP_REQUEST_WAITING;
+		return 0;
+	}
+	turn_round(&here->back, flow, IPPROTO_TCP);
+	length = kept->length;
+	if (length < 1 || length > FP_REQUEST || !read_offer(skb, l4, &tcp))
+		goto out;
+	ready.offset = bpf_ntohl(tcp.seq) - kept->cookie;
+	if (kept->scale != COOKIE_NO_SCALE)
+		ready.shift = (here->offer.scale == COOKIE_NO_SCALE ? 0 : here->offer.scale) - kept->scale;
+	ready.ready = 1;
+	/* Replaced, or not at all: the memory of one that was looked up may be another connection's by now. */
+	if (bpf_map_update_elem(&splices, &ready.serial, &ready, BPF_EXIST))
+		goto out;
+	plain(here, kept->isn + 1, bpf_ntohl(tcp.seq) + 1, kept->flags, kept->window);
+	here->answer.data = length;
+	here->answer.sum = kept->sum;
+	/* From here on it is given: should this packet be lost, the client repeats it, and that is translated. */
+	verdict = answer(skb, packet, &here->answer, segment_length(skb, packet));
+	if (verdict <= 0)
+		goto out;
+	known_again(length);
+	if (length < 1 || length > FP_REQUEST || bpf_skb_store_bytes(skb, l4 + TCP_HEADER, kept->payload, length, 0)) {
+		verdict = -FP_SHOT;
+		goto out;
+	}
+	count(FP_GIVEN);
+	other = bpf_map_lookup_elem(&flows, &here->back);
+	if (other && other->serial == serial) {
+		__sync_fetch_and_add(&other->packets, 1);
+		__sync_fetch_and_add(&other->bytes, skb->len);
+		__sync_fetch_and_or(&other->state, FP_ESTABLISHED);
+	}
+out:
+	/* From now on it may be another connection's. */
+	barrier();
+	*(volatile __u32 *)&kept->state = verdict ? FP_REQUEST_GIVEN : FP_REQUEST_NONE;
+	return verdict;
+}
+
 /* It is not ready: everything goes to the agent, but for what says nothing. */
 static __always_inline int wait(struct __sk_buff *skb, const struct packet *packet, __u32 virtual_server, __u32 member,
 				const struct tcphdr *tcp)
@@ -136,10 +213,18 @@ static __noinline int splice(struct __sk_buff *skb, const struct fp_key *key, co
 		ready = found->ready;
 		barrier();
 		if (*(volatile __u32 *)&found->serial != serial)
-			ready = 0;
+			ready = offset = 0;
 	}
-	if (!ready)
+	if (!ready) {
+		if (member && offset && packet->part == WHOLE
+		    && (packet->tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == (TCP_SYN | TCP_ACK)) {
+			int verdict = give(skb, packet, flow, serial, offset - 1);
+
+			if (verdict)
+				return verdict;
+		}
 		return wait(skb, packet, virtual_server, member, &tcp);
+	}
 	data = (void *)(long)skb->data;
 	end = (void *)(long)skb->data_end;
 	written = data + l4;

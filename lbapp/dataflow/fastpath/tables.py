@@ -35,6 +35,7 @@ from lbapp.dataflow.fastpath.layout import (
     Traffic,
     Wanted,
 )
+from lbapp.dataflow.fastpath.requests import Requests
 
 LOG = logging.getLogger("lbapp.fastpath")
 
@@ -49,13 +50,16 @@ _U32 = struct.Struct("=I")
 _ZERO = bytes(4)
 _MONOTONIC_COARSE = 6
 """The clock that the programs look at for packets (linux/time.h); Python has no name for it."""
-_NOT_PINNED = ("installs", "sweeping", "decisions", "answers", "doubts", "lately")
+_NOT_PINNED = ("installs", "requests", "sweeping", "decisions", "answers", "doubts", "lately")
 _TRACKED = struct.Struct("=52xI24xIII4x")
 """State, serial, virtual server and member of a flow."""
 
 
 class Tables:
     """Programs and maps, loaded.
+
+    Attributes:
+        requests: what is kept for members' SYN-ACKs.
 
     Args:
         program: the compiled object.
@@ -84,7 +88,8 @@ class Tables:
         self.maps: Mapping[str, kernel.Map] = maps
         self._flows, self._services, self._targets = maps["flows"], maps["services"], maps["targets"]
         self._closed, self._queries = kernel.Ring(maps["closed"]), kernel.Ring(maps["queries"])
-        self._installs = maps["installs"].mapped()
+        self._installs, self._requests = maps["installs"].mapped(), maps["requests"].mapped()
+        self.requests = Requests(self._requests, self._revoke)
         if seed is None:
             old = Layout.unpack(maps["layout"].lookup(_ZERO) or bytes(layout.LAYOUT.size))
             seed = old.seed if self.adopted else (secrets.randbits(64), secrets.randbits(64))
@@ -99,6 +104,8 @@ class Tables:
         self._closed.close()
         self._queries.close()
         self._installs.close()
+        self.requests.close()
+        self._requests.close()
         self._object.close()
         if not keep and self.pins is not None:
             kernel.unpin(self.pins)
@@ -170,9 +177,11 @@ class Tables:
             for index in range(first, min(first + 2 * layout.INSTALLS, len(flows)), 2):
                 key, flow = flows[index]
                 way = flows[index + 1][1]
-                pack(memory, offset, mapped(key[0]), mapped(key[1]), swapped(key[2]), swapped(key[3]), key[4],
-                     mapped(flow[0]), mapped(flow[1]), swapped(flow[2]), swapped(flow[3]), flow[4], flow[5], flow[6],
-                     flow[7], opened, opened, 0, 0, flow[8], flow[9], flow[10], min(flow[11], 0xFFFF), way[4], way[6])
+                pack(memory, offset, mapped(key.source), mapped(key.destination), swapped(key.source_port),
+                     swapped(key.destination_port), key.protocol, mapped(flow.source), mapped(flow.destination),
+                     swapped(flow.source_port), swapped(flow.destination_port), flow.destination_mac, flow.source_mac,
+                     flow.ifindex, flow.state, opened, opened, 0, 0, flow.serial, flow.virtual_server, flow.member,
+                     min(flow.idle_seconds, 0xFFFF), flow.request, way.destination_mac, way.ifindex)
                 offset += size
             results += self._enter(offset // size)
         return results
@@ -236,6 +245,9 @@ class Tables:
         table = self.maps["splices"]
         return {serial for serial, splice in splices.items()
                 if not table.update(_U32.pack(serial), splice.pack(serial), kernel.EXIST)}
+
+    def _revoke(self, index: int) -> int:
+        return kernel.run(self.programs["revoke"], context=ctypes.c_uint32(index))[0]
 
     def splice(self, serial: int) -> Splice | None:
         """How a connection is translated; None where nobody has said so yet, or there is none."""
