@@ -151,8 +151,11 @@ _LOOPBACK = 0x8
 """IFF_LOOPBACK."""
 
 
-def attach(netlink: Netlink, link: Link, program: int) -> None:
+def attach(netlink: Netlink, link: Link, program: int) -> bool:
     """Attach the program at an interface's ingress, in the place of an earlier one.
+
+    Returns:
+        False where the interface went meanwhile.
 
     Raises:
         AdoptError: the kernel refuses, or somebody else's filter is where ours belongs.
@@ -165,7 +168,10 @@ def attach(netlink: Netlink, link: Link, program: int) -> None:
         own = netlink.add_clsact(link.ifindex) or any(one.name.endswith(OWN_CLSACT) for one in ours)
         netlink.set_program(link.ifindex, PRIORITY, HANDLE, program, NAME + (OWN_CLSACT if own else ""))
     except NetlinkError as error:
+        if error.errno == errno.ENODEV:
+            return False
         raise AdoptError(f"{link.name}: {error.strerror}") from None
+    return True
 
 
 def attached(netlink: Netlink) -> dict[str, Filter]:

@@ -226,11 +226,14 @@ class ServerAgent:
         """
         there = adopt.attached(self._netlink)
         wanted = adopt.interfaces(self._netlink.links().values(), self.settings.interfaces)
+        attached = set()
         for link in wanted:
             if link.name not in self._attached or link.name not in there:
-                adopt.attach(self._netlink, link, self._adopter.program)
+                if not adopt.attach(self._netlink, link, self._adopter.program):
+                    continue
                 LOG.info("connections are adopted at %s", link.name)
-        self._attached = {link.name for link in wanted}
+            attached.add(link.name)
+        self._attached = attached
         adopt.detach(self._netlink, keep=self._attached)
 
     def _announce(self, listeners: Collection[Listener]) -> Lease:

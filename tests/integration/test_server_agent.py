@@ -417,6 +417,17 @@ def test_somebody_elses_filters_stay(place: Place) -> None:
     assert [one.priority for one in place.netlink.filters(link.ifindex)] == [5]
 
 
+def test_an_interface_that_goes_meanwhile_is_none_of_ours(place: Place) -> None:
+    """Other programs make and delete interfaces at any time: what is adopted at the others is not to suffer."""
+    place.server.run("ip", "link", "add", "s1", "up", "type", "veth", "peer", "name", "s2")
+    gone = place.netlink.links()["s1"]
+    assert gone.up
+    place.server.run("ip", "link", "del", "s1")
+    assert not adopt.attach(place.netlink, gone, place.adopter.program)
+    assert adopt.attach(place.netlink, place.netlink.links()["s0"], place.adopter.program)
+    assert list(adopt.attached(place.netlink)) == ["s0"]
+
+
 # ------------------------------------------------------------------ the whole agent
 
 

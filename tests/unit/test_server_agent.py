@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import socket
@@ -17,7 +18,7 @@ from click.testing import CliRunner
 from lbapp import launcher
 from lbapp.cli import cli
 from lbapp.client import Client, ClientError
-from lbapp.dataflow.fastpath.netlink import IFF_UP, Filter, Link
+from lbapp.dataflow.fastpath.netlink import IFF_UP, Filter, Link, NetlinkError
 from lbapp.server_agent import adopt, process
 from lbapp.server_agent.adopt import Listener
 from lbapp.server_agent.listening import listening
@@ -86,6 +87,7 @@ class Interfaces:
                       for index, name in enumerate(names, 1)}
         self.at: dict[int, Filter] = {}
         self.clsact: set[int] = set()
+        self.gone: set[int] = set()
 
     def links(self) -> dict[str, Link]:
         return self.there
@@ -105,6 +107,8 @@ class Interfaces:
         return [self.at[index]] if index in self.at else []
 
     def set_program(self, index: int, priority: int, handle: int, program: int, name: str) -> None:
+        if index in self.gone:
+            raise NetlinkError(errno.ENODEV, "No such device")
         self.events.append(("attach", index))
         self.at[index] = Filter(priority, handle, "bpf", name, program)
 
@@ -154,6 +158,17 @@ def test_new_keys_are_written_at_once(host: Host) -> None:
     host.controller.answer = {"cookie_keys": [ONE, TWO], "window_scale": 5, "lease_seconds": 3}
     assert host.agent.step() == 1.0  # three times a lease
     assert host.events[-1] == ("keys", ONE, TWO) and host.tables.scale == 5
+
+
+def test_an_interface_that_goes_meanwhile_changes_nothing(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    host.agent.step()
+    host.interfaces.there["eth1"] = Link(3, "eth1", IFF_UP, 1500, b"", "", 0, "")
+    host.interfaces.gone.add(3)
+    host.agent.step()
+    assert host.controller.announced()[2:] == [[("10.0.0.51", 80)]] and not messages(caplog)
+    host.interfaces.gone.clear()  # another one, of the same name
+    host.agent.step()
+    assert host.events[-1] == ("attach", 3), "tried again"
 
 
 def test_who_does_not_listen_is_not_announced(tmp_path: Path) -> None:
