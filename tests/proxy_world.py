@@ -54,6 +54,7 @@ class FakeFastPath:
         self.splices: dict[int, layout.Splice] = {}
         self.closed: list[layout.FlowKey] = []
         self.injected: list[tuple[int, bytes]] = []
+        self.soon: list[bool] = []
         self.sent: list[tuple[int, bytes]] = []
         self.pending_forgotten: list[layout.FlowKey] = []
         self.with_places(0)
@@ -90,8 +91,9 @@ class FakeFastPath:
     def forget_pending(self, keys: Sequence[layout.FlowKey]) -> None:
         self.pending_forgotten += keys
 
-    def inject(self, ifindex: int, frame: bytes) -> bool:
+    def inject(self, ifindex: int, frame: bytes, soon: bool = False) -> bool:
         self.injected.append((ifindex, frame))
+        self.soon.append(soon)
         return True
 
     def send(self, ifindex: int, frame: bytes) -> bool:

@@ -257,7 +257,7 @@ class Agent(Generic[Path]):
                     self._refuse(waiting)
             elif waiting is not None:
                 for frame in waiting.frames:
-                    self.fastpath.inject(waiting.ifindex, frame)
+                    self.fastpath.inject(waiting.ifindex, frame, _waits(query))
         if offsets:
             self.fastpath.set_splices(offsets)
         return refused
@@ -284,7 +284,8 @@ class Agent(Generic[Path]):
                 going.append(one)
         for one, result in zip(going, self.fastpath.install(flows) if flows else (), strict=True):
             if result in _THERE:
-                self.fastpath.inject(self.fastpath.ports[one.reply.query.in_port].ifindex, one.frame)
+                query = one.reply.query
+                self.fastpath.inject(self.fastpath.ports[query.in_port].ifindex, one.frame, _waits(query))
             else:
                 left.append(one)
         return left
@@ -497,6 +498,11 @@ class Agent(Generic[Path]):
         """Follow the bridge's ports; what goes by one that changed is told anew."""
         if self.fastpath.sync_ports():
             self.configure(dict(self._told))
+
+
+def _waits(query: Query) -> bool:
+    """Whether the client says nothing more before it is answered, which could overtake its first packet."""
+    return bool(query.tcp_flags & frames.SYN)
 
 
 def _as_reply(message: Reply | NewFlow) -> Reply:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from lbapp.control.messages import FlowSignature, Host
 from lbapp.values import Value
 
-FIN, SYN, RST, ACK = 1, 2, 4, 16
+FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
 TCP, _UDP, _ICMP, _ICMP6 = 6, 17, 1, 58
 _ALL_ONES = b"\xff" * 6
 

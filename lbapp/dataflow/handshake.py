@@ -15,7 +15,7 @@ import msgspec
 from lbapp.control.messages import AppQuery, Edit, Query, Reply
 from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.fastpath.cookies import Options
-from lbapp.dataflow.frames import FIN, Segment
+from lbapp.dataflow.frames import FIN, PSH, Segment
 
 MAX_DATA = 68 << 10
 """What of one connection's data is kept: more than the 64 KiB that are read, so that what is too long is seen to be."""
@@ -97,6 +97,11 @@ class Handshake(msgspec.Struct, eq=False, gc=False):
     def whole(self) -> bool:
         """Whether one segment, which the client repeats if it is lost, was all that the client said."""
         return len(self.flights) == 1 and 0 in self.flights and not (self.ours or self.ahead or self.flags & FIN)
+
+    @property
+    def said_all(self) -> bool:
+        """Whether nothing more comes right behind what the client said: it was all that it had to say for now."""
+        return bool(self.flags & PSH) and self.whole
 
     @property
     def segment_most(self) -> int:

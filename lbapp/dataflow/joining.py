@@ -12,15 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lbapp.dataflow import frames
-from lbapp.dataflow.frames import ACK, FIN
+from lbapp.dataflow.frames import ACK, FIN, PSH
 
 LARGEST = 60_000
 """Bytes of a joined frame: its length has to fit 16 bits."""
 LONGEST_SEGMENT = 1460
-"""Bytes of data beyond which a frame is cut up when it is sent (``fastpath.Injector``)."""
+"""Bytes of data beyond which a frame is cut up when it is sent (``fastpath/injector.py``)."""
 LEAST_MSS = 1220
 """It is cut into pieces of so much; whoever takes less gets the segments as they were."""
-_PSH = 8
 
 
 def join(several: Sequence[bytes], mss: int) -> list[bytes]:
@@ -55,7 +54,7 @@ def _follows(one: tuple[bytes, frames.Packet, frames.Segment], other: tuple[byte
     (frame, packet, part), (following, next_packet, next_part) = one, other
     return (packet.signature == next_packet.signature and frame[:14] == following[:14]
             and packet.offset == next_packet.offset and not part.options and not next_part.options
-            and part.flags & ~_PSH == ACK and next_part.flags & ~(_PSH | FIN) == ACK
+            and part.flags & ~PSH == ACK and next_part.flags & ~(PSH | FIN) == ACK
             and next_part.seq == part.seq + len(part.payload) & 0xFFFFFFFF)
 
 
@@ -65,7 +64,7 @@ def _joined(group: Sequence[tuple[bytes, frames.Packet, frames.Segment]], mss: i
         return [frame for frame, _, _ in group]
     frame, packet, part = group[0]
     last = group[-1][2]
-    flags = part.flags | last.flags | (_PSH if any(one.flags & _PSH for _, _, one in group) else 0)
+    flags = part.flags | last.flags | (PSH if any(one.flags & PSH for _, _, one in group) else 0)
     head = (frame[packet.offset:packet.offset + 4] + part.seq.to_bytes(4, "big") + last.ack.to_bytes(4, "big")
             + bytes((5 << 4, flags)) + last.window.to_bytes(2, "big") + bytes(4))
     signature = packet.signature

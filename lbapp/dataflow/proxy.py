@@ -30,15 +30,16 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from lbapp.control.messages import AppQuery, AppReply, Binding, Error, FlowSignature, Query, Refused, Reply
-from lbapp.dataflow import frames, joining
+from lbapp.dataflow import frames, joining, tcp_frames
 from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.cookies import Options
-from lbapp.dataflow.frames import ACK, FIN, RST, SYN, Segment
+from lbapp.dataflow.frames import ACK, FIN, PSH, RST, SYN, Segment
 from lbapp.dataflow.handshake import Handshake, Phase
+from lbapp.dataflow.lately import Lately
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 
 LOG = logging.getLogger("lbapp.agent")
@@ -61,8 +62,8 @@ MAX_CHALLENGES = 3
 REPEAT_SECONDS = 0.3
 REPEATS = 5
 PASSED_ON = 4096
-"""Connections whose late segments, read from the ring when they were complete already, are still passed on."""
-PSH = 8
+"""Connections, at least, whose late segments, read from the ring when they were complete already, are still passed
+on."""
 LOOK_SECONDS = 0.05
 """So often it is seen which members have had what was kept for them."""
 
@@ -71,6 +72,13 @@ Direction = tuple[layout.FlowKey, layout.Flow]
 Flows = Callable[[Reply, int, int], "tuple[Direction, Direction] | None"]
 """The two directions of a connection as a REPLY wants it, with further bits of state, and a request that is kept for
 its member (0: none); None where a port is unknown."""
+
+
+class Going(NamedTuple):
+    """How a client's segments are passed on: what their receiver takes at once, and whether they go ``soon``."""
+
+    mss: int
+    soon: bool = False
 
 
 class Proxy:
@@ -97,12 +105,12 @@ class Proxy:
         self._members: dict[tuple[bytes, int, bytes, int], Handshake] = {}
         self._bytes = 0
         self._ready: list[Handshake] = []
-        self._late: dict[tuple[int, int], list[bytes]] = {}
+        self._late: dict[tuple[int, Going], list[bytes]] = {}
         self._asking: dict[FlowSignature, Handshake] = {}
         self._kept: dict[FlowSignature, Handshake] = {}
         self._look_at = 0.0
-        self._passed: OrderedDict[FlowSignature, int] = OrderedDict()
-        self._passed_back: OrderedDict[tuple[bytes, int, bytes, int], int] = OrderedDict()
+        self._passed: Lately[FlowSignature, Going] = Lately(PASSED_ON)
+        self._passed_back: Lately[tuple[bytes, int, bytes, int], Going] = Lately(PASSED_ON)
 
     def __len__(self) -> int:
         return len(self._all)
@@ -115,9 +123,7 @@ class Proxy:
         Raises:
             MalformedError: the frame is not what its headers say.
         """
-        packet = frames.parse(record.frame)
-        frame = frames.with_checksum(record.frame, packet)
-        part = frames.segment(frame, packet)
+        frame, packet, part = tcp_frames.read(record.frame)
         signature = packet.signature
         known = self._all.get(signature)
         if known is not None and record.kind == layout.Ask.DATA and known.cookie != part.ack - 1 & 0xFFFFFFFF:
@@ -125,10 +131,10 @@ class Proxy:
             known = None
         if known is None:
             if record.kind != layout.Ask.DATA or not part.payload:
-                mss = self._passed.get(signature, 0)
-                if mss and self._fastpath.lookup(_key(signature)) is not None:
+                going = self._passed.get(signature)
+                if going is not None and self._fastpath.lookup(_key(signature)) is not None:
                     # It is translated now. Without its flow it would be handed back, again and again.
-                    self._later(record.ifindex, mss, frame)
+                    self._later(record.ifindex, going, frame)
                 else:
                     # Of a connection that has ended: who goes on with that is reset by the fast path.
                     self._counters["proxy_stray"] += 1
@@ -149,7 +155,7 @@ class Proxy:
             return
         if known.ready and known.ours:
             # The member has all that was delivered from here.
-            self._later(record.ifindex, known.segment_most, frame)
+            self._later(record.ifindex, Going(known.segment_most), frame)
             return
         if known.request and self._fastpath.requests.given(known.request):
             self._follow(known, record.ifindex, frame)
@@ -204,14 +210,14 @@ class Proxy:
         Raises:
             MalformedError: the frame is not what its headers say.
         """
-        packet = frames.parse(record.frame)
-        frame = frames.with_checksum(record.frame, packet)
-        part, it = frames.segment(frame, packet), packet.signature
+        frame, packet, part = tcp_frames.read(record.frame)
+        it = packet.signature
         ends = (it.source, it.source_port, it.destination, it.destination_port)
         one = self._members.get(ends)
         if one is None:
-            if ends in self._passed_back:
-                self._later(record.ifindex, self._passed_back[ends], frame)
+            going = self._passed_back.get(ends)
+            if going is not None:
+                self._later(record.ifindex, going, frame)
             else:
                 self._counters["proxy_stray"] += 1
         elif one.ready and one.ours:
@@ -272,9 +278,9 @@ class Proxy:
             for one in ready:
                 self._pass_on(one)
         if self._late:
-            for (ifindex, mss), late in self._late.items():
-                for frame in joining.join(late, mss):
-                    self._fastpath.inject(ifindex, frame)
+            for (ifindex, going), late in self._late.items():
+                for frame in joining.join(late, going.mss):
+                    self._fastpath.inject(ifindex, frame, going.soon)
             self._late.clear()
         if now >= self._look_at:
             self._look(now)
@@ -299,18 +305,18 @@ class Proxy:
         for one in [one for one in self._kept.values() if self._fastpath.requests.given(one.request)]:
             self._given(one)
 
-    def _given(self, one: Handshake) -> None:
+    def _given(self, one: Handshake, soon: bool = False) -> None:
         """The member has what the client said, and the fast path the connection."""
         self._forget(one)
-        _remember(self._passed, one.query.signature, one.segment_most)
+        self._passed.put(one.query.signature, Going(one.segment_most, soon))
 
-    def _later(self, ifindex: int, mss: int, frame: bytes) -> None:
-        """Let a frame go with the next :meth:`flush`; its receiver takes segments of so much data."""
-        self._late.setdefault((ifindex, mss), []).append(frame)
+    def _later(self, ifindex: int, going: Going, frame: bytes) -> None:
+        """Let a frame go with the next :meth:`flush`."""
+        self._late.setdefault((ifindex, going), []).append(frame)
 
     def _follow(self, one: Handshake, ifindex: int, frame: bytes) -> None:
         """A segment of the client that was still on its way here when the member had got what was kept for it."""
-        self._later(ifindex, one.segment_most, frame)
+        self._later(ifindex, Going(one.segment_most), frame)
         self._given(one)
 
     def _let_go(self, one: Handshake) -> bool:
@@ -327,13 +333,20 @@ class Proxy:
             self._ready.append(one)
 
     def _pass_on(self, one: Handshake) -> None:
-        mss = one.segment_most
+        """Let what the client said go, in order.
+
+        From now on its segments are translated on the spot, and would overtake what goes soon. So that is only for a
+        client that has said all for now, and whose member has not answered anything yet (handoff).
+        """
+        mss, soon = one.segment_most, one.member is None and one.said_all
         if one.ours and one.member is not None:
             signature = one.query.signature
-            _remember(self._passed_back, (*one.member[:2], signature.source, signature.source_port), mss)
-        for frame in joining.join([one.flights[offset] for offset in sorted(one.flights)], mss):
-            self._fastpath.inject(one.ifindex, frame)
-        self._given(one)
+            self._passed_back.put((*one.member[:2], signature.source, signature.source_port), Going(mss))
+        flights = one.flights
+        for frame in flights.values() if len(flights) == 1 else joining.join(
+                [flights[offset] for offset in sorted(flights)], mss):
+            self._fastpath.inject(one.ifindex, frame, soon)
+        self._given(one, soon)
 
     # -------------------------------------------------------------- what the control segment says
 
@@ -563,13 +576,6 @@ def _packed(options: Options) -> bytes:
     if options.window_scale is not None:
         packed += b"\x01\x03\x03" + bytes((options.window_scale,))
     return packed
-
-
-def _remember(table: OrderedDict[Any, int], key: Any, mss: int) -> None:
-    table.pop(key, None)
-    table[key] = mss
-    if len(table) > PASSED_ON:
-        table.popitem(last=False)
 
 
 def _key(signature: FlowSignature) -> layout.FlowKey:

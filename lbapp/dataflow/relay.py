@@ -144,8 +144,8 @@ class Relay:
             self._listen(port, key, frame, packet, part, service)
         return service.number
 
-    def inject(self, ifindex: int, frame: bytes) -> bool:
-        """See :meth:`FastPath.inject`."""
+    def inject(self, ifindex: int, frame: bytes, soon: bool = False) -> bool:
+        """See :meth:`FastPath.inject`: it is done when this returns, in any case."""
         return self.packet(ifindex, frame) is not None
 
     def send(self, ifindex: int, frame: bytes) -> bool:

@@ -54,6 +54,7 @@ class FakeFastPath:
     def __init__(self) -> None:
         self.ports = {1: Wire(CLIENT_WIRE), 4: Wire(MEMBER_WIRE)}
         self.told: list[tuple[str, Any]] = []
+        self.soon: list[bool] = []
         self.kept_targets: dict[int, Any] = {}
         self.kept_services: dict[Any, Any] = {}
         self.arrived: list[layout.QueryRecord] = []
@@ -103,8 +104,9 @@ class FakeFastPath:
         self.told.append(("install", list(flows)))
         return [self.room] * (len(flows) // 2)
 
-    def inject(self, ifindex: int, data: bytes) -> None:
+    def inject(self, ifindex: int, data: bytes, soon: bool = False) -> None:
         self.told.append(("inject", (ifindex, data)))
+        self.soon.append(soon)
 
     def send(self, ifindex: int, data: bytes) -> None:
         self.told.append(("send", (ifindex, data)))
@@ -203,6 +205,7 @@ def test_what_is_not_answered_is_asked_again(agent: Agent, fast: FakeFastPath) -
     assert agent.tick(1.1 + module.ASK_AGAIN_SECONDS) == []
     agent.reply([reply(query)])
     assert len(fast.did("inject")) == 1, "of a SYN, one copy goes on"
+    assert fast.soon == [True], "nothing comes behind it"
     assert agent.tick(9.0) == []
 
 
@@ -225,6 +228,7 @@ def test_datagrams_wait_together_and_in_order(agent: Agent, fast: FakeFastPath) 
     (query,) = ask(agent, fast, *datagrams)
     agent.reply([reply(query)])
     assert [data for _, data in fast.did("inject")] == datagrams[:module.MAX_FRAMES]
+    assert not any(fast.soon), "more may come, and is not to overtake them"
     assert agent.counters["waiting_dropped"] == 2
 
 

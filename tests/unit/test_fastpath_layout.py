@@ -62,6 +62,7 @@ NUMBERS = {
     "FP_VERSION": layout.VERSION, "FP_TICK_SHIFT": layout.TICK_SHIFT, "FP_SLOTS": layout.SLOTS,
     "FP_INSTALLS": layout.INSTALLS, "FP_FRAME": layout.FRAME, "FP_FRAME_SMALL": layout.FRAME_SMALL,
     "FP_FRAME_MIDDLE": layout.FRAME_MIDDLE, "FP_FRAME_LARGE": layout.FRAME_LARGE, "FP_WINDOW": layout.WINDOW,
+    "FP_OUT_MARK": layout.OUT_MARK,
     "FP_REQUESTS": layout.REQUESTS, "FP_REQUEST": layout.REQUEST_DATA,
     **{f"FP_REQUEST_{one.name}": one.value for one in State},
     "FP_HISTOGRAM": layout.HISTOGRAM, "FP_TARGET_ROUTED": layout.TARGET_ROUTED, "FP_COUNTERS": len(layout.Counter),

@@ -21,7 +21,8 @@ import pytest
 
 from lbapp.dataflow import frames
 from lbapp.dataflow.fastpath import kernel, layout
-from lbapp.dataflow.fastpath.fastpath import FastPath, FastPathUnavailable, pair, remove
+from lbapp.dataflow.fastpath.fastpath import FastPath, FastPathUnavailable, remove
+from lbapp.dataflow.fastpath.injector import pair
 from lbapp.dataflow.fastpath.layout import Flow, FlowKey, Hash, Mode, Service, ServiceKey, Target
 from lbapp.dataflow.ovs import Ovs, PrivateOvs
 from lbapp.dataflow.pipeline import VIRTUAL_MAC

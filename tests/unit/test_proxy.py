@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 
-from lbapp.control.messages import AppReply, Binding, Error, Host, Refused, Reply, Translation
+from lbapp.control.messages import AppReply, Binding, Error, FlowSignature, Host, Refused, Reply, Translation
 from lbapp.dataflow import frames, handshake, proxy
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.cookies import Options
-from lbapp.dataflow.frames import ACK, FIN, RST, SYN, Segment
+from lbapp.dataflow.frames import ACK, FIN, PSH, RST, SYN, Segment
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 from lbapp.values import astuple
 from tests.proxy_world import (
@@ -92,7 +92,7 @@ def test_a_request_in_pieces_is_acknowledged_and_then_repeated_until_it_has_arri
     assert world.to_member()[0].flags == SYN
     world.member(1, SYN | ACK, options=SYN_ACK, now=0.4)
     assert not world.fast.splices
-    sent = Segment(ISN + 1 & 0xFFFFFFFF, MEMBER_ISN + 1, ACK | proxy.PSH, 500, b"", REQUEST)
+    sent = Segment(ISN + 1 & 0xFFFFFFFF, MEMBER_ISN + 1, ACK | PSH, 500, b"", REQUEST)
     assert world.to_member() == [sent]
     # It is lost; a part of it arrives; then all.
     assert world.proxy.tick(0.5) == [] and not world.to_member()
@@ -330,9 +330,24 @@ def test_late_segments_of_a_connection_that_is_ready_are_passed_on_once(world: W
     assert len(world.fast.injected) == 1
     assert world.client(len(REQUEST), b"body") is None
     assert len(world.fast.injected) == 2
-    world.proxy._passed.clear()
+    for port in range(2 * proxy.PASSED_ON):
+        world.proxy._passed.put(FlowSignature(CLIENT[0], port, VIP[0], 1, 6), proxy.Going(1000))
     assert world.client(len(REQUEST), b"body") is None
     assert len(world.fast.injected) == 2 and world.counters["proxy_stray"] == 1
+
+
+@pytest.mark.parametrize(("binding", "flags", "soon"), [
+    (Binding.HANDOFF, ACK | PSH, True), (Binding.HANDOFF, ACK, False), (Binding.SPLICE, ACK | PSH, False),
+], ids=["all was said", "more comes", "splice"])
+def test_what_more_could_overtake_goes_at_once(world: World, binding: Binding, flags: int, soon: bool) -> None:
+    asked = world.client(0, REQUEST, flags)
+    assert asked is not None
+    world.answer(asked.query, binding=binding)
+    if binding is Binding.SPLICE:
+        world.member(1, SYN | ACK)
+    assert world.fast.soon == [soon]
+    world.client(len(REQUEST), b"late")
+    assert world.fast.injected[-1][1].endswith(b"late") and world.fast.soon == [soon, soon], "in the same order"
 
 
 def test_what_is_said_after_a_connection_was_deleted_goes_round_in_no_circle(world: World) -> None:

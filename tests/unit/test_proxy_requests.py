@@ -10,11 +10,9 @@ from lbapp.control.messages import Binding, Edit
 from lbapp.dataflow import frames
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.cookies import Options
-from lbapp.dataflow.frames import ACK, FIN, RST, SYN
+from lbapp.dataflow.frames import ACK, FIN, PSH, RST, SYN
 from lbapp.dataflow.proxy import LOOK_SECONDS
 from tests.proxy_world import CLIENT_WIRE, COOKIE, ISN, MEMBER_ISN, OPTIONS, REQUEST, SYN_ACK, World
-
-PSH = 8
 
 
 @pytest.fixture

@@ -283,14 +283,14 @@ int wire(struct __sk_buff *skb)
 	return walk(skb, skb->ifindex);
 }
 
-/* A frame that the agent sends once more; its mark says which wire it came in on. */
+/* A frame that the agent sends; its mark says which wire it came in on, or (FP_OUT_MARK) is to leave by. */
 SEC("tc")
 int again(struct __sk_buff *skb)
 {
-	__u32 ifindex = skb->mark;
+	__u32 ifindex = skb->mark & ~FP_OUT_MARK, out = skb->mark & FP_OUT_MARK;
 
 	skb->mark = 0;
-	return walk(skb, ifindex);
+	return out ? bpf_redirect(ifindex, 0) : walk(skb, ifindex);
 }
 
 SEC("tc")

@@ -7,37 +7,23 @@ Owns setting it all up and taking it all down. What is in the tables is the agen
 
 from __future__ import annotations
 
-import _socket
 import contextlib
 import logging
-import socket
-import struct
 import sys
-import zlib
 from pathlib import Path
 
 from lbapp.dataflow.fastpath import build, kernel
+from lbapp.dataflow.fastpath.injector import Injector, pair
 from lbapp.dataflow.fastpath.netlink import Netlink, NetlinkError
-from lbapp.dataflow.fastpath.ports import Changes, Programs, Wire, Wires, inner_name
+from lbapp.dataflow.fastpath.ports import Changes, Programs, Wire, Wires
 from lbapp.dataflow.fastpath.records import read
-from lbapp.dataflow.fastpath.removal import HANDLE, PRIORITY, PortsError
+from lbapp.dataflow.fastpath.removal import PortsError
 from lbapp.dataflow.fastpath.removal import remove as remove_ports
 from lbapp.dataflow.fastpath.tables import MAX_CONNECTIONS, Tables, all_pins
-from lbapp.dataflow.joining import LEAST_MSS
 from lbapp.dataflow.ovs import Ovs, OvsError
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 
 LOG = logging.getLogger("lbapp.fastpath")
-
-_SO_MARK, _SOL_PACKET = 36, 263
-_PACKET_VNET_HDR = 15
-_GSO = struct.Struct("=BBHHHH")
-"""struct virtio_net_hdr (linux/virtio_net.h): flags, gso_type, hdr_len, gso_size, csum_start, csum_offset."""
-_GSO_TCPV4, _GSO_TCPV6 = 1, 4
-_LONGEST_FRAME = 1514
-"""What is longer is several segments in one, and has to be cut up on the way: every path carries pieces of LEAST_MSS
-(RFC 8200, 5)."""
-_LARGEST_MTU = 65_535
 
 
 class FastPathUnavailable(Exception):
@@ -125,24 +111,28 @@ class FastPath(Tables):
             self._injector.forget()
         return changes
 
-    def inject(self, ifindex: int, frame: bytes) -> bool:
+    def inject(self, ifindex: int, frame: bytes, soon: bool = False) -> bool:
         """Let a frame walk once more, as if it had come in on that wire. Its checksums have to be whole.
+
+        Args:
+            ifindex: the wire.
+            frame: the frame.
+            soon: it walks in its turn, after all that is to go soon; otherwise it has walked when this returns.
 
         Returns:
             False if the kernel had no room for it: as lost as any packet can be.
         """
-        return self._injector.inject(ifindex, frame)
+        return self._injector.inject(ifindex, frame, soon)
 
     def send(self, ifindex: int, frame: bytes) -> bool:
-        """Send a frame out on a wire. False if the kernel had no room for it, or there is no such wire."""
-        wire = self._by_index.get(ifindex)
-        return wire is not None and self._injector.send(wire.name, frame)
+        """Send a frame out on a wire, soon. False if the kernel had no room for it, or there is no such wire."""
+        return ifindex in self._by_index and self._injector.send(ifindex, frame, soon=True)
 
     def give(self, ifindex: int, frame: bytes) -> bool:
         """Let Open vSwitch have a frame that came in on a wire. False if it could not have it: see :meth:`send`, or
         it has the wire itself, with no pair in front."""
         wire = self._by_index.get(ifindex)
-        return wire is not None and wire.inner > 0 and self._injector.send(inner_name(wire.ifindex), frame)
+        return wire is not None and wire.inner > 0 and self._injector.send(wire.inner, frame)
 
     def close(self, keep: bool = False) -> None:
         """End. ``keep``: wires, tables and connections stay and go on; otherwise nothing of it is left behind.
@@ -169,103 +159,6 @@ class FastPath(Tables):
         self.maps["inner"].delete(_index(wire.ifindex))
         if wire.inner:
             self.maps["outer"].delete(_index(wire.inner))
-
-
-def _large(frame: bytes) -> bytes:
-    """A TCP frame that whoever needs it smaller may cut up; with a whole checksum, which needs no flag."""
-    six = frame[12:14] == b"\x86\xdd"
-    tcp = 54 if six else 14 + 4 * (frame[14] & 15)
-    size = tcp + 4 * (frame[tcp + 12] >> 4)
-    return _GSO.pack(0, _GSO_TCPV6 if six else _GSO_TCPV4, size, LEAST_MSS, 0, 0) + frame
-
-
-class Injector:
-    """Sends frames: into the program ``again``, or out on a wire.
-
-    For the former there is a veth pair: what is sent into one end meets the program at the other one's ingress, and
-    the socket's mark tells it the wire.
-
-    Args:
-        bridge: names the pair.
-        program: the program ``again``.
-    """
-
-    def __init__(self, bridge: str, program: int) -> None:
-        self._here, there = pair(bridge)
-        self._sockets: dict[tuple[str, int, bool], _socket.socket] = {}
-        with Netlink() as netlink:
-            links = netlink.links()
-            if self._here in links:  # of a process that was killed
-                netlink.delete(links[self._here].ifindex)
-            netlink.add_pair(self._here, there, _LARGEST_MTU, b"\x02lb\0\0\x03")
-            try:
-                links = netlink.links()
-                for name in (self._here, there):
-                    netlink.without_addresses(links[name].ifindex)
-                    netlink.change(links[name].ifindex, up=True, arp=False)
-                netlink.add_clsact(links[there].ifindex)
-                netlink.set_program(links[there].ifindex, PRIORITY, HANDLE, program, f"lbapp-again {bridge}")
-            except BaseException:
-                netlink.delete(links[self._here].ifindex)
-                raise
-
-    def inject(self, ifindex: int, frame: bytes) -> bool:
-        """See :meth:`FastPath.inject`."""
-        return self._send(self._here, ifindex, frame)
-
-    def send(self, name: str, frame: bytes) -> bool:
-        """See :meth:`FastPath.send`."""
-        return self._send(name, 0, frame)
-
-    def _send(self, name: str, mark: int, frame: bytes) -> bool:
-        large = len(frame) > _LONGEST_FRAME and frame[20 if frame[12:14] == b"\x86\xdd" else 23] == socket.IPPROTO_TCP
-        one = self._sockets.get((name, mark, large))
-        try:
-            if one is None:
-                one = self._sockets[name, mark, large] = self._made(name, mark, large)
-            one.send(_large(frame) if large else frame)
-        except OSError:
-            # No room, longer than the MTU, or an interface that has gone: then the next one must not meet its socket.
-            if one is not None:
-                one.close()
-            self._sockets.pop((name, mark, large), None)
-            return False
-        return True
-
-    @staticmethod
-    def _made(name: str, mark: int, large: bool) -> _socket.socket:
-        # The class beneath socket.socket: eventlet leaves it alone. This one never waits, and a green call for each
-        # frame would be dear.
-        made = _socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
-        try:
-            made.setsockopt(socket.SOL_SOCKET, _SO_MARK, mark)
-            if large:
-                made.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
-            made.bind((name, 0))
-        except OSError:
-            made.close()
-            raise
-        return made
-
-    def forget(self) -> None:
-        """Interfaces have gone: open sockets anew when they are needed."""
-        for one in self._sockets.values():
-            one.close()
-        self._sockets.clear()
-
-    def close(self) -> None:
-        """Close the sockets and remove the pair."""
-        self.forget()
-        with contextlib.suppress(NetlinkError, OSError), Netlink() as netlink:
-            links = netlink.links()
-            if self._here in links:
-                netlink.delete(links[self._here].ifindex)
-
-
-def pair(bridge: str) -> tuple[str, str]:
-    """The names of the veth pair by which a bridge's agent sends packets once more."""
-    name = f"lbq{zlib.crc32(bridge.encode()):08x}"
-    return f"{name}a", f"{name}b"
 
 
 def remove(ovs: Ovs, bridge: str, bpffs: str | Path = kernel.BPFFS) -> list[str]:
@@ -307,4 +200,4 @@ def _index(value: int) -> bytes:
     return value.to_bytes(4, sys.byteorder)
 
 
-__all__ = ["FastPath", "FastPathUnavailable", "Injector", "all_pins", "pair", "remove"]
+__all__ = ["FastPath", "FastPathUnavailable", "all_pins", "remove"]

@@ -31,6 +31,8 @@ FRAME_LARGE = 16384
 """Records of queries come in these sizes; the last one holds all that :data:`WINDOW` lets a client send at once."""
 WINDOW = 14_600
 """What a client may send when its SYN has been answered here."""
+OUT_MARK = 1 << 31
+"""With it, the mark of a frame that the agent sends is the interface to leave by; without it, the one it came in on."""
 HISTOGRAM = 32
 REQUESTS, REQUEST_DATA = 4096, 1460
 """How many clients' first data is kept for members' SYN-ACKs, and how many bytes of it."""

@@ -1,0 +1,204 @@
+# SPDX-FileCopyrightText: The lbapp authors
+# SPDX-License-Identifier: Apache-2.0
+"""How an agent's frames leave: through a pair of interfaces of its own, at both of whose ends the program ``again`` is.
+
+What is sent into one end meets the program at the other one; the socket's mark tells it what to do with the frame.
+One way, the kernel has a thread of its own (threaded NAPI): all that a frame causes, which may be a whole handshake
+with a member on the same machine, happens in that thread, on whichever processor is idle, and not in the agent's call.
+The other way it is done when the call returns: for what must not be overtaken by what its sender says next.
+
+Owns the pair and the sockets. Knows neither tables nor connections.
+"""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import ctypes
+import logging
+import os
+import socket
+import struct
+import subprocess
+import zlib
+from collections.abc import Iterator
+
+from lbapp.dataflow.fastpath import layout
+from lbapp.dataflow.fastpath.netlink import Netlink, NetlinkError
+from lbapp.dataflow.fastpath.removal import HANDLE, PRIORITY
+from lbapp.dataflow.joining import LEAST_MSS
+
+LOG = logging.getLogger("lbapp.fastpath")
+
+_SO_MARK, _SOL_PACKET = 36, 263
+_PACKET_VNET_HDR = 15
+_GSO = struct.Struct("=BBHHHH")
+"""struct virtio_net_hdr (linux/virtio_net.h): flags, gso_type, hdr_len, gso_size, csum_start, csum_offset."""
+_GSO_TCPV4, _GSO_TCPV6 = 1, 4
+_LONGEST_FRAME = 1514
+"""What is longer is several segments in one, and has to be cut up on the way: every path carries pieces of LEAST_MSS
+(RFC 8200, 5)."""
+_LARGEST_MTU = 65_535
+_ADDRESS = b"\x02lb\0\0\x03"
+
+
+class Injector:
+    """Sends frames: into the fast path once more, or out on an interface.
+
+    Args:
+        bridge: names the pair.
+        program: the program ``again``.
+    """
+
+    def __init__(self, bridge: str, program: int) -> None:
+        self._here, self._there = pair(bridge)
+        self._sockets: dict[tuple[int, bool, bool], _socket.socket] = {}
+        with Netlink() as netlink:
+            links = netlink.links()
+            if self._here in links:  # of a process that was killed
+                netlink.delete(links[self._here].ifindex)
+            netlink.add_pair(self._here, self._there, _LARGEST_MTU, _ADDRESS)
+            try:
+                links = netlink.links()
+                for name in (self._here, self._there):
+                    netlink.without_addresses(links[name].ifindex)
+                    netlink.change(links[name].ifindex, up=True, arp=False)
+                    netlink.add_clsact(links[name].ifindex)
+                    netlink.set_program(links[name].ifindex, PRIORITY, HANDLE, program, f"lbapp-again {bridge}")
+            except BaseException:
+                netlink.delete(links[self._here].ifindex)
+                raise
+        try:
+            _give_thread(self._there)
+        except (OSError, subprocess.SubprocessError) as error:
+            LOG.info("bridge %s: what the agent sends is dealt with in its own time: %s", bridge, error)
+
+    def inject(self, ifindex: int, frame: bytes, soon: bool = False) -> bool:
+        """Let a frame walk as if it had come in on an interface. Its checksums have to be whole.
+
+        Args:
+            ifindex: the interface.
+            frame: the frame.
+            soon: it walks in its turn, after all that is to go soon; otherwise it has walked when this returns.
+
+        Returns:
+            False if the kernel had no room for it: as lost as any packet can be.
+        """
+        return self._send(ifindex, frame, soon)
+
+    def send(self, ifindex: int, frame: bytes, soon: bool = False) -> bool:
+        """Send a frame out on an interface, likewise."""
+        return self._send(ifindex | layout.OUT_MARK, frame, soon)
+
+    def _send(self, mark: int, frame: bytes, soon: bool) -> bool:
+        large = len(frame) > _LONGEST_FRAME and frame[20 if frame[12:14] == b"\x86\xdd" else 23] == socket.IPPROTO_TCP
+        one = self._sockets.get((mark, large, soon))
+        try:
+            if one is None:
+                one = self._sockets[mark, large, soon] = self._made(mark, large, soon)
+            one.send(_large(frame) if large else frame)
+        except OSError:
+            # No room, longer than the MTU, or an interface that has gone: then the next one must not meet its socket.
+            if one is not None:
+                one.close()
+            self._sockets.pop((mark, large, soon), None)
+            return False
+        return True
+
+    def _made(self, mark: int, large: bool, soon: bool) -> _socket.socket:
+        # The class beneath socket.socket: eventlet leaves it alone. This one never waits, and a green call for each
+        # frame would be dear.
+        made = _socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, _SO_MARK, struct.pack("I", mark))
+            if large:
+                made.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
+            made.bind((self._here if soon else self._there, 0))
+        except OSError:
+            made.close()
+            raise
+        return made
+
+    def forget(self) -> None:
+        """Interfaces have gone: open sockets anew when they are needed."""
+        for one in self._sockets.values():
+            one.close()
+        self._sockets.clear()
+
+    def close(self) -> None:
+        """Close the sockets and remove the pair."""
+        self.forget()
+        with contextlib.suppress(NetlinkError, OSError), Netlink() as netlink:
+            links = netlink.links()
+            if self._here in links:
+                netlink.delete(links[self._here].ifindex)
+
+
+def pair(bridge: str) -> tuple[str, str]:
+    """The names of the veth pair by which a bridge's agent sends packets."""
+    name = f"lbq{zlib.crc32(bridge.encode()):08x}"
+    return f"{name}a", f"{name}b"
+
+
+def _large(frame: bytes) -> bytes:
+    """A TCP frame that whoever needs it smaller may cut up; with a whole checksum, which needs no flag."""
+    six = frame[12:14] == b"\x86\xdd"
+    tcp = 54 if six else 14 + 4 * (frame[14] & 15)
+    size = tcp + 4 * (frame[tcp + 12] >> 4)
+    return _GSO.pack(0, _GSO_TCPV6 if six else _GSO_TCPV4, size, LEAST_MSS, 0, 0) + frame
+
+
+# ------------------------------------------------------------------ the kernel's thread
+
+_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
+"""System calls, of the same numbers on every architecture (asm-generic/unistd.h)."""
+_FSCONFIG_CMD_CREATE = 6
+_CLOEXEC = 1
+_FEATURES = ("gro", "on", "rx-udp-gro-forwarding", "on")
+"""With GRO, an interface of this kind has a queue of its own (NAPI), which a thread may look after; with the other,
+what was sent through a socket goes into it (``veth_skb_is_eligible_for_gro``, drivers/net/veth.c)."""
+
+
+def _give_thread(there: str) -> None:
+    """Have a thread of the kernel receive what comes through the pair.
+
+    Raises:
+        OSError, SubprocessError: this kernel has none of it (before 5.13), or does not allow it, or there is no
+            ``ethtool``.
+    """
+    subprocess.run(["ethtool", "-K", there, *_FEATURES], stdin=subprocess.DEVNULL, capture_output=True, check=True,
+                   timeout=5)
+    with _sysfs() as root:
+        switch = os.open(f"class/net/{there}/threaded", os.O_WRONLY | os.O_CLOEXEC, dir_fd=root)
+        try:
+            os.write(switch, b"1")
+        finally:
+            os.close(switch)
+
+
+@contextlib.contextmanager
+def _sysfs() -> Iterator[int]:
+    """The sysfs of this network namespace, as a directory; what is mounted at /sys may be another one's."""
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    call.restype = ctypes.c_long
+
+    def checked(*arguments: object) -> int:
+        done = int(call(*arguments))
+        if done < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, f"sysfs cannot be had: {os.strerror(number)}")
+        return done
+
+    opened = checked(_FSOPEN, b"sysfs", _CLOEXEC)
+    try:
+        checked(_FSCONFIG, opened, _FSCONFIG_CMD_CREATE, None, None, 0)
+        mounted = checked(_FSMOUNT, opened, _CLOEXEC, 0)
+    finally:
+        os.close(opened)
+    try:
+        yield mounted
+    finally:
+        os.close(mounted)
+
+
+__all__ = ["Injector", "pair"]
