@@ -342,7 +342,7 @@ class FastPaths:
 
     def _decide(self, side: _Side, asked: AppQuery, now: float) -> AppReply:
         """The same for APP_QUERY. What was decided stays so, whatever the client has said since."""
-        known = side.decided.get(asked.query.serial)
+        known = side.decided.get(asked.query.serial) if side.decided else None
         if known is not None and known[1].query == asked.query and now - known[0] < ASKED_AGAIN_SECONDS:
             return known[1]
         reply = self._control.app_query(asked, now, side.link.limits)

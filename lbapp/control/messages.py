@@ -24,7 +24,7 @@ class Error(enum.IntEnum):
     CONNALIVE = 4
 
 
-class FlowSignature(Value, frozen=True):
+class FlowSignature(Value, frozen=True, cache_hash=True):
     """The sextuple that makes a flow (003, "flow signature"). Addresses are packed bytes (4 or 16)."""
 
     source: bytes

@@ -66,6 +66,9 @@ PASSED_ON = 4096
 on."""
 LOOK_SECONDS = 0.05
 """So often it is seen which members have had what was kept for them."""
+# Looking a member of an enumeration up takes seven times as long as a name.
+_READING, _OPENING, _SENDING, _ANSWERING = Phase
+_DATA, _OPENED, _SPLICED, _OK = layout.Ask.DATA, layout.Result.OPENED, Binding.SPLICE, Error.OK
 
 
 Direction = tuple[layout.FlowKey, layout.Flow]
@@ -126,11 +129,11 @@ class Proxy:
         frame, packet, part = tcp_frames.read(record.frame)
         signature = packet.signature
         known = self._all.get(signature)
-        if known is not None and record.kind == layout.Ask.DATA and known.cookie != part.ack - 1 & 0xFFFFFFFF:
+        if known is not None and record.kind == _DATA and known.cookie != part.ack - 1 & 0xFFFFFFFF:
             self._abandon(known)  # its client has begun anew
             known = None
         if known is None:
-            if record.kind != layout.Ask.DATA or not part.payload:
+            if record.kind != _DATA or not part.payload:
                 going = self._passed.get(signature)
                 if going is not None and self._fastpath.lookup(_key(signature)) is not None:
                     # It is translated now. Without its flow it would be handed back, again and again.
@@ -150,7 +153,7 @@ class Proxy:
         if part.flags & RST:
             self._abandon(known)
             return
-        if known.phase is Phase.ANSWERING:
+        if known.phase is _ANSWERING:
             self._answered(known, part)
             return
         if known.ready and known.ours:
@@ -163,7 +166,7 @@ class Proxy:
         before = len(known.data)
         grown = known.take(part, frame)
         self._bytes += len(known.data) - before
-        if known.phase is not Phase.READING:
+        if known.phase is not _READING:
             if (grown or not known.whole) and self._let_go(known):  # else the member gets all of it from here
                 self._follow(known, record.ifindex, frame)
             return
@@ -223,11 +226,11 @@ class Proxy:
         elif one.ready and one.ours:
             one.flights[len(one.flights)] = frame
         elif part.flags & RST:
-            if one.phase is Phase.SENDING:
+            if one.phase is _SENDING:
                 self._reset(one)
             elif part.ack == one.isn + 1 & 0xFFFFFFFF:
                 self._next_member(one, now)
-        elif one.phase is Phase.OPENING:
+        elif one.phase is _OPENING:
             if part.flags & (SYN | ACK) == SYN | ACK and part.ack == one.isn + 1 & 0xFFFFFFFF:
                 self._opened(one, part, now)
             elif part.flags & ACK and not part.flags & SYN and one.challenges < MAX_CHALLENGES:
@@ -250,7 +253,7 @@ class Proxy:
         if not one.ours:
             self._pass_soon(one)
             return
-        one.phase, one.una, one.tries = Phase.SENDING, 0, 0
+        one.phase, one.una, one.tries = _SENDING, 0, 0
         self._send(one, now)
 
     def _acknowledged(self, one: Handshake, part: Segment, ifindex: int, frame: bytes, now: float) -> None:
@@ -357,21 +360,21 @@ class Proxy:
         flows: list[tuple[layout.FlowKey, layout.Flow]] = []
         for one in replies:
             known = self._all.get(one.query.signature)
-            if known is None or known.query.serial != one.query.serial or known.phase is not Phase.READING:
-                if one.reply is not None and one.reply.error is Error.OK and known is None:
+            if known is None or known.query.serial != one.query.serial or known.phase is not _READING:
+                if one.reply is not None and one.reply.error is _OK and known is None:
                     refused.append(Refused(self._switch, one.query.serial, one.query.virtual_server))
                 continue
             known.unanswered = max(known.unanswered - 1, 0)
             known.since = now if known.unanswered else 0.0  # it may be an earlier question's answer
             if one.reply is None:
                 self._tell_arrived(known)
-            elif one.reply.error is not Error.OK:
+            elif one.reply.error is not _OK:
                 self._finish(known, one.answer, now)
             else:
                 size = len(known.data)
                 changed = one.edit is None or known.change(one.edit)
                 self._bytes += len(known.data) - size
-                splice = one.binding is Binding.SPLICE or known.ours
+                splice = one.binding is _SPLICED or known.ours
                 pair = self._flows(one.reply, layout.SPLICE if splice else 0,
                                    self._keep(known) if splice else 0) if changed else None
                 if pair is None:
@@ -379,14 +382,14 @@ class Proxy:
                     refused.append(Refused(self._switch, one.query.serial, one.query.virtual_server))
                     self._reset(known)
                     continue
-                known.phase = Phase.OPENING
+                known.phase = _OPENING
                 flows += pair
                 entering.append((known, one, one.reply))
         for (known, one, told), result in zip(entering, self._fastpath.install(flows) if flows else (), strict=True):
-            if result is not layout.Result.OPENED:
+            if result is not _OPENED:
                 refused.append(Refused(self._switch, one.query.serial, one.query.virtual_server))
                 self._reset(known)
-            elif one.binding is Binding.SPLICE or known.ours:
+            elif one.binding is _SPLICED or known.ours:
                 self._open(known, told, now)
             else:
                 self._pass_on(known)
@@ -409,7 +412,7 @@ class Proxy:
         assert translation is not None
         address = translation.address if translation.address is not None else signature.destination
         port = translation.port or signature.destination_port
-        one.phase, one.reply, one.tries, one.due = Phase.OPENING, reply, 1, now + OPEN_SECONDS
+        one.phase, one.reply, one.tries, one.due = _OPENING, reply, 1, now + OPEN_SECONDS
         one.member = (address, port, self._fastpath.ports[translation.host.port].ifindex)
         self._members[address, port, signature.source, signature.source_port] = one
         self._synchronize(one)
@@ -421,7 +424,7 @@ class Proxy:
         if not answer:
             self._reset(one)
             return
-        one.phase, one.due, one.tries = Phase.ANSWERING, now + REPEAT_SECONDS, 1
+        one.phase, one.due, one.tries = _ANSWERING, now + REPEAT_SECONDS, 1
         self._bytes -= len(one.data)
         one.una = len(one.data)  # what the answer acknowledges
         one.data, one.flights, one.ahead = bytearray(answer), {}, {}
@@ -449,11 +452,11 @@ class Proxy:
         """Repeat what was lost, ask about what took too long, give up on the rest; to be called ten times a second."""
         self._look(now)
         for one in list(self._all.values()):
-            if one.phase is Phase.READING:
+            if one.phase is _READING:
                 self._still_reading(one, now)
             elif one.due > now:
                 continue
-            elif one.phase is Phase.OPENING:
+            elif one.phase is _OPENING:
                 if one.tries >= OPEN_TRIES:
                     self._next_member(one, now)
                 else:
@@ -463,7 +466,7 @@ class Proxy:
             elif one.tries >= REPEATS:
                 self._counters["proxy_unanswered"] += 1
                 self._reset(one)
-            elif one.phase is Phase.SENDING:
+            elif one.phase is _SENDING:
                 self._send(one, now)
             else:
                 one.due = now + REPEAT_SECONDS * 2 ** one.tries
@@ -498,7 +501,7 @@ class Proxy:
         one.change_back()
         self._bytes += len(one.data)
         one.failed = (*one.failed, one.reply.member)
-        one.phase, one.reply = Phase.READING, None
+        one.phase, one.reply = _READING, None
         # Another flow, with a serial of its own: the ledger will tell that this one has ended.
         one.query = one.query._replace(serial=next(self._serials) & 0xFFFFFFFF)
         one.asks, one.asked, one.size_asked, one.due = 0, now, len(one.data), 0.0
