@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import eventlet
+from eventlet import tpool
 from eventlet.hubs import trampoline
 
 from lbapp.control.messages import AppQuery, AppReply, Closed, NewFlow, Query, Reap, Reply, Stats
@@ -120,7 +121,8 @@ class AgentLoop:
     def _sweeps(self) -> None:
         while True:
             before = time.monotonic()
-            swept, opened = self.agent.sweep(), self.agent.opened()
+            # A walk over a large table takes tens of milliseconds, in which clients would wait.
+            swept, opened = tpool.execute(self.agent.sweep), self.agent.opened()
             took = time.monotonic() - before
             found = swept.live or swept.lingering or swept.shutdown or swept.idle or swept.overflow
             until = before + took + max(SWEEP_SECONDS if found else EMPTY_SECONDS, took / SWEEP_SHARE)

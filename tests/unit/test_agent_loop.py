@@ -11,11 +11,14 @@ from typing import Any
 
 import eventlet
 import pytest
+from eventlet import patcher
 
 from lbapp import agents
 from lbapp.agents import AgentLoop
 from lbapp.dataflow.fastpath.layout import Swept
 from lbapp.dataflow.fastpath.removal import PortsError
+
+threading: Any = patcher.original("threading")
 
 
 class FakeWires:
@@ -125,6 +128,24 @@ def test_an_empty_table_is_seldom_swept(agent: FakeAgent, work: Any) -> None:
     agent.entered = 100
     eventlet.sleep(0.1)
     assert agent.swept == 2, "it fills up"
+
+
+def test_others_go_on_while_a_table_is_swept(agent: FakeAgent, work: Any) -> None:
+    """It takes tens of milliseconds: another thread does it."""
+    swept, answers = threading.Event(), []
+
+    def sweep() -> Swept:
+        answers.append(swept.wait(5))  # holds up the whole thread that it is in
+        return agent.found
+
+    agent.sweep = sweep  # type: ignore[method-assign]
+    work("_sweeps")
+    for _ in range(20):
+        eventlet.sleep(0.001)
+    assert not answers
+    swept.set()
+    eventlet.sleep(0.05)
+    assert answers == [True], "and not after five seconds"
 
 
 def test_a_table_with_connections_is_swept_again_and_again(agent: FakeAgent, work: Any) -> None:

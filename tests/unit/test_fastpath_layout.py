@@ -65,7 +65,8 @@ NUMBERS = {
     "FP_OUT_MARK": layout.OUT_MARK,
     "FP_REQUESTS": layout.REQUESTS, "FP_REQUEST": layout.REQUEST_DATA,
     **{f"FP_REQUEST_{one.name}": one.value for one in State},
-    "FP_HISTOGRAM": layout.HISTOGRAM, "FP_TARGET_ROUTED": layout.TARGET_ROUTED, "FP_COUNTERS": len(layout.Counter),
+    "FP_HISTOGRAM": layout.HISTOGRAM, "FP_SWEEPS": layout.SWEEPS,
+    "FP_TARGET_ROUTED": layout.TARGET_ROUTED, "FP_COUNTERS": len(layout.Counter),
     **{f"FP_{name}": getattr(layout, name) for name in
        words("OUTBOUND ROUTED ESTABLISHED FIN PEER_FIN RST CLOSED REPORTED DECIDED TRACKED SPLICE ANSWERED")},
     **{f"FP_MATCH_{name}": getattr(layout, f"MATCH_{name}") for name in words("VIRTUAL_SERVER MEMBER IFINDEX ALL")},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -191,6 +192,35 @@ def test_a_full_ring_keeps_what_it_cannot_tell(tables: Bench) -> None:
     assert tables.sweep(20).kept == 0
     assert {one.serial for one in tables.closed(many)} == untold
     assert tables.flows(1) == []
+
+
+def test_walks_beside_each_other_keep_their_orders_apart(tables: Bench) -> None:
+    """One thread sweeps all the while; what the other one deletes and asks about is what it named."""
+    many, done, seen = 1000, threading.Event(), []
+    tables.install(list(_many(many)))
+
+    def sweep() -> None:
+        while not done.is_set():
+            seen.append(tables.sweep(60_000))
+
+    thread = threading.Thread(target=sweep)
+    thread.start()
+    try:
+        for serial in range(1, many, 100):
+            swept, missing = tables.reap({serial: Wanted(final=True), many + serial: Wanted()})
+            assert (swept.deleted, missing) == (1, {many + serial})
+            assert tables.delete(member=54_321).deleted == 0
+            assert tables.lookup(FlowKey(packed(CLIENT), packed("10.9.9.9"), 1, 2, TCP)) is None
+        until = time.monotonic() + 5
+        while len(seen) < 10 and time.monotonic() < until:
+            time.sleep(0.001)
+    finally:
+        done.set()
+        thread.join()
+    assert len(seen) >= 10
+    assert all(swept.deleted == swept.idle == swept.overflow == swept.kept == 0 for swept in seen), "not its orders"
+    assert all(many - many // 100 <= swept.live <= many for swept in seen)
+    assert tables.sweep().live == many - many // 100
 
 
 def test_reap(tables: Bench) -> None:

@@ -361,17 +361,17 @@ int revoke(__u32 *context)
 	return kept ? __sync_val_compare_and_swap(&kept->state, FP_REQUEST_WAITING, FP_REQUEST_NONE) : FP_REQUEST_NONE;
 }
 
-/* Says nothing and is told nothing but in "sweeping". */
+/* Is told where in "sweeping" to look, and says everything there. */
 SEC("syscall")
-int sweep(void *context)
+int sweep(__u32 *context)
 {
-	__u32 zero = 0;
-	struct fp_sweep *state = bpf_map_lookup_elem(&sweeping, &zero);
+	__u32 which = *context;
+	struct fp_sweep *state = bpf_map_lookup_elem(&sweeping, &which);
 
 	if (!state)
 		return -1;
 	state->now = bpf_ktime_get_ns() >> FP_TICK_SHIFT;
-	bpf_for_each_map_elem(&flows, sweep_one, 0, 0);
+	bpf_for_each_map_elem(&flows, sweep_one, &which, 0);
 	return 0;
 }
 

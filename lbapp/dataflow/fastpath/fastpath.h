@@ -23,6 +23,7 @@
 #define FP_WINDOW 14600
 #define FP_OUT_MARK 0x80000000
 #define FP_INSTALLS 1024
+#define FP_SWEEPS 2
 #define FP_HISTOGRAM 32
 #define FP_REQUESTS 4096
 #define FP_REQUEST 1460
@@ -310,7 +311,7 @@ struct fp_wanted {
 /* fp_sweep.match: delete what is the same in all of these. */
 enum fp_match { FP_MATCH_VIRTUAL_SERVER = 1, FP_MATCH_MEMBER = 2, FP_MATCH_IFINDEX = 4, FP_MATCH_ALL = 8 };
 
-/* Array "sweeping": what the program "sweep" is to do, and what it did. */
+/* Array "sweeping": what the program "sweep" is to do, and what it did; of each walk, for two may be under way. */
 struct fp_sweep {
 	__u32 linger;           /* ticks that a closed connection goes on being translated */
 	__u32 handshake;        /* ticks that a client may take for its second packet */

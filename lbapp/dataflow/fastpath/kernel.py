@@ -147,8 +147,6 @@ class Map:
         self.max_entries = found["max_entries"]
         self.stride = (self.value_size + 7 & ~7) * possible_processors() if found["map_type"] in (5, 6) else (
             self.value_size)
-        self._key = ctypes.create_string_buffer(max(self.key_size, 1))
-        self._value = ctypes.create_string_buffer(max(self.stride, 1))
 
     def _information(self) -> dict[str, int]:
         found = {}
@@ -164,11 +162,12 @@ class Map:
 
     def lookup(self, key: bytes) -> bytes | None:
         """The value of a key; of a map per processor, all of its values."""
-        code = self._calls.bpf_map_lookup_elem(self.fd, key, self._value)
+        value = ctypes.create_string_buffer(max(self.stride, 1))  # its own: another thread may be reading as well
+        code = self._calls.bpf_map_lookup_elem(self.fd, key, value)
         if code:
             self._check(code, "reading", errno.ENOENT)
             return None
-        return self._value.raw[:self.stride]
+        return value.raw[:self.stride]
 
     def update(self, key: bytes, value: bytes, flags: int = ANY) -> bool:
         """Set a value. False if NOEXIST or EXIST kept it from being set."""

@@ -34,6 +34,8 @@ WINDOW = 14_600
 OUT_MARK = 1 << 31
 """With it, the mark of a frame that the agent sends is the interface to leave by; without it, the one it came in on."""
 HISTOGRAM = 32
+SWEEPS = 2
+"""So many walks over all connections may be under way."""
 REQUESTS, REQUEST_DATA = 4096, 1460
 """How many clients' first data is kept for members' SYN-ACKs, and how many bytes of it."""
 

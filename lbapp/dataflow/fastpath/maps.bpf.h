@@ -180,7 +180,7 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
+	__uint(max_entries, FP_SWEEPS);
 	__type(key, __u32);
 	__type(value, struct fp_sweep);
 } sweeping SEC(".maps");

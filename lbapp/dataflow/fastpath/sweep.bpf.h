@@ -51,10 +51,9 @@ static __always_inline int matches(const struct fp_sweep *sweep, const struct fp
 	return match != 0;
 }
 
-static long sweep_one(void *map, const struct fp_key *key, struct fp_flow *flow, void *context)
+static long sweep_one(void *map, const struct fp_key *key, struct fp_flow *flow, __u32 *which)
 {
-	__u32 zero = 0;
-	struct fp_sweep *sweep = bpf_map_lookup_elem(&sweeping, &zero);
+	struct fp_sweep *sweep = bpf_map_lookup_elem(&sweeping, which);
 	struct fp_flow *other;
 	struct fp_wanted *asked = 0;
 	struct fp_key back;

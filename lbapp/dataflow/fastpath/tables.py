@@ -48,6 +48,8 @@ HALF_CLOSED_MS = 300_000
 
 _U32 = struct.Struct("=I")
 _ZERO = bytes(4)
+_BESIDE = _U32.pack(1)
+"""Where the walk that may be beside others has its orders."""
 _MONOTONIC_COARSE = 6
 """The clock that the programs look at for packets (linux/time.h); Python has no name for it."""
 _NOT_PINNED = ("installs", "requests", "sweeping", "decisions", "answers", "doubts", "lately")
@@ -304,7 +306,8 @@ class Tables:
 
     def sweep(self, linger_ms: float = 5000, evict_ms: float = 0, *, evict_most: int = 0xFFFFFFFF,
               handshake_ms: float = HANDSHAKE_MS, half_closed_ms: float = HALF_CLOSED_MS) -> Swept:
-        """Walk over all connections; delete what has ended or is idle.
+        """Walk over all connections; delete what has ended or is idle. This, and nothing else, may be called by another
+        thread than all the rest.
 
         Args:
             linger_ms: how long a closed connection must have been silent before it goes.
@@ -313,7 +316,7 @@ class Tables:
             handshake_ms: how long a client may take for its second packet.
             half_closed_ms: how long silence may last when one side has finished.
         """
-        return self._sweep(linger_ms, evict_ms, evict_most, handshake_ms, half_closed_ms)
+        return self._sweep(linger_ms, evict_ms, evict_most, handshake_ms, half_closed_ms, walk=_BESIDE)
 
     def delete(self, *, virtual_server: int | None = None, member: int | None = None, ifindex: int | None = None,
                serial: int | None = None, everything: bool = False) -> Swept:
@@ -366,13 +369,13 @@ class Tables:
     def _sweep(self, linger_ms: float = 1 << 30, evict_ms: float = 0, evict_most: int = 0xFFFFFFFF,
                handshake_ms: float = 1 << 30, half_closed_ms: float = 1 << 30, *, match: int = 0,
                virtual_server: int = 0, member: int = 0, ifindex: int = 0, wanted: int = 0, relocate: int = 0,
-               place: int = 0, mac: bytes = layout.KEEP_MAC) -> Swept:
+               place: int = 0, mac: bytes = layout.KEEP_MAC, walk: bytes = _ZERO) -> Swept:
         ticks, sweeping = layout.ticks, self.maps["sweeping"]
         what = layout.SWEEP_WHAT.pack(ticks(linger_ms), ticks(handshake_ms), ticks(half_closed_ms), ticks(evict_ms),
                                       evict_most, match, virtual_server, member, ifindex, wanted, relocate, place, mac)
-        sweeping.update(_ZERO, what.ljust(layout.SWEEP_SIZE, b"\0"))
-        kernel.run(self.programs["sweep"])
-        return Swept.unpack(sweeping.lookup(_ZERO) or bytes(layout.SWEEP_SIZE))
+        sweeping.update(walk, what.ljust(layout.SWEEP_SIZE, b"\0"))
+        kernel.run(self.programs["sweep"], context=ctypes.create_string_buffer(walk, len(walk)))
+        return Swept.unpack(sweeping.lookup(walk) or bytes(layout.SWEEP_SIZE))
 
     # ----------------------------------------------------------------- counting
 
