@@ -100,7 +100,7 @@ class Handshake(msgspec.Struct, eq=False, gc=False):
 
     @property
     def said_all(self) -> bool:
-        """Whether nothing more comes right behind what the client said: it was all that it had to say for now."""
+        """Whether it seems that nothing more comes right behind what the client said: its stack had no more (PSH)."""
         return bool(self.flags & PSH) and self.whole
 
     @property

@@ -67,7 +67,7 @@ on."""
 LOOK_SECONDS = 0.05
 """So often it is seen which members have had what was kept for them."""
 # Looking a member of an enumeration up takes seven times as long as a name.
-_READING, _OPENING, _SENDING, _ANSWERING = Phase
+_READING, _OPENING, _SENDING, _ANSWERING = Phase.READING, Phase.OPENING, Phase.SENDING, Phase.ANSWERING
 _DATA, _OPENED, _SPLICED, _OK = layout.Ask.DATA, layout.Result.OPENED, Binding.SPLICE, Error.OK
 
 
@@ -338,8 +338,9 @@ class Proxy:
     def _pass_on(self, one: Handshake) -> None:
         """Let what the client said go, in order.
 
-        From now on its segments are translated on the spot, and would overtake what goes soon. So that is only for a
-        client that has said all for now, and whose member has not answered anything yet (handoff).
+        A splice translates what follows on the spot, and that would overtake what goes soon. What is handed over holds
+        it back until the first has passed (``HELD``): the longer that takes, the more comes here by the way round. So
+        soon is for a client that seems to have said all.
         """
         mss, soon = one.segment_most, one.member is None and one.said_all
         if one.ours and one.member is not None:
@@ -375,7 +376,7 @@ class Proxy:
                 changed = one.edit is None or known.change(one.edit)
                 self._bytes += len(known.data) - size
                 splice = one.binding is _SPLICED or known.ours
-                pair = self._flows(one.reply, layout.SPLICE if splice else 0,
+                pair = self._flows(one.reply, layout.SPLICE if splice else layout.HELD,
                                    self._keep(known) if splice else 0) if changed else None
                 if pair is None:
                     self._counters["reply_unknown_port"] += 1
@@ -394,7 +395,7 @@ class Proxy:
             else:
                 self._pass_on(known)
             if known.request and self._fastpath.requests.given(known.request):
-                self._given(known)  # its member is near
+                self._given(known)  # it came while the others were sent theirs
         return refused
 
     def _tell_arrived(self, one: Handshake) -> None:

@@ -233,6 +233,8 @@ class ServerAgent:
                     continue
                 LOG.info("connections are adopted at %s", link.name)
             attached.add(link.name)
+        if wanted and not attached:
+            raise AdoptError("no interface is left")
         self._attached = attached
         adopt.detach(self._netlink, keep=self._attached)
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lbapp.dataflow import frames
-from lbapp.dataflow.fastpath import build, injector
+from lbapp.dataflow.fastpath import build, injector, layout
 from lbapp.dataflow.fastpath.injector import Injector, pair
 from lbapp.dataflow.fastpath.tables import Tables
 from lbapp.dataflow.frames import ACK, SYN, Segment
@@ -22,6 +23,7 @@ from topologies.namespace import Namespace, wait_until
 
 pytestmark = pytest.mark.integration
 
+SO_RCVBUFFORCE = 33
 BRIDGE = "a bridge"
 MAC = bytes((2, 0, 0, 0, 0, 1))
 ENDS = (bytes((10, 0, 0, 1)), 4000), (bytes((10, 0, 0, 2)), 80)
@@ -91,7 +93,7 @@ def test_a_thread_of_the_kernel_deals_with_what_is_sent(place: Place) -> None:
 
 
 def _no_tool(*_: object, **__: object) -> None:
-    raise subprocess.CalledProcessError(1, "ethtool")
+    raise subprocess.CalledProcessError(1, "ethtool", stderr=b"it cannot be had\n")
 
 
 def _no_sysfs() -> None:
@@ -105,10 +107,12 @@ def test_without_it_the_agent_deals_with_it_itself(place: Place, monkeypatch: py
     name, instead = failing
     with monkeypatch.context() as patched:
         patched.setattr(f"{injector.__name__}.{name}", instead)
-        with caplog.at_level("INFO"):
-            made = place.injector()
-    assert not place.threads() and "in its own time" in caplog.text
-    assert place.send(made, FIRST) and place.far.recv(2000) == FIRST
+        made = place.injector()
+    assert not place.threads()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "cannot be had" in record.getMessage()
+    place.far.setblocking(False)
+    assert place.send(made, FIRST) and place.far.recv(2000) == FIRST, "when the call returns"
 
 
 def test_what_came_in_on_a_wire_is_not_what_leaves_by_it(place: Place) -> None:
@@ -149,6 +153,78 @@ def test_many_at_once_keep_their_order(place: Place) -> None:
     with place.namespace.entered():
         assert all(made.send(place.index, data, soon=True) for data in sent)
     assert [place.far.recv(2000) for _ in sent] == sent
+
+
+class Full:
+    """A socket that has no room, or whatever else it is."""
+
+    def __init__(self, error: int) -> None:
+        self.error, self.closed = error, False
+
+    def send(self, _: bytes) -> int:
+        raise OSError(self.error, "says the kernel")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("error", [errno.EAGAIN, errno.ENOBUFS])
+def test_what_finds_the_queue_full_goes_at_once(place: Place, error: int) -> None:
+    """So whoever sends too much is slowed down, and nothing is lost."""
+    made, full = place.injector(), Full(error)
+    made._sockets[place.index | layout.OUT_MARK, True] = full  # type: ignore[assignment]
+    assert place.send(made, FIRST) and place.far.recv(2000) == FIRST
+    assert not full.closed
+    made._sockets[place.index | layout.OUT_MARK, False] = full  # type: ignore[assignment]
+    assert not place.send(made, FIRST) and not full.closed, "there is no room anywhere"
+
+
+def test_more_than_any_queue_holds_arrives(place: Place) -> None:
+    place.far.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 64 << 20)
+    made = place.injector()
+    with place.namespace.entered():
+        assert all(made.send(place.index, FIRST, soon=True) for _ in range(5000))
+    assert [place.far.recv(2000) for _ in range(5000)] == [FIRST] * 5000
+
+
+def test_a_socket_whose_interface_has_gone_is_made_anew(place: Place) -> None:
+    made, gone = place.injector(), Full(errno.ENXIO)
+    made._sockets[place.index | layout.OUT_MARK, True] = gone  # type: ignore[assignment]
+    assert not place.send(made, FIRST) and gone.closed
+    assert place.send(made, FIRST) and place.far.recv(2000) == FIRST
+
+
+def test_only_the_sockets_of_what_has_gone_are_forgotten(place: Place) -> None:
+    made = place.injector()
+    with place.namespace.entered():
+        for send in (made.send, made.inject):
+            assert send(place.index, FIRST) and send(place.index + 1, FIRST)
+    assert len(made._sockets) == 4
+    made.forget([place.index])
+    assert {mark & ~layout.OUT_MARK for mark, _ in made._sockets} == {place.index + 1}
+
+
+def test_two_sizes_keep_their_order(place: Place) -> None:
+    """The kernel gathers segments of a connection (GRO): of one socket alone, in their order."""
+    made, at = place.injector(), 0
+    with place.namespace.entered():
+        for size in (3000, 10, 1400, 5000, 1):
+            said = Segment(at, 8, ACK, 100, b"", bytes(size))
+            assert made.send(place.index, frames.tcp(MAC, MAC, *ENDS, said), soon=True)
+            at += size
+    got = 0
+    while got < at:
+        data = place.far.recv(70_000)
+        part = frames.segment(data, frames.parse(data))
+        assert part.seq == got
+        got += len(part.payload)
+
+
+def test_a_pair_that_was_left_behind_is_replaced(place: Place) -> None:
+    """By a process that was killed."""
+    place.injector()
+    made = place.injector()
+    assert place.send(made, FIRST) and place.far.recv(2000) == FIRST
 
 
 def test_an_interface_that_is_not_there(place: Place) -> None:

@@ -35,6 +35,7 @@ from tests.fastpath_packets import (
     frame,
     packed,
     require_programs,
+    run_marked,
     segment,
     wrap,
 )
@@ -47,6 +48,8 @@ BOTH = pytest.mark.parametrize("family", [4, 6])
 OFFSETS = [0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x12345678]
 WORD = 0xFFFFFFFF
 SERIAL = 9
+ELSEWHERE = 4711
+"""A wire that is not where the tests' programs run."""
 THERE = FlowKey(packed(CLIENT), packed(VIRTUAL), 40000, 80, TCP)
 
 
@@ -230,6 +233,23 @@ def test_before_it_is_ready(tables: Bench, family: int) -> None:
     tables.set_splices({SERIAL: Splice(3)})
     assert tables.walk(request(family, payload=b"first", **made)).ack == cookie + 4
     assert tables.walk(answer(family, payload=b"220", seq=cookie + 4)).seq == cookie + 1
+
+
+@BOTH
+def test_what_is_handed_over_waits_for_its_first_data(tables: Bench, family: int) -> None:
+    """What the client says meanwhile must not overtake that: it goes to the agent, which sends it behind."""
+    client, virtual, member = FAMILIES[family]
+    tables.connect(client, virtual, member, state=layout.HELD)
+    for data in (request(family, payload=b"second"), request(family, FIN | ACK), request(family, RST)):
+        assert tables.drop(data) == {"asked_data": 1}
+        assert astuple(tables.queries()[0])[:4] == (WIRE, 5, data, Ask.LATER)
+    assert tables.drop(request(family)) == {}, "an acknowledgment says nothing"
+    assert all((flow.packets, flow.state & (layout.RST | layout.FIN)) == (0, 0) for _, flow in tables.flows(10))
+    assert [bool(flow.state & layout.HELD) for _, flow in tables.flows(10) if flow.state & layout.OUTBOUND] == [False]
+    verdict, _ = run_marked(tables, request(family, payload=b"first"), ELSEWHERE)
+    assert verdict == REDIRECT
+    assert tables.walk(request(family, payload=b"third")).payload == b"third"
+    assert tables.walk(answer(family, payload=b"220")).payload == b"220"
 
 
 def test_a_fragment_does_not_wait(tables: Bench) -> None:

@@ -71,7 +71,7 @@ def test_handoff_has_no_handshake(world: World) -> None:
     asked = world.client(0, REQUEST)
     assert asked is not None
     world.answer(asked.query, binding=Binding.HANDOFF)
-    assert world.states == [0]
+    assert world.states == [layout.HELD]
     assert [wire for wire, _ in world.fast.injected] == [CLIENT_WIRE]
     assert not world.fast.sent and not len(world.proxy)
 

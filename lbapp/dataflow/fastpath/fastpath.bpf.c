@@ -233,7 +233,7 @@ static __always_inline int forward(struct __sk_buff *skb, __u32 ifindex)
 		dismiss(&key, &packet);
 		return -FP_MISS_TTL;
 	}
-	if (to.state & FP_SPLICE) {
+	if (to.state & (FP_SPLICE | FP_HELD)) {
 		reason = splice(skb, &key, &packet, flow, to.state & FP_OUTBOUND);
 		if (reason)
 			return reason;
@@ -287,10 +287,12 @@ int wire(struct __sk_buff *skb)
 SEC("tc")
 int again(struct __sk_buff *skb)
 {
-	__u32 ifindex = skb->mark & ~FP_OUT_MARK, out = skb->mark & FP_OUT_MARK;
+	__u32 mark = skb->mark;
 
 	skb->mark = 0;
-	return out ? bpf_redirect(ifindex, 0) : walk(skb, ifindex);
+	if (mark & FP_OUT_MARK)
+		return bpf_redirect(mark & ~FP_OUT_MARK, 0);
+	return walk(skb, mark);
 }
 
 SEC("tc")

@@ -107,8 +107,8 @@ class FastPath(Tables):
         there = {wire.ifindex for wire in self.wires.ports.values()}
         for ifindex in {wire.ifindex for wire in changes.removed.values()} - there:
             self.delete(ifindex=ifindex)
-        if changes.removed:
-            self._injector.forget()
+        self._injector.forget([index for wire in changes.removed.values() for index in (wire.ifindex, wire.inner)
+                               if wire.ifindex not in there])
         return changes
 
     def inject(self, ifindex: int, frame: bytes, soon: bool = False) -> bool:
@@ -117,7 +117,7 @@ class FastPath(Tables):
         Args:
             ifindex: the wire.
             frame: the frame.
-            soon: it walks in its turn, after all that is to go soon; otherwise it has walked when this returns.
+            soon: see :meth:`Injector.inject`.
 
         Returns:
             False if the kernel had no room for it: as lost as any packet can be.
@@ -125,7 +125,7 @@ class FastPath(Tables):
         return self._injector.inject(ifindex, frame, soon)
 
     def send(self, ifindex: int, frame: bytes) -> bool:
-        """Send a frame out on a wire, soon. False if the kernel had no room for it, or there is no such wire."""
+        """Send a frame out on a wire, soon. False if it is too long, or there is no such wire."""
         return ifindex in self._by_index and self._injector.send(ifindex, frame, soon=True)
 
     def give(self, ifindex: int, frame: bytes) -> bool:

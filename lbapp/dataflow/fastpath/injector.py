@@ -3,9 +3,9 @@
 """How an agent's frames leave: through a pair of interfaces of its own, at both of whose ends the program ``again`` is.
 
 What is sent into one end meets the program at the other one; the socket's mark tells it what to do with the frame.
-One way, the kernel has a thread of its own (threaded NAPI): all that a frame causes, which may be a whole handshake
-with a member on the same machine, happens in that thread, on whichever processor is idle, and not in the agent's call.
-The other way it is done when the call returns: for what must not be overtaken by what its sender says next.
+One way ("soon"), the kernel has a thread of its own (threaded NAPI): all that a frame causes, which may be a whole
+handshake with a member on the same machine, happens in that thread, on whichever processor is idle, and not in the
+agent's call. The other way it is done in the call: for what must not be overtaken by what its sender says next.
 
 Owns the pair and the sockets. Knows neither tables nor connections.
 """
@@ -15,13 +15,14 @@ from __future__ import annotations
 import _socket
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 import socket
 import struct
 import subprocess
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.netlink import Netlink, NetlinkError
@@ -35,11 +36,14 @@ _PACKET_VNET_HDR = 15
 _GSO = struct.Struct("=BBHHHH")
 """struct virtio_net_hdr (linux/virtio_net.h): flags, gso_type, hdr_len, gso_size, csum_start, csum_offset."""
 _GSO_TCPV4, _GSO_TCPV6 = 1, 4
+_AS_IT_IS = bytes(_GSO.size)
 _LONGEST_FRAME = 1514
 """What is longer is several segments in one, and has to be cut up on the way: every path carries pieces of LEAST_MSS
 (RFC 8200, 5)."""
 _LARGEST_MTU = 65_535
 _ADDRESS = b"\x02lb\0\0\x03"
+_NO_ROOM = frozenset({errno.EAGAIN, errno.ENOBUFS})
+"""Of a socket, whose frames count against its buffer until they are dealt with, and of the pair's queue."""
 
 
 class Injector:
@@ -52,7 +56,7 @@ class Injector:
 
     def __init__(self, bridge: str, program: int) -> None:
         self._here, self._there = pair(bridge)
-        self._sockets: dict[tuple[int, bool, bool], _socket.socket] = {}
+        self._sockets: dict[tuple[int, bool], _socket.socket] = {}
         with Netlink() as netlink:
             links = netlink.links()
             if self._here in links:  # of a process that was killed
@@ -71,7 +75,9 @@ class Injector:
         try:
             _give_thread(self._there)
         except (OSError, subprocess.SubprocessError) as error:
-            LOG.info("bridge %s: what the agent sends is dealt with in its own time: %s", bridge, error)
+            said = getattr(error, "stderr", None)
+            LOG.warning("bridge %s: the kernel has no thread for what the agent sends, which costs its own time: %s%s",
+                        bridge, error, f" ({said.decode(errors='replace').strip()})" if said else "")
 
     def inject(self, ifindex: int, frame: bytes, soon: bool = False) -> bool:
         """Let a frame walk as if it had come in on an interface. Its checksums have to be whole.
@@ -79,7 +85,8 @@ class Injector:
         Args:
             ifindex: the interface.
             frame: the frame.
-            soon: it walks in its turn, after all that is to go soon; otherwise it has walked when this returns.
+            soon: it walks in its turn, behind what is to go soon by the same interface, in the same direction. Where
+                too much waits, and otherwise, it walks at once: as a rule, it has when this returns.
 
         Returns:
             False if the kernel had no room for it: as lost as any packet can be.
@@ -91,43 +98,46 @@ class Injector:
         return self._send(ifindex | layout.OUT_MARK, frame, soon)
 
     def _send(self, mark: int, frame: bytes, soon: bool) -> bool:
-        large = len(frame) > _LONGEST_FRAME and frame[20 if frame[12:14] == b"\x86\xdd" else 23] == socket.IPPROTO_TCP
-        one = self._sockets.get((mark, large, soon))
+        one = self._sockets.get((mark, soon))
         try:
             if one is None:
-                one = self._sockets[mark, large, soon] = self._made(mark, large, soon)
-            one.send(_large(frame) if large else frame)
-        except OSError:
-            # No room, longer than the MTU, or an interface that has gone: then the next one must not meet its socket.
-            if one is not None:
-                one.close()
-            self._sockets.pop((mark, large, soon), None)
+                one = self._sockets[mark, soon] = self._made(mark, soon)
+            one.send(_shape(frame) + frame)
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                return soon and self._send(mark, frame, soon=False)
+            if error.errno != errno.EMSGSIZE:
+                self._drop((mark, soon))  # the next one must not meet it: the interface has gone
             return False
         return True
 
-    def _made(self, mark: int, large: bool, soon: bool) -> _socket.socket:
+    def _made(self, mark: int, soon: bool) -> _socket.socket:
         # The class beneath socket.socket: eventlet leaves it alone. This one never waits, and a green call for each
         # frame would be dear.
         made = _socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
         try:
             made.setsockopt(socket.SOL_SOCKET, _SO_MARK, struct.pack("I", mark))
-            if large:
-                made.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
+            made.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
             made.bind((self._here if soon else self._there, 0))
         except OSError:
             made.close()
             raise
         return made
 
-    def forget(self) -> None:
-        """Interfaces have gone: open sockets anew when they are needed."""
-        for one in self._sockets.values():
+    def _drop(self, key: tuple[int, bool]) -> None:
+        one = self._sockets.pop(key, None)
+        if one is not None:
             one.close()
-        self._sockets.clear()
+
+    def forget(self, indexes: Collection[int]) -> None:
+        """These interfaces have gone. Closing a socket takes milliseconds: the others stay."""
+        for mark, soon in [key for key in self._sockets if key[0] & ~layout.OUT_MARK in indexes]:
+            self._drop((mark, soon))
 
     def close(self) -> None:
         """Close the sockets and remove the pair."""
-        self.forget()
+        for key in list(self._sockets):
+            self._drop(key)
         with contextlib.suppress(NetlinkError, OSError), Netlink() as netlink:
             links = netlink.links()
             if self._here in links:
@@ -140,18 +150,23 @@ def pair(bridge: str) -> tuple[str, str]:
     return f"{name}a", f"{name}b"
 
 
-def _large(frame: bytes) -> bytes:
-    """A TCP frame that whoever needs it smaller may cut up; with a whole checksum, which needs no flag."""
+def _shape(frame: bytes) -> bytes:
+    """What goes in front: a long TCP frame is one that whoever needs it smaller may cut up; with a whole checksum,
+    which needs no flag."""
+    if len(frame) <= _LONGEST_FRAME:
+        return _AS_IT_IS
     six = frame[12:14] == b"\x86\xdd"
+    if frame[20 if six else 23] != socket.IPPROTO_TCP:
+        return _AS_IT_IS
     tcp = 54 if six else 14 + 4 * (frame[14] & 15)
     size = tcp + 4 * (frame[tcp + 12] >> 4)
-    return _GSO.pack(0, _GSO_TCPV6 if six else _GSO_TCPV4, size, LEAST_MSS, 0, 0) + frame
+    return _GSO.pack(0, _GSO_TCPV6 if six else _GSO_TCPV4, size, LEAST_MSS, 0, 0)
 
 
 # ------------------------------------------------------------------ the kernel's thread
 
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
-"""System calls, of the same numbers on every architecture (asm-generic/unistd.h)."""
+"""System calls (asm-generic/unistd.h); on MIPS and Alpha they have other numbers, and are refused."""
 _FSCONFIG_CMD_CREATE = 6
 _CLOEXEC = 1
 _FEATURES = ("gro", "on", "rx-udp-gro-forwarding", "on")

@@ -24,7 +24,7 @@ enum { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_ACK = 16 };
 enum { WHOLE, FIRST, LATER };
 
 struct packet {
-	__u32 ifindex;          /* the wire it came in on */
+	__u32 ifindex;          /* the wire it came in on; what the agent sends is elsewhere now */
 	__u32 l4;               /* where TCP or UDP begins */
 	__u32 identification;
 	__u8 ipv6;

@@ -172,13 +172,12 @@ out:
 	return verdict;
 }
 
-/* It is not ready: everything goes to the agent, but for what says nothing. */
+/* Not yet: everything goes to the agent, but for what says nothing. */
 static __always_inline int wait(struct __sk_buff *skb, const struct packet *packet, __u32 virtual_server, __u32 member,
 				const struct tcphdr *tcp)
 {
 	__u32 kind = member ? FP_ASK_MEMBER : FP_ASK_LATER;
 
-	count(FP_SPLICE_WAIT);
 	/* Later fragments would not wait. The client sends it again. */
 	if (packet->part != WHOLE)
 		return TC_ACT_SHOT;
@@ -190,7 +189,12 @@ static __always_inline int wait(struct __sk_buff *skb, const struct packet *pack
 }
 
 /*
- * Translate what is counted in bytes. 0: it has been; positive: the packet ends here; negative: it could not be.
+ * Of a splice, translate what is counted in bytes; hold a connection that is handed over. 0: it may go on; positive: the
+ * packet ends here; negative: it could not be.
+ *
+ * Held (FP_HELD): the member knows of the connection by the client's first data, which the agent sends. What the client
+ * says meanwhile must not overtake that, and takes the same way.
+ *
  * Translated are client to member: ack and SACK; member to client: seq; and the windows of both.
  */
 static __noinline int splice(struct __sk_buff *skb, const struct fp_key *key, const struct packet *packet,
@@ -206,6 +210,12 @@ static __noinline int splice(struct __sk_buff *skb, const struct fp_key *key, co
 
 	if (bpf_skb_load_bytes(skb, l4, &tcp, sizeof(tcp)) || !still(key, flow))
 		return -FP_SHOT;
+	if (flow->state & FP_HELD) {
+		if (packet->ifindex == skb->ifindex)
+			return wait(skb, packet, virtual_server, 0, &tcp);
+		__sync_fetch_and_and(&flow->state, ~FP_HELD);
+		return 0;
+	}
 	found = bpf_map_lookup_elem(&splices, &serial);
 	if (found) {
 		offset = found->offset;
@@ -223,6 +233,7 @@ static __noinline int splice(struct __sk_buff *skb, const struct fp_key *key, co
 			if (verdict)
 				return verdict;
 		}
+		count(FP_SPLICE_WAIT);
 		return wait(skb, packet, virtual_server, member, &tcp);
 	}
 	data = (void *)(long)skb->data;
