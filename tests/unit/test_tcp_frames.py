@@ -79,3 +79,17 @@ def test_options_of_ipv4_and_a_part_of_a_packet() -> None:
     assert tcp_frames.read(longer) == stepwise(longer) and tcp_frames.read(longer)[1].offset == 38
     with pytest.raises(MalformedError, match="later fragment"):
         tcp_frames.read(made[:20] + b"\0\1" + made[22:])
+
+
+@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.parametrize("partial", [False, True], ids=["whole", "partial"])
+def test_what_hosts_mostly_send_is_read_in_one_go(monkeypatch: pytest.MonkeyPatch, size: int, partial: bool) -> None:
+    made = frames.tcp(MAC, MAC, (bytes(size), 1), (bytes(size), 2), Segment(1, 2, 24, 3, b"", b"said"))
+    if partial:
+        offset = len(made) - 24
+        made = made[:offset + 16] + frames.pseudo_sum(bytes(size), bytes(size), TCP, 24).to_bytes(2, "big") \
+            + made[offset + 18:]
+    wanted = stepwise(made)
+    for name in ("parse", "with_checksum", "segment"):
+        monkeypatch.delattr(frames, name)
+    assert tcp_frames.read(made) == wanted
