@@ -35,6 +35,8 @@ MESSAGES_PER_CLOSED = 1 / 64
 ASKING_PER_CONNECTION = 1 + MESSAGES_PER_CLOSED
 """One question, and its share of a message about connections that have ended."""
 CONTROLLER_US = 25.0
+READING_US = 45.0
+"""The same of a connection whose client was read."""
 SCALE_CONNECTIONS = 100_000
 SCALE_RULES = 60
 SCALE_BYTES_PER_CONNECTION = 20.0
@@ -84,6 +86,9 @@ def goals(targets: Mapping[str, Mapping[str, float]], scale: Mapping[str, float]
         *(_ratio(targets, *row) for row in RATIOS),
         _most(f"lbapp-ovs: controller at most {CONTROLLER_US:.0f} µs CPU a punted connection",
               targets.get("lbapp-ovs", {}).get("controller_us_per_conn"), CONTROLLER_US, " µs"),
+        *(_most(f"{target}: controller at most {READING_US:.0f} µs CPU a connection",
+                targets.get(target, {}).get("controller_us_per_conn"), READING_US, " µs")
+          for target in ("lbapp-handoff", "lbapp-splice")),
         _most("lbapp-fastpath: at most 1/64 message to the control segment a closed connection",
               targets.get("lbapp-fastpath", {}).get("messages_per_closed"), MESSAGES_PER_CLOSED, ""),
         _most("lbapp-handoff: at most 1 + 1/64 messages to the control segment a connection",

@@ -205,7 +205,8 @@ def figures(ours: float, theirs: float) -> dict[str, dict[str, float]]:
     return {"haproxy-tcp": dict.fromkeys(metrics, theirs), "lbapp-switch": dict.fromkeys(metrics, ours),
             "lbapp-punted": dict.fromkeys(metrics, ours), "lbapp-ovs": {"controller_us_per_conn": 25.1},
             "nft": dict.fromkeys(metrics, theirs), "haproxy-http": dict.fromkeys(metrics, theirs),
-            "lbapp-splice": dict.fromkeys(metrics, 1.8 * ours), "lbapp-handoff": dict.fromkeys(metrics, 1.8 * ours),
+            "lbapp-splice": {**dict.fromkeys(metrics, 1.8 * ours), "controller_us_per_conn": 45.1},
+            "lbapp-handoff": {**dict.fromkeys(metrics, 1.8 * ours), "controller_us_per_conn": 45.0},
             "lbapp-fastpath": {**dict.fromkeys(metrics, 2 * ours), "messages_per_closed": 1 / 60},
             "lbapp-agent": dict.fromkeys(metrics, 1.2 * ours)}
 
@@ -224,6 +225,8 @@ def test_goals_are_computed_from_the_figures() -> None:
     assert found["lbapp-switch new_conn_per_s at least 0.95 times haproxy-tcp"] is False
     assert found["lbapp-switch keepalive_req_per_s at least 1.00 times haproxy-tcp"] is False
     assert found["lbapp-ovs: controller at most 25 µs CPU a punted connection"] is False
+    assert found["lbapp-handoff: controller at most 45 µs CPU a connection"] is True
+    assert found["lbapp-splice: controller at most 45 µs CPU a connection"] is False
     assert found["100000 concurrent connections held"] is None
 
 
@@ -234,6 +237,7 @@ def test_goals_at_their_limits_are_met() -> None:
                      **watching.figures([97.5, 49], [100, 50])}
     targets = figures(100, 100)
     targets["lbapp-ovs"]["controller_us_per_conn"] = 25.0
+    targets["lbapp-splice"]["controller_us_per_conn"] = 45.0
     targets["lbapp-fastpath"]["messages_per_closed"] = 1 / 64
     targets["lbapp-handoff"]["asking_per_conn"] = 1 + 1 / 64
     assert all(goal.met for goal in goals.goals(targets, scale_figures))
