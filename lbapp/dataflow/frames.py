@@ -262,6 +262,10 @@ def with_tcp(head: bytes, source: bytes, destination: bytes, content: bytes) -> 
     return bytes(made) + _transport(source, destination, TCP, content, 16)
 
 
+_TCP_OVER_IPV4 = struct.Struct("!6s6sHHHHHHH8sHHIIHHHH").pack
+_TCP_OVER_IPV6 = struct.Struct("!6s6sHIHBB32sHHIIHHHH").pack
+
+
 def tcp(destination_mac: bytes, source_mac: bytes, source: tuple[bytes, int], destination: tuple[bytes, int],
         content: Segment) -> bytes:
     """A whole frame with one TCP segment.
@@ -273,11 +277,17 @@ def tcp(destination_mac: bytes, source_mac: bytes, source: tuple[bytes, int], de
     """
     (here, port), (there, other), more = source, destination, content.options + content.payload
     seq, ack, size = content.seq & 0xFFFFFFFF, content.ack & 0xFFFFFFFF, 20 + len(more)
-    shape = 20 + len(content.options) << 10 | content.flags
-    total = pseudo_sum(here, there, TCP, size) + port + other + seq + ack + shape + content.window + ones_sum(more)
-    header = struct.pack("!HHIIHHHH", port, other, seq, ack, shape, content.window, -total % 0xFFFF, 0)
-    ether = b"\x08\x00" if len(here) == 4 else b"\x86\xdd"
-    return destination_mac + source_mac + ether + _ip_header(here, there, TCP, size) + header + more
+    shape, addresses = 20 + len(content.options) << 10 | content.flags, here + there
+    both = int.from_bytes(addresses, "big")
+    checksum = -(both + TCP + size + port + other + seq + ack + shape + content.window + ones_sum(more)) % 0xFFFF
+    if len(here) == 4:
+        hops = 64 << 8 | TCP
+        return _TCP_OVER_IPV4(
+            destination_mac, source_mac, 0x0800, 0x4500, 20 + size, 0, 0x4000, hops,
+            -(0x4500 + 20 + size + 0x4000 + hops + both) % 0xFFFF, addresses,
+            port, other, seq, ack, shape, content.window, checksum, 0) + more
+    return _TCP_OVER_IPV6(destination_mac, source_mac, 0x86DD, 6 << 28, size, TCP, 64, addresses,
+                          port, other, seq, ack, shape, content.window, checksum, 0) + more
 
 
 def probe(address: bytes, mac: bytes, sender: bytes | None = None) -> bytes:

@@ -61,6 +61,23 @@ def test_one_byte_is_another(frame: bytes, at: int, value: int) -> None:
     assert said(tcp_frames.read, frame) == said(stepwise, frame)
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from([4, 16]), st.data(), st.binary(max_size=40), st.integers(0, 5))
+def test_what_is_made_is_what_it_says(size: int, data: st.DataObject, payload: bytes, words_of_options: int) -> None:
+    """``frames.tcp``, taken apart again, header by header."""
+    here, there = (data.draw(st.binary(min_size=size, max_size=size)) for _ in range(2))
+    said = Segment(data.draw(words), data.draw(words), data.draw(st.integers(0, 255)), data.draw(ports),
+                   data.draw(st.binary(min_size=4 * words_of_options, max_size=4 * words_of_options)), payload)
+    made = frames.tcp(MAC, MAC[::-1], (here, 1), (there, 65535), said)
+    packet = frames.parse(made)
+    assert frames.with_checksum(made, packet) == made and frames.segment(made, packet) == said
+    assert (made[:6], packet.source_mac, packet.end) == (MAC, MAC[::-1], len(made))
+    it = packet.signature
+    assert (it.source, it.source_port, it.destination, it.destination_port) == (here, 1, there, 65535)
+    assert size == 16 or frames.ones_sum(made[14:34]) == 0xFFFF, "the checksum of IPv4's header"
+    assert (made[22] if size == 4 else made[21]) == 64
+
+
 @settings(max_examples=600, deadline=None)
 @given(segments(), st.integers(0, 130))
 def test_cut(frame: bytes, size: int) -> None:
