@@ -43,7 +43,7 @@ class Readings:
         self._ovs = Ovs()
         self._local: dict[int, bool] = {}
         self._counted = 0.0
-        self._drops = 0
+        self._drops: int | None = None
 
     def watch(self) -> None:
         """Tell the control segment what lives, for as long as the controller does."""
@@ -86,7 +86,8 @@ class Readings:
                      switch)
             return
         try:
-            self._drops = self._ovs.controller_queue_drops()
+            if self._drops is None:
+                self._drops = self._ovs.controller_queue_drops()
             self._ovs.set_conntrack_timeouts(zones(switch))
         except OvsError as error:
             LOG.warning("switch %016x: conntrack timeouts not set: %s", switch, error)
@@ -118,13 +119,19 @@ class Readings:
         self._counted = time.monotonic()
 
     def queue_drops(self, switch: int) -> int:
-        """Packets that found the queue to the controller full since the switch connected.
+        """Packets that found the queue to the controller full since a switch of this host connected for the first time.
 
-        Open vSwitch counts them for all bridges of this host together; 0 for a switch elsewhere.
+        (A controller that stands still loses its switches, and is to tell of what was lost.) Open vSwitch counts them
+        for all bridges of this host together; 0 for a switch elsewhere.
         """
         if not self.is_local(switch):
             return 0
         try:
-            return max(0, self._ovs.controller_queue_drops() - self._drops)
+            total = self._ovs.controller_queue_drops()
         except OvsError:
             return 0
+        if self._drops is None:
+            self._drops = total
+        elif total < self._drops:
+            self._drops = 0  # Open vSwitch was started anew, and counts from there
+        return total - self._drops

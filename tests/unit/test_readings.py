@@ -98,15 +98,26 @@ def test_what_fails_is_said_and_no_more(commands):
     assert readings.queue_drops(1) == 0
 
 
-def test_drops_count_from_when_the_switch_connected():
+def test_drops_count_from_when_the_switch_connected_first():
     commands = Commands(drops=10)
     readings = made(commands)
     readings.prepare(1)
     commands.drops = 17
+    readings.prepare(1)  # the controller stood still, and lost it
     assert readings.queue_drops(1) == 7
-    commands.drops = 2  # it was started again
-    assert readings.queue_drops(1) == 0
+    commands.drops = 2  # Open vSwitch was started again
+    assert readings.queue_drops(1) == 2
     assert readings.queue_drops(2) == 0
+
+
+def test_drops_that_could_not_be_read_at_first_count_from_when_they_can():
+    commands = Commands(drops=-1)
+    readings = made(commands)
+    readings.prepare(1)
+    commands.drops = 5
+    assert readings.queue_drops(1) == 0
+    commands.drops = 6
+    assert readings.queue_drops(1) == 1
 
 
 def test_conntrack_is_read():
