@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -42,6 +43,7 @@ class Place:
             self.namespace.run("sysctl", "-qw", f"net.ipv6.conf.{name}.disable_ipv6=1")
             self.namespace.run("ip", "link", "set", name, "arp", "off", "up")
         self._cleanup = cleanup
+        self.wait_for("w0", "w1")
         with self.namespace.entered():
             self.tables = Tables(build.OBJECT, max_connections=1000, mac=bytes(6))
             cleanup.callback(self.tables.close)
@@ -51,11 +53,21 @@ class Place:
             self.far.bind(("w1", 0))
         self.far.settimeout(3)
 
-    def injector(self) -> Injector:
+    def injector(self, wait: bool = True) -> Injector:
         with self.namespace.entered():
             made = Injector(BRIDGE, self.tables.programs["again"])
         self._cleanup.callback(self.close, made)
+        if wait:
+            self.wait_for(*pair(BRIDGE))
         return made
+
+    def wait_for(self, *names: str) -> None:
+        """Until the kernel has noticed that both ends of a pair are up, it drops what is sent, and says nothing."""
+        def states() -> dict[str, str]:
+            return {link["ifname"]: link["operstate"] for link in json.loads(self.namespace.run(
+                "ip", "-j", "link").stdout)}
+
+        wait_until(lambda: {states()[name] for name in names} == {"UP"}, 5, f"{' and '.join(names)} are up")
 
     def close(self, made: Injector) -> None:
         with self.namespace.entered():
@@ -107,7 +119,8 @@ def test_without_it_the_agent_deals_with_it_itself(place: Place, monkeypatch: py
     name, instead = failing
     with monkeypatch.context() as patched:
         patched.setattr(f"{injector.__name__}.{name}", instead)
-        made = place.injector()
+        made = place.injector(wait=False)
+    place.wait_for(*pair(BRIDGE))
     assert not place.threads()
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "cannot be had" in record.getMessage()
