@@ -184,28 +184,23 @@ def refusal(frame: bytes, packet: Packet, mac: bytes) -> bytes | None:
         A whole frame to the client; None where no answer is allowed (a RST is never answered).
     """
     signature, offset = packet.signature, packet.offset
-    ethernet = frame[6:12] + mac + frame[12:14]
     source, destination = signature.destination, signature.source
     if signature.protocol == TCP:
         flags = packet.tcp_flags
         if flags & RST:
             return None
-        sequence, acknowledged = struct.unpack_from("!II", frame, offset + 4)
-        length = packet.end - offset - (frame[offset + 12] >> 4) * 4
-        if flags & ACK:
-            numbers = (acknowledged, 0, RST)
-        else:
-            numbers = (0, (sequence + length + bool(flags & SYN) + bool(flags & FIN)) & 0xFFFFFFFF, RST | ACK)
-        segment = struct.pack("!HHIIBBHHH", signature.destination_port, signature.source_port, numbers[0], numbers[1],
-                              5 << 4, numbers[2], 0, 0, 0)
-        protocol, segment = TCP, _transport(source, destination, TCP, segment, 16)
-    elif len(source) == 4:
+        part = segment(frame, packet)
+        after = part.seq + len(part.payload) + bool(flags & SYN) + bool(flags & FIN)
+        reset = (part.ack, 0, RST) if flags & ACK else (0, after, RST | ACK)
+        return tcp(frame[6:12], mac, (source, signature.destination_port), (destination, signature.source_port),
+                   Segment(*reset, 0, b"", b""))
+    if len(source) == 4:
         body = struct.pack("!BBHI", 3, 3, 0, 0) + frame[14:min(packet.end, offset + 8)]
-        protocol, segment = _ICMP, body[:2] + (0xFFFF - ones_sum(body)).to_bytes(2, "big") + body[4:]
+        protocol, told = _ICMP, body[:2] + (0xFFFF - ones_sum(body)).to_bytes(2, "big") + body[4:]
     else:
         body = struct.pack("!BBHI", 1, 4, 0, 0) + frame[14:min(packet.end, 14 + 1232)]
-        protocol, segment = _ICMP6, _transport(source, destination, _ICMP6, body, 2)
-    return ethernet + _ip_header(source, destination, protocol, len(segment)) + segment
+        protocol, told = _ICMP6, _transport(source, destination, _ICMP6, body, 2)
+    return frame[6:12] + mac + frame[12:14] + _ip_header(source, destination, protocol, len(told)) + told
 
 
 class Segment(Value, frozen=True):

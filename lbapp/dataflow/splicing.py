@@ -10,11 +10,10 @@ import struct
 from lbapp.dataflow import frames
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.layout import Flow, Splice
-from lbapp.dataflow.frames import ACK, FIN, SYN, Packet, Segment
+from lbapp.dataflow.frames import ACK, FIN, PSH, SYN, Packet, Segment
 
 FRAME = 1514
 """The longest frame that goes out; what came in longer (offload) is divided."""
-PSH = 8
 
 
 def hops(frame: bytes) -> int:

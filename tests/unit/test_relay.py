@@ -15,7 +15,7 @@ from lbapp.dataflow import frames, relay, splicing
 from lbapp.dataflow.fastpath import cookies, kernel, layout
 from lbapp.dataflow.fastpath.cookies import Options
 from lbapp.dataflow.fastpath.layout import Ask, Flow, FlowKey, Hash, Mode, Reason, Result, Service, ServiceKey, Splice
-from lbapp.dataflow.frames import ACK, FIN, RST, SYN
+from lbapp.dataflow.frames import ACK, FIN, PSH, RST, SYN
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 from lbapp.dataflow.relay import Relay
 from tests.fastpath_packets import CLIENT_MAC, MEMBER_MAC, REDIRECT, SHOT, TCP, WIRE, Bench, frame, packed, read
@@ -26,7 +26,6 @@ FAMILIES = {4: ("10.0.0.1", "10.0.0.100", "10.0.1.7"), 6: ("fd00::1", "fd00::100
 BOTH = pytest.mark.parametrize("family", [4, 6])
 KEYS = (bytes(range(16)), bytes(range(100, 116)))
 SERIAL, SERVICE, MEMBER = 9, 12, 3
-PSH = 8
 ISN = 0xFFFFFFF0
 LINUX = b"\x02\x04\x05\xb4\x04\x02\x08\x0a\0\0\0\x01\0\0\0\0\x01\x03\x03\x07"
 WORD = 0xFFFFFFFF

@@ -25,7 +25,7 @@ from lbapp.config.monitor import Passive
 from lbapp.control.engine import ControlSegment
 from lbapp.control.messages import FlowSignature, Host, NeighbourSeen, NewFlow, Query, Reap, SwitchUp, Translation
 from lbapp.dataflow.carrier import PacketIn
-from lbapp.dataflow.frames import ACK, FIN, RST, SYN
+from lbapp.dataflow.frames import ACK, FIN, PSH, RST, SYN
 from lbapp.dataflow.pipeline import VIRTUAL_MAC, Kind, cookie
 from lbapp.fastpaths import FastPaths
 from lbapp.relays import RelayLink
@@ -37,7 +37,6 @@ CLIENT_PORT, MEMBER_PORT = 1, 4
 ISN, MEMBER_ISN = 1000, 70000
 REQUEST = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 OPTIONS = b"\x02\x04\x05\xb4\x04\x02\x01\x01\x01\x03\x03\x07"
-PSH = 8
 WORD = 0xFFFFFFFF
 NEW = NewFlow(Query(1, SWITCH, 1, CLIENT_MAC, FlowSignature(bytes(4), 1, bytes(4), 2, 6), NUMBER, 0), 3,
               Translation(None, 0, Host(MEMBER_MAC, 4)))

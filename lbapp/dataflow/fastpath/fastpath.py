@@ -105,10 +105,10 @@ class FastPath(Tables):
         """
         changes = self.wires.sync()
         there = {wire.ifindex for wire in self.wires.ports.values()}
-        for ifindex in {wire.ifindex for wire in changes.removed.values()} - there:
+        gone = {wire.ifindex: wire for wire in changes.removed.values() if wire.ifindex not in there}
+        for ifindex in gone:
             self.delete(ifindex=ifindex)
-        self._injector.forget([index for wire in changes.removed.values() for index in (wire.ifindex, wire.inner)
-                               if wire.ifindex not in there])
+        self._injector.forget([index for wire in gone.values() for index in (wire.ifindex, wire.inner)])
         return changes
 
     def inject(self, ifindex: int, frame: bytes, soon: bool = False) -> bool:

@@ -131,8 +131,8 @@ class Injector:
 
     def forget(self, indexes: Collection[int]) -> None:
         """These interfaces have gone. Closing a socket takes milliseconds: the others stay."""
-        for mark, soon in [key for key in self._sockets if key[0] & ~layout.OUT_MARK in indexes]:
-            self._drop((mark, soon))
+        for key in [key for key in self._sockets if key[0] & ~layout.OUT_MARK in indexes]:
+            self._drop(key)
 
     def close(self) -> None:
         """Close the sockets and remove the pair."""
