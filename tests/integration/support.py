@@ -126,6 +126,15 @@ def wait_for_statistics(lab: Lab, name: str, within: float = 5.0, **wanted: Any)
         time.sleep(0.1)
 
 
+def wait_for_both_rules(lab: Lab, name: str, within: float = 15.0) -> None:
+    """Wait until a virtual server with ``state: rules`` has no connection and all is counted.
+
+    A connection has ended once one of its rules has; its other direction is counted when that rule goes too.
+    """
+    wait_until(lambda: not lab.rest.get(f"/v1/connections?virtual_server={name}")["connections"], within,
+               f"both rules of each connection of {name} are gone and counted")
+
+
 def proportional(counted: Counter[str], weights: dict[str, int]) -> None:
     """Assert that counts are as their weights, within what chance allows (binomial, five sigma)."""
     number, total = sum(counted.values()), sum(weights.values())

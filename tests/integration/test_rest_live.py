@@ -24,6 +24,7 @@ from tests.integration.support import (
     settle,
     statistics,
     tcp,
+    wait_for_both_rules,
     wait_for_statistics,
 )
 from topologies.namespace import wait_until
@@ -129,9 +130,7 @@ def test_messages_per_connection(site: Lab) -> None:
             one.close()
         wait_for_statistics(lab, way, opened=number)
     wait_for_statistics(lab, "rules", 15, closed=number, active=0)
-    wait_until(lambda: not [flow for flow in flows(lab) if flow.startswith(("cookie=0x1b08", "cookie=0x1b09"))], 5,
-               "both rules of each are gone")
-    lab.rest.get("/v1/stats")
+    wait_for_both_rules(lab, "rules")
     assert statistics(lab, "switch")["messages_per_connection"] == 0.0
     assert statistics(lab, "controller")["messages_per_connection"] == 1.0
     rules = statistics(lab, "rules")["messages_per_connection"]
@@ -144,7 +143,7 @@ def test_members_bytes(site: Lab) -> None:
     target = lab.directory / "five-got"
     before = {one["member"]: one["bytes"] for one in lab.rest.get("/v1/stats")["members"] if one["pool"] == "web"}
     lab.client("c1").curl(f"http://{VIP}:8081/five", "-o", str(target), "-H", "Connection: close")
-    wait_for_statistics(lab, "rules", 15, active=0)
+    wait_for_both_rules(lab, "rules")
     moved = [one["bytes"] - before[one["member"]] for one in lab.rest.get("/v1/stats")["members"]
              if one["pool"] == "web"]
     assert sum(moved) > 5_000_000, "a rule pair's bytes, both directions"

@@ -26,6 +26,7 @@ from tests.integration.support import (
     server,
     statistics,
     tcp,
+    wait_for_both_rules,
     wait_for_statistics,
 )
 from topologies.namespace import wait_until
@@ -76,8 +77,10 @@ def test_a_pair_for_each_connection_that_a_fin_takes_away(rules: Lab, vip: str) 
     closed = time.monotonic()
     wait_until(lambda: pairs(lab) == ([], []), 12, "a FIN shortens the rules' lives")
     assert time.monotonic() - closed < 12, "idle_timeout alone would be 60 s"
-    found = wait_for_statistics(lab, "web6" if ":" in vip else "web", closed=4, active=0)
-    assert found["opened"] == 4
+    name = "web6" if ":" in vip else "web"
+    wait_for_both_rules(lab, name)
+    found = statistics(lab, name)
+    assert (found["opened"], found["closed"], found["active"]) == (4, 4, 0)
     assert lab.rest.get("/v1/connections")["connections"] == []
 
 
@@ -88,7 +91,9 @@ def test_closed_connections_are_counted_with_their_bytes(rules: Lab) -> None:
     before = statistics(lab, "web")
     client.curl(f"http://{VIP}/five", "-o", str(target), "-H", "Connection: close")
     assert hashlib.sha256(target.read_bytes()).hexdigest() == digest
-    found = wait_for_statistics(lab, "web", 15, closed=before["closed"] + 1, active=0)
+    wait_for_both_rules(lab, "web")
+    found = statistics(lab, "web")
+    assert found["closed"] == before["closed"] + 1
     moved = found["bytes"] - before["bytes"]
     assert 5_000_000 < moved < 5_600_000, f"{moved} bytes: the file, its headers and the ACKs"
     switch = lab.rest.get("/v1/stats")["switches"][0]
@@ -106,8 +111,8 @@ def test_messages_per_connection(rules: Lab) -> None:
         one.sendall(b"GET / HTTP/1.0\r\n\r\n")
         assert one.recv(4096).startswith(b"HTTP/1.1 200")
         one.close()
-    wait_for_statistics(lab, "web", 15, closed=here["closed"] + number)
-    wait_until(lambda: pairs(lab) == ([], []), 5, "both rules of each are gone")
+    wait_for_both_rules(lab, "web")
+    assert pairs(lab) == ([], [])
     after = wait_for_statistics(lab, "web", opened=here["opened"] + number)
     now = lab.rest.get("/v1/stats")["switches"][0]
     assert now["flows_removed"] - before["flows_removed"] == 2 * number
