@@ -394,11 +394,18 @@ def test_the_fast_path_is_full(make_lab: Callable[..., Lab], told: Callable[[str
             stack.callback(silent[-1].close)
             if number % 100 == 0:
                 go_on()
+            if number == SMALLEST // 2:
+                # Who is silent for longer is told to a factor of two: more of them are than will have to make room.
+                until = time.monotonic() + 3
+                while time.monotonic() < until:
+                    go_on()
+                    time.sleep(0.2)
         refused = sum(_refused(lab) for _ in range(10))
         go_on()
 
         def room() -> bool:
             nonlocal refused
+            go_on()
             found = _refused(lab)
             refused += found
             return not found
