@@ -2,46 +2,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which servers of this network namespace listen: only for those connections are announced to be adopted.
 
-Owns the look into the kernel's table. Tells nobody.
+Owns which of the kernel's sockets these are. Tells nobody.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
-import sys
 from collections.abc import Collection, Iterable
-from pathlib import Path
 
 from lbapp.server_agent.adopt import Listener
-
-NET = Path("/proc/thread-self/net")
-_LISTEN = "0A"
+from lbapp.server_agent.sockets import LISTEN, tcp
 
 
-def listening(net: Path = NET) -> frozenset[tuple[str, int]]:
+def listening() -> frozenset[tuple[str, int]]:
     """Address and port of every TCP listener; an address of all zeros is any.
 
-    The kernel lists listeners before all other sockets (``tcp_seq_start``), so the rest of a long table is not read.
+    Raises:
+        OSError: the kernel does not tell.
     """
-    found = set()
-    for table in ("tcp", "tcp6"):
-        # A host may have no IPv6, and so no such table.
-        with contextlib.suppress(OSError), (net / table).open(encoding="ascii") as lines:
-            next(lines, "")
-            for line in lines:
-                _, local, _, state, _ = line.split(maxsplit=4)
-                if state != _LISTEN:
-                    break
-                address, _, port = local.partition(":")
-                found.add((_address(address), int(port, 16)))
-    return frozenset(found)
+    return frozenset((_spelled(one.address), one.port) for one in tcp(LISTEN))
 
 
-def _address(digits: str) -> str:
-    """Of words in the host's order of bytes, as the kernel prints them."""
-    words = (bytes.fromhex(digits[at:at + 8]) for at in range(0, len(digits), 8))
-    packed = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
+def _spelled(packed: bytes) -> str:
     address = ipaddress.ip_address(packed)
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return str(mapped or address)

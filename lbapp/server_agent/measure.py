@@ -11,13 +11,15 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
-import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+
+from lbapp.server_agent.sockets import ESTABLISHED, LISTEN, tcp
 
 LOG = logging.getLogger("lbapp.server_agent")
 
@@ -25,11 +27,7 @@ SHORTEST_S = 0.2
 """Two looks at the CPU closer together tell nothing."""
 SEARCH_S = 30.0
 """The processes behind listening sockets are looked for so often."""
-MOST_BYTES = 64 << 20
-"""Of the kernel's list of sockets."""
-SOCKETS = Path("/proc/thread-self/net")
 PROCESSES = Path("/proc")
-_ESTABLISHED, _LISTEN = "01", "0A"
 
 
 class Sockets(NamedTuple):
@@ -41,68 +39,44 @@ class Sockets(NamedTuple):
     """
 
     established: int
-    listening: frozenset[str]
+    listening: frozenset[int]
 
 
-def sockets(endpoints: Collection[tuple[str, int]], directory: Path = SOCKETS) -> Sockets:
+def sockets(endpoints: Collection[tuple[str, int]]) -> Sockets:
     """The TCP sockets of servers at addresses and ports; port 0: all at that address that listen.
 
     Raises:
         OSError: they cannot be listed.
     """
-    listening: set[tuple[str, str]] = set()
-    inodes: dict[tuple[str, str], str] = {}
-    lines = []
-    for name in ("tcp", "tcp6"):
-        try:
-            for local, state, inode in _lines(directory / name):
-                address, _, port = local.partition(":")
-                if state == _LISTEN:
-                    listening.add((address, port))
-                    inodes[address, port] = inode
-                elif state == _ESTABLISHED:
-                    lines.append((address, port))
-        except FileNotFoundError:
-            if name == "tcp":
-                raise  # without IPv6 there is no other one
-    wanted: set[tuple[str, str]] = set()
+    inodes: dict[tuple[bytes, int], int] = {}
+    established: Counter[tuple[bytes, int]] = Counter()
+    for one in tcp(LISTEN, ESTABLISHED):
+        if one.state == LISTEN:
+            inodes[one.address, one.port] = one.inode
+        else:
+            established[one.address, one.port] += 1
+    wanted: set[tuple[bytes, int]] = set()
     for text, number in endpoints:
-        for address in _spelled(text):
+        for address in _packed(text):
             if number:
-                wanted.add((address, f"{number:04X}"))
+                wanted.add((address, number))
             else:
-                wanted.update((address, port) for at, port in listening if at in (address, *_ANY))
+                wanted.update((address, port) for at, port in inodes if at in (address, *_ANY))
     ports = {port for _, port in wanted}
-    return Sockets(sum(line in wanted for line in lines), frozenset(
-        inodes[one] for one in listening if one in wanted or (one[0] in _ANY and one[1] in ports)))
+    return Sockets(sum(established[one] for one in wanted), frozenset(
+        inode for one, inode in inodes.items() if one in wanted or (one[0] in _ANY and one[1] in ports)))
 
 
-_ANY = ("00000000", "0" * 32)
+_ANY = (bytes(4), bytes(16))
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Local address, state and inode of each socket, as the kernel spells them."""
-    with path.open(encoding="ascii", errors="replace") as file:
-        next(file, None)
-        size = 0
-        for line in file:
-            size += len(line)
-            words = line.split(None, 10)
-            if len(words) > 9 and size <= MOST_BYTES:
-                yield words[1], words[3], words[9]
+def _packed(text: str) -> list[bytes]:
+    """An address as sockets have it: those of IPv6 have IPv4 mapped."""
+    packed = ipaddress.ip_address(text).packed
+    return [packed, bytes(10) + b"\xff\xff" + packed] if len(packed) == 4 else [packed]
 
 
-def _spelled(text: str) -> list[str]:
-    """An address as the kernel lists it: words in the machine's order. Sockets of both families list IPv4 mapped."""
-    address = ipaddress.ip_address(text)
-    packed = [address.packed]
-    if address.version == 4:
-        packed.append(bytes(10) + b"\xff\xff" + address.packed)
-    step = -1 if sys.byteorder == "little" else 1
-    return ["".join(one[at:at + 4][::step].hex().upper() for at in range(0, len(one), 4)) for one in packed]
-
-
-def owners(inodes: Collection[str], directory: Path = PROCESSES) -> frozenset[int]:
+def owners(inodes: Collection[int], directory: Path = PROCESSES) -> frozenset[int]:
     """The processes that hold sockets; those of other users only for root."""
     wanted = {f"socket:[{inode}]" for inode in inodes}
     found = set()
@@ -200,7 +174,7 @@ class Meter:
             return {}
         return {"cpu": min(max((busy - before[0]) / (total - before[1]), 0.0), 1.0)}
 
-    def _cpu_of(self, inodes: Collection[str]) -> dict[str, float]:
+    def _cpu_of(self, inodes: Collection[int]) -> dict[str, float]:
         """Of the processes that listen: their share of all cores."""
         now = self._clock()
         if now - self._looked < SHORTEST_S:

@@ -204,10 +204,16 @@ class ServerAgent:
 
     def changed(self) -> bool:
         """Whether a server has come or gone since the last step: that is not to be kept for the next one."""
-        return self._lease is not None and self._listening() != self._heard
+        try:
+            return self._lease is not None and self._listening() != self._heard
+        except AdoptError:
+            return True  # the step says so
 
     def _listening(self) -> frozenset[tuple[str, int]]:
-        return frozenset(one for one in self._there() if one[1] in self._ports)
+        try:
+            return frozenset(one for one in self._there() if one[1] in self._ports)
+        except OSError as error:
+            raise AdoptError(f"it cannot be seen which servers listen: {error}") from None
 
     def withdraw(self) -> bool:
         """Tell the controller that nothing more is adopted here. False if it does not know."""

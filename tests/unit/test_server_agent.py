@@ -190,15 +190,28 @@ def test_who_does_not_listen_is_not_announced(tmp_path: Path) -> None:
     assert not host.agent.changed()
 
 
-def test_the_kernels_table_of_listeners(tmp_path: Path) -> None:
+def test_the_kernels_listeners() -> None:
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_connection(one.getsockname()) as client, \
             socket.create_server(("::", 0), family=socket.AF_INET6) as two:
         found = listening()
         assert {one.getsockname()[:2], ("::", two.getsockname()[1])} <= found
         assert client.getsockname()[:2] not in found
     assert "" not in {address for address, _ in found}
-    (tmp_path / "tcp").write_text("  sl  local_address rem_address   st ...\n")
-    assert listening(tmp_path) == frozenset(), "no IPv6, no listener"
+
+
+def test_where_the_kernel_does_not_tell_who_listens_nothing_is_adopted(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    host.agent.step()
+    assert host.controller.announced()[-1]
+
+    def none() -> frozenset[tuple[str, int]]:
+        raise FileNotFoundError(2, "the kernel does not list its TCP sockets")
+
+    host.agent._there = none
+    assert host.agent.changed()
+    before = len(host.controller.announced())
+    host.agent.step()
+    assert len(host.controller.announced()) == before and not host.agent.changed(), "the lease runs out"
 
 
 def test_ports_are_announced_with_every_address(tmp_path: Path) -> None:
