@@ -9,27 +9,23 @@ Owns the encoding of the question and of the answers. Says nothing of what they 
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from lbapp.dataflow.fastpath.netlink import Netlink, NetlinkError
+
 ESTABLISHED, LISTEN = 1, 10
 """States of a TCP socket (linux/tcp_states.h)."""
 
 _SOCK_DIAG, _BY_FAMILY = 4, 20
-_REQUEST_DUMP = 0x301
-_ERROR, _DONE = 2, 3
-_HEADER = struct.Struct("=IHHII")
 _QUESTION = struct.Struct("=BBBxI48x")
 """struct inet_diag_req_v2 (linux/inet_diag.h): family, protocol, no extensions, a mask of states; of any address."""
 _FOUND = struct.Struct("=BB2x")
 _PORT = struct.Struct("!H")
 _SOURCE, _INODE = 8, struct.Struct("=I")
 _INODE_AT = 68
-_RECEIVE = 1 << 16
-_PATIENCE_S = 5.0
 
 
 class Socket(NamedTuple):
@@ -55,32 +51,15 @@ def tcp(*states: int) -> Iterator[Socket]:
         OSError: the kernel does not tell.
     """
     mask = sum(1 << state for state in states)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _SOCK_DIAG) as asking:
-        asking.settimeout(_PATIENCE_S)
-        asking.bind((0, 0))
-        for family, size in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
-            question = _QUESTION.pack(family, socket.IPPROTO_TCP, 0, mask)
-            asking.send(_HEADER.pack(_HEADER.size + len(question), _BY_FAMILY, _REQUEST_DUMP, 1, 0) + question)
-            for body in _answers(asking):
-                _, state = _FOUND.unpack_from(body)
-                yield Socket(body[_SOURCE:_SOURCE + size], _PORT.unpack_from(body, _FOUND.size)[0], state,
-                             _INODE.unpack_from(body, _INODE_AT)[0])
-
-
-def _answers(asking: socket.socket) -> Iterator[bytes]:
-    while True:
-        data = asking.recv(_RECEIVE)
-        at = 0
-        while at < len(data):
-            length, kind, *_ = _HEADER.unpack_from(data, at)
-            if kind == _DONE:
-                return
-            body = data[at + _HEADER.size:at + length]
-            if kind == _ERROR:
-                number = -struct.unpack_from("=i", body)[0]
-                raise OSError(number, f"the kernel does not list its TCP sockets: {os.strerror(number)}")
-            yield body
-            at += length + 3 & ~3
+    try:
+        with Netlink(_SOCK_DIAG) as netlink:
+            for family, size in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
+                for body in netlink.dump(_BY_FAMILY, _QUESTION.pack(family, socket.IPPROTO_TCP, 0, mask)):
+                    _, state = _FOUND.unpack_from(body)
+                    yield Socket(body[_SOURCE:_SOURCE + size], _PORT.unpack_from(body, _FOUND.size)[0], state,
+                                 _INODE.unpack_from(body, _INODE_AT)[0])
+    except NetlinkError as error:
+        raise OSError(error.errno, f"the kernel does not list its TCP sockets: {error.strerror}") from None
 
 
 __all__ = ["ESTABLISHED", "LISTEN", "Socket", "tcp"]

@@ -158,10 +158,14 @@ def _link(body: bytes) -> Link:
 
 
 class Netlink:
-    """A socket to the kernel, in the namespace in which the calling thread is now."""
+    """A socket to the kernel, in the namespace in which the calling thread is now.
 
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    Args:
+        protocol: what it speaks there; all methods but :meth:`dump` are rtnetlink's.
+    """
+
+    def __init__(self, protocol: int = socket.NETLINK_ROUTE) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         try:
             self._socket.bind((0, 0))
             self._socket.settimeout(_PATIENCE_S)
@@ -186,6 +190,10 @@ class Netlink:
         self.close()
 
     # ----------------------------------------------------------------- requests
+
+    def dump(self, kind: int, body: bytes) -> list[bytes]:
+        """Ask for a list; its messages, without their headers."""
+        return self._request(kind, _DUMP, body)
 
     def _request(self, kind: int, flags: int, body: bytes) -> list[bytes]:
         with self._lock:
