@@ -9,6 +9,7 @@ Owns the encoding of the question and of the answers. Says nothing of what they 
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from collections.abc import Iterator
@@ -54,7 +55,13 @@ def tcp(*states: int) -> Iterator[Socket]:
     try:
         with Netlink(_SOCK_DIAG) as netlink:
             for family, size in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
-                for body in netlink.dump(_BY_FAMILY, _QUESTION.pack(family, socket.IPPROTO_TCP, 0, mask)):
+                try:
+                    found = netlink.dump(_BY_FAMILY, _QUESTION.pack(family, socket.IPPROTO_TCP, 0, mask))
+                except NetlinkError as error:
+                    if family == socket.AF_INET6 and error.errno == errno.ENOENT:
+                        break  # a kernel without IPv6; it has told of the others
+                    raise
+                for body in found:
                     _, state = _FOUND.unpack_from(body)
                     yield Socket(body[_SOURCE:_SOURCE + size], _PORT.unpack_from(body, _FOUND.size)[0], state,
                                  _INODE.unpack_from(body, _INODE_AT)[0])

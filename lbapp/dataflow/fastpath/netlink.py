@@ -218,19 +218,21 @@ class Netlink:
                     continue  # the rest of a request that was given up
                 whole = whole and not flags & _DUMP_INTERRUPTED
                 if kind == _ERROR:
-                    self._check(body, flags)
+                    self._check(body, flags, _HEADER.size)
                     return answers, whole
                 if kind == _DONE:
+                    self._check(body, flags)
                     return answers, whole
                 answers.append(body)
             if not multipart and answers:
                 return answers, whole
 
     @staticmethod
-    def _check(body: bytes, flags: int) -> None:
+    def _check(body: bytes, flags: int, repeated: int = 0) -> None:
+        """``repeated``: so much of the request comes before what is said of it."""
         code = -int(struct.unpack_from("=i", body)[0])
         if code:
-            why = _string(_attributes(body[4 + _HEADER.size:]).get(1)) if flags & _ACK_TLVS else ""
+            why = _string(_attributes(body[4 + repeated:]).get(1)) if flags & _ACK_TLVS else ""
             raise NetlinkError(code, why or os.strerror(code))
 
     # -------------------------------------------------------------------- links
