@@ -118,7 +118,8 @@ def configurations(draw: st.DrawFn) -> Configuration:
         pools.append(pool(name, draw(st.sampled_from(Algorithm)), [
             Member(address=f"10.0.0.{11 + n}", protocol_port=draw(st.sampled_from((80, 8080))), number=first + n,
                    id=f"{name}{n}", weight=draw(st.sampled_from((0, 1, 5))), draining=draw(st.booleans()))
-            for n in sorted(chosen)], admin_state_up=draw(st.sampled_from((True, True, False)))))
+            for n in sorted(chosen)], admin_state_up=draw(st.sampled_from((True, True, False))),
+            fallback_pool=draw(st.sampled_from((None, None, *(other for other in _POOLS if other != name))))))
     pools.append(pool("six", draw(st.sampled_from(Algorithm)), members(2, six=True, first=201, prefix="fd00::a")))
     servers: list[VirtualServer] = []
     for number in draw(st.lists(st.integers(1, 5), unique=True, max_size=4)):

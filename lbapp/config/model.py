@@ -474,6 +474,8 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         drained: datapath ids of draining switches whose time is over; only in a configuration in force.
+        redirected: virtual servers of which another pool takes a pool's place, as an operator asked for them, by
+            number; likewise.
     """
 
     virtual_servers: Mapping[str, VirtualServer] = {}
@@ -481,6 +483,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
     networks: Mapping[str, Network] = {}
     switches: Mapping[str, Switch] = {}
     drained: frozenset[int] = frozenset()
+    redirected: Mapping[int, VirtualServer] = {}
 
     @property
     def draining(self) -> frozenset[int]:
@@ -500,4 +503,28 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
         if virtual_server.l7_policies:
             names = virtual_server.pool_names
             found.update((key, one) for key, one in self.pools.items() if one.name in names)
+        return found
+
+    def several(self, virtual_server: VirtualServer) -> bool:
+        """Whether a virtual server may have connections at members of more than one pool."""
+        if virtual_server.l7_policies or virtual_server.number in self.redirected:
+            return True
+        pool = self.pool_of(virtual_server)
+        return pool is not None and pool.fallback_pool is not None
+
+    def pools_reached(self, virtual_server: VirtualServer) -> dict[str, Pool]:
+        """All pools whose members may have connections of a virtual server, by id: those that new ones are sent to
+        first; then those that others take the place of, and those that may take theirs."""
+        found = self.pools_of(virtual_server)
+        if not self.several(virtual_server):
+            return found
+        found.update(self.pools_of(self.redirected.get(virtual_server.number, virtual_server)))
+        ids: dict[str, str] = {}
+        behind = [one.fallback_pool for one in found.values() if one.fallback_pool is not None]
+        while behind:
+            ids = ids or {one.name: key for key, one in self.pools.items()}
+            key = ids.get(behind.pop(), "")
+            if key and key not in found:
+                found[key] = one = self.pools[key]
+                behind += [one.fallback_pool] if one.fallback_pool is not None else []
         return found

@@ -122,9 +122,11 @@ class Effective:
         if same:
             return self.configuration
         self._pools = pools
-        self.configuration = Configuration(virtual_servers=self._servers(configuration, pools), pools=pools,
-                                           networks=configuration.networks, switches=configuration.switches,
-                                           drained=drained)
+        servers = self._servers(configuration, pools)
+        self.configuration = Configuration(
+            virtual_servers=servers, pools=pools, networks=configuration.networks, switches=configuration.switches,
+            drained=drained, redirected={server.number: server for key, server in configuration.virtual_servers.items()
+                                         if self.replacing and servers[key] is not server})
         return self.configuration
 
     def _servers(self, configuration: Configuration, pools: Mapping[str, Pool]) -> Mapping[str, VirtualServer]:

@@ -52,7 +52,8 @@ class Service:
     """A virtual server with its pools, ready to answer for.
 
     Attributes:
-        farms: its pools by id: the default one, and those that its L7 policies name.
+        farms: its pools by id: the default one, those that its L7 policies name, and those that take one another's
+            place.
         endpoints: where its members are, by number, where it reads what clients say.
         reader: reads what clients say first; None where it does not matter.
         counts: whether its connections are to be counted (`tracked` in a REPLY).
@@ -159,7 +160,7 @@ class Services:
             touched = {*pools, *gone_pools}
             for key, server in new.virtual_servers.items():
                 if networks or server.default_pool_id in touched or (
-                        server.l7_policies and not touched.isdisjoint(new.pools_of(server))):
+                        new.several(server) and not touched.isdisjoint(new.pools_reached(server))):
                     servers.setdefault(key, server)
         changing: list[tuple[str, VirtualServer]] = [(key, new.virtual_servers[key]) for key in servers]
         removed = [old.virtual_servers[key].number for key in gone_servers]
@@ -181,7 +182,7 @@ class Services:
             self._release(self.by_number.pop(number), before_hops)
         next_hops: dict[str, str] = {}
         for key, server in changing:
-            own = new.pools_of(server)
+            own = new.pools_reached(server)
             if server.route_by_destination:
                 for pool in own.values():
                     for member in pool.members:

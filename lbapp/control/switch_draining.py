@@ -142,11 +142,11 @@ class OnSwitches:
         if self._closed is None:
             self._closed = Configuration(
                 virtual_servers=self._servers.of(configuration.virtual_servers), pools=configuration.pools,
-                networks=configuration.networks)
+                networks=configuration.networks, redirected=configuration.redirected)
         if switch not in configuration.drained:
             return self._closed
         if self._cleared is None:
             self._cleared = Configuration(
                 virtual_servers=self._closed.virtual_servers, pools=self._pools.of(configuration.pools),
-                networks=configuration.networks)
+                networks=configuration.networks, redirected=configuration.redirected)
         return self._cleared

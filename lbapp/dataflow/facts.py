@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from msgspec import Struct
 
-from lbapp.config.model import Member, Network, Pool, State, VirtualServer
+from lbapp.config.model import Member, Network, State, VirtualServer
 from lbapp.config.routing import Routes
 
 
@@ -103,10 +105,17 @@ def member_source(virtual_server: VirtualServer, member: Member, relayed: bool =
     return Source(address, virtual_server.protocol.number, port, virtual_server.state is State.RULES, relayed)
 
 
-def facts_of(virtual_server: VirtualServer, pool: Pool | None, routes: Routes, wildcards: frozenset[int],
+def facts_of(virtual_server: VirtualServer, members: Iterable[Member], routes: Routes, wildcards: frozenset[int],
              relayed: bool = False) -> list[Fact]:
-    """The facts a virtual server needs. ``wildcards``: IP versions that have a wildcard virtual server; ``relayed``:
-    the controller has its connections."""
+    """The facts a virtual server needs.
+
+    Args:
+        virtual_server: the virtual server.
+        members: those that may have connections of it.
+        routes: the balancer's networks.
+        wildcards: IP versions that have a wildcard virtual server.
+        relayed: the controller has its connections.
+    """
     if not virtual_server.admin_state_up:
         return []
     facts: list[Fact] = []
@@ -116,7 +125,7 @@ def facts_of(virtual_server: VirtualServer, pool: Pool | None, routes: Routes, w
             facts.append(Answer(virtual_server.vip_address))
     if virtual_server.next_hop is not None:
         facts.append(Neighbour(virtual_server.next_hop))
-    for member in pool.members if pool is not None else ():
+    for member in members:
         source = member_source(virtual_server, member, relayed)
         if source is not None:
             facts += [source, FragmentSource(source.address)]

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 
 from lbapp.config.model import Configuration, Member, Pool, VirtualServer
 from lbapp.config.routing import Routes
-from lbapp.config.rows import with_members
 from lbapp.control.messages import Host
 from lbapp.dataflow.facts import Fact, Forward, Gateway, facts_of, network_facts
 from lbapp.dataflow.flows import base_flows, flows_of, host_route
@@ -43,12 +42,12 @@ class Change:
         return len(self.add) + len(self.delete) + len(self.groups) + len(self.delete_groups)
 
 
-def _reached(configuration: Configuration, server: VirtualServer) -> Pool | None:
-    """The pool of a virtual server; with L7 policies, the members of all pools that it may send connections to."""
-    if not server.l7_policies:
-        return configuration.pool_of(server)
-    pools = list(configuration.pools_of(server).values())
-    return with_members(pools[0], tuple(member for pool in pools for member in pool.members)) if pools else None
+def _reached(configuration: Configuration, server: VirtualServer) -> tuple[Member, ...]:
+    """The members that may have connections of a virtual server."""
+    if configuration.several(server):
+        return tuple(member for pool in configuration.pools_reached(server).values() for member in pool.members)
+    pool = configuration.pool_of(server)
+    return pool.members if pool is not None else ()
 
 
 @dataclass(slots=True, frozen=True)
@@ -57,6 +56,7 @@ class _Installed:
 
     virtual_server: VirtualServer
     pool: Pool | None
+    reached: tuple[Member, ...]
     eligible: tuple[Member, ...]
     relayed: bool
 
@@ -141,11 +141,10 @@ class SwitchProgram:
         for network in configuration.networks.values():
             self._count_facts(network_facts(network, self._routes))
         for identifier, server in configuration.virtual_servers.items():
-            pool = _reached(configuration, server)
-            installed = _Installed(server, pool, self._eligible(server, pool, self._routes), self._relays(server))
+            installed = self._made(server, self._routes)
             self._installed[identifier] = installed
             self._index(identifier, installed, self._routes, present=True)
-            self._count_facts(facts_of(server, pool, self._routes, self._wildcards, installed.relayed))
+            self._count_facts(facts_of(server, installed.reached, self._routes, self._wildcards, installed.relayed))
         for address in self._hosts:
             self._route_to(address)
 
@@ -200,8 +199,13 @@ class SwitchProgram:
             return installed is not server
         if installed.virtual_server is not server or installed.relayed != self._relays(server):
             return True
-        pool = _reached(self._configuration, server)
-        return installed.pool is not pool and (not server.l7_policies or installed.pool != pool)
+        return (installed.pool is not self._configuration.pool_of(server)
+                or installed.reached != _reached(self._configuration, server))
+
+    def _made(self, server: VirtualServer, routes: Routes) -> _Installed:
+        pool = self._configuration.pool_of(server)
+        return _Installed(server, pool, _reached(self._configuration, server), self._eligible(server, pool, routes),
+                          self._relays(server))
 
     def _host_of(self, fact: Fact) -> Host | None:
         if isinstance(fact, Forward):
@@ -224,12 +228,11 @@ class SwitchProgram:
         server = self._configuration.virtual_servers.get(identifier)
         new = None
         if server is not None:
-            pool = _reached(self._configuration, server)
-            new = _Installed(server, pool, self._eligible(server, pool, current[0]), self._relays(server))
+            new = self._made(server, current[0])
             self._installed[identifier] = new
         self._replace_facts(
-            facts_of(old.virtual_server, old.pool, *previous, old.relayed) if old is not None else [],
-            facts_of(new.virtual_server, new.pool, *current, new.relayed) if new is not None else [], change)
+            facts_of(old.virtual_server, old.reached, *previous, old.relayed) if old is not None else [],
+            facts_of(new.virtual_server, new.reached, *current, new.relayed) if new is not None else [], change)
         if old is not None:
             self._index(identifier, old, previous[0], present=False)
         if new is not None:

@@ -259,6 +259,25 @@ def test_a_fallback_takes_the_place_of_a_pool_without_members() -> None:
     assert site.effective.configuration.virtual_servers is site.wanted.virtual_servers
 
 
+def test_whom_a_fallback_stands_in_for_is_known() -> None:
+    """Their members may have connections of the virtual server, now and afterwards."""
+    site = Site(pool(monitors=TCP, fallback_pool="q"), pool("q", first=10, fallback_pool="r"),
+                pool("r", first=20, fallback_pool="q"), pool("s", first=30),
+                v=server(), w=server(id="w", name="w", number=2, protocol_port=81, default_pool_id="s"))
+
+    def reached(key: str) -> list[str]:
+        now = site.effective.configuration
+        return list(now.pools_reached(now.virtual_servers[key]))
+
+    assert (reached("v"), reached("w")) == (["p", "q", "r"], ["s"])
+    site.said(1, False)
+    site.said(2, False)
+    assert site.effective.configuration.redirected == {1: site.wanted.virtual_servers["v"]}
+    assert (reached("v"), reached("w")) == (["q", "p", "r"], ["s"]), "first the one in force"
+    site.said(1, True)
+    assert site.effective.configuration.redirected == {} and reached("v") == ["p", "q", "r"]
+
+
 def test_policies_follow_to_the_fallback() -> None:
     policy = {"name": "a", "action": "REDIRECT_TO_POOL", "redirect_pool": "p"}
     site = Site(pool(monitors=TCP, members=1, fallback_pool="q"), pool("q", first=10),

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -21,6 +22,7 @@ from lbapp.config.model import (
     VirtualServer,
 )
 from lbapp.control.messages import Host
+from lbapp.control.services import Services
 from lbapp.dataflow.facts import Neighbour
 from lbapp.dataflow.matches import to_relay
 from lbapp.dataflow.openflow import GROUP_DELETE, Load, add_flow, delete_flow, encode_match, group_mod
@@ -179,6 +181,26 @@ def test_members_that_only_a_policy_leads_to_are_watched_and_reached():
     changed = sites.configuration([reads], [one, sites.pool("q", of=sites.members(1, first=3))], sites.LAN)
     run(site, changed)
     run(changed, site)
+
+
+def test_who_has_connections_keeps_them_when_a_fallback_comes_and_goes():
+    own, other = sites.pool(of=sites.members(1), fallback_pool="q"), sites.pool("q", of=sites.members(1, first=2))
+    asked = sites.server(decision=Decision.SWITCH)
+    before = sites.configuration([asked], [own, other], sites.LAN)
+    instead = sites.configuration([sites.server(use="q", decision=Decision.SWITCH)], [own, other], sites.LAN)
+    instead = msgspec.structs.replace(instead, redirected={asked.number: asked})
+    program = run(before)
+    services = Services()
+    assert services.update(before).wanted == ["10.0.0.11", "10.0.0.12"]
+    for configuration, chosen in ((instead, 2), (before, 1)):
+        changes = list(program.configure(configuration))
+        assert changes and not [flow for change in changes for flow in change.delete
+                                if flow.table in (Table.FORWARD, Table.CLASSIFY)]
+        (group,) = program.groups()
+        assert [bucket.actions[0] for bucket in group.buckets] == [Load(Register.MEMBER, chosen)], "new ones"
+        told = services.update(configuration)
+        assert (told.wanted, told.unwanted, told.gone_members) == ([], [], set())
+    run(before, instead, before)
 
 
 def test_of_two_gateways_one_is_used():
