@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated
 
 import msgspec
@@ -469,7 +470,7 @@ class Switch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return int(self.name, 16)
 
 
-class Configuration(msgspec.Struct, frozen=True, kw_only=True):
+class Configuration(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Everything an operator asked for, at one moment. Keys are resource ids (UUIDs).
 
     Attributes:
@@ -519,12 +520,14 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True):
         if not self.several(virtual_server):
             return found
         found.update(self.pools_of(self.redirected.get(virtual_server.number, virtual_server)))
-        ids: dict[str, str] = {}
         behind = [one.fallback_pool for one in found.values() if one.fallback_pool is not None]
         while behind:
-            ids = ids or {one.name: key for key, one in self.pools.items()}
-            key = ids.get(behind.pop(), "")
+            key = self._ids_of_pools.get(behind.pop(), "")
             if key and key not in found:
                 found[key] = one = self.pools[key]
                 behind += [one.fallback_pool] if one.fallback_pool is not None else []
         return found
+
+    @cached_property
+    def _ids_of_pools(self) -> Mapping[str, str]:
+        return {one.name: key for key, one in self.pools.items()}

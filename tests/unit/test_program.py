@@ -203,6 +203,14 @@ def test_who_has_connections_keeps_them_when_a_fallback_comes_and_goes():
     run(before, instead, before)
 
 
+def test_pools_that_fall_back_are_looked_up_in_the_configuration_they_are_of():
+    asked = sites.server()
+    one = sites.configuration([asked], [sites.pool(fallback_pool="q"), sites.pool("q", of=sites.members(1, first=9))])
+    assert list(one.pools_reached(asked)) == ["p", "q"]
+    other = msgspec.structs.replace(one, pools={"p": one.pools["p"], "x": sites.pool("q", fallback_pool="p")})
+    assert list(other.pools_reached(asked)) == ["p", "x"]
+
+
 def test_of_two_gateways_one_is_used():
     networks = (sites.OUTSIDE[0], sites.network("more", "192.168.2.0/24", "192.168.2.254", "192.168.2.1"))
     for chosen in (networks, networks[::-1]):
