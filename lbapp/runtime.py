@@ -406,10 +406,10 @@ class ControllerRuntime:
         return max(0, alive) if held else None
 
     def _pools_of(self, servers: set[str]) -> set[str]:
-        """The pools of these virtual servers, by id: those in force, and those whose place these took."""
+        """The pools that these virtual servers reach, by id: those in force, and those that an operator asked for."""
         return {key for configuration in (self._configuration, self._health.wanted) for one in servers
                 if (server := configuration.virtual_servers.get(one)) is not None
-                for key in configuration.pools_of(server)}
+                for key in configuration.pools_reached(server)}
 
     def _of_member(self, pool: Pool, member: Member, bound: Counter[int], forwarded: dict[int, list[int]],
                    unfollowed: int | None) -> MemberStatistics:

@@ -519,7 +519,8 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         found = self.pools_of(virtual_server)
         if not self.several(virtual_server):
             return found
-        found.update(self.pools_of(self.redirected.get(virtual_server.number, virtual_server)))
+        if virtual_server.number in self.redirected:
+            found.update(self.pools_of(self.redirected[virtual_server.number]))
         behind = [one.fallback_pool for one in found.values() if one.fallback_pool is not None]
         while behind:
             key = self._ids_of_pools.get(behind.pop(), "")

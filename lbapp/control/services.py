@@ -52,8 +52,8 @@ class Service:
     """A virtual server with its pools, ready to answer for.
 
     Attributes:
-        farms: its pools by id: the default one, those that its L7 policies name, and those that take one another's
-            place.
+        farms: the pools it reaches by id: the default one, those that its L7 policies name, and those that take one
+            another's place.
         endpoints: where its members are, by number, where it reads what clients say.
         reader: reads what clients say first; None where it does not matter.
         counts: whether its connections are to be counted (`tracked` in a REPLY).
@@ -67,8 +67,9 @@ class Service:
     __slots__ = ("accepts", "counts", "endpoints", "farms", "follows", "id", "idle", "limit", "names", "next_hops",
                  "number", "pool", "reader", "rules", "sorries", "tcp", "virtual_server", "waits", "ways")
 
-    def __init__(self, resource_id: str, virtual_server: VirtualServer, pools: Mapping[str, Pool],
+    def __init__(self, resource_id: str, virtual_server: VirtualServer, configuration: Configuration,
                  next_hops: Mapping[str, str], routes: Routes) -> None:
+        pools, chosen = configuration.pools_reached(virtual_server), configuration.pools_of(virtual_server).values()
         pool = pools.get(virtual_server.default_pool_id or "")
         self.id = resource_id
         self.virtual_server = virtual_server
@@ -80,10 +81,10 @@ class Service:
         self.reader = Reader.of(virtual_server)
         self.counts = self.limit != UNLIMITED or any(
             one.lb_algorithm in COUNTING or any(member.connection_limit != UNLIMITED for member in one.members)
-            for one in pools.values())
+            for one in chosen)
         self.sorries = {} if self.reader is None else {
             key: said for key, one in pools.items() if (said := self.reader.sorry(one))}
-        self.waits = any(one.waiting is not None for one in pools.values())
+        self.waits = any(one.waiting is not None for one in chosen)
         self.follows = self.rules or self.counts
         self.accepts = (virtual_server.admin_state_up and not virtual_server.maintenance
                         and (self.reader is not None or (pool is not None and pool.admin_state_up)))
@@ -182,13 +183,12 @@ class Services:
             self._release(self.by_number.pop(number), before_hops)
         next_hops: dict[str, str] = {}
         for key, server in changing:
-            own = new.pools_reached(server)
             if server.route_by_destination:
-                for pool in own.values():
+                for pool in new.pools_reached(server).values():
                     for member in pool.members:
                         if member.address not in next_hops:
                             next_hops[member.address] = self.routes.towards(member.address)
-            service = Service(key, server, own, next_hops if server.route_by_destination else {}, self.routes)
+            service = Service(key, server, new, next_hops if server.route_by_destination else {}, self.routes)
             earlier = self.by_number.get(server.number)
             if earlier is not None:
                 self._release(earlier, before_hops)

@@ -268,9 +268,8 @@ class ReplyEncoder:
     def _member(self, virtual_server: int, member: int) -> Member:
         key = (virtual_server, member)
         if key not in self._members:
-            pool = self._configuration.pool_of(self._servers[virtual_server])
-            for candidate in pool.members if pool is not None else ():
-                self._members[virtual_server, candidate.number] = candidate
+            for pool in self._configuration.pools_reached(self._servers[virtual_server]).values():
+                self._members.update(((virtual_server, one.number), one) for one in pool.members)
         return self._members[key]
 
     def _rules(self, reply: Reply, frame: bytes) -> bytes:

@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import socket
+import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import eventlet
@@ -126,8 +127,14 @@ def test_an_empty_table_is_seldom_swept(agent: FakeAgent, work: Any) -> None:
     eventlet.sleep(0.3)
     assert agent.swept == 1
     agent.entered = 100
-    eventlet.sleep(0.1)
-    assert agent.swept == 2, "it fills up"
+    until(lambda: agent.swept == 2, "it fills up")
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + 4
+    while not condition():
+        assert time.monotonic() < end, what
+        eventlet.sleep(0.005)
 
 
 def test_others_go_on_while_a_table_is_swept(agent: FakeAgent, work: Any) -> None:
@@ -144,12 +151,12 @@ def test_others_go_on_while_a_table_is_swept(agent: FakeAgent, work: Any) -> Non
         eventlet.sleep(0.001)
     assert not answers
     swept.set()
-    eventlet.sleep(0.05)
-    assert answers == [True], "and not after five seconds"
+    until(lambda: answers == [True], "and not after five seconds")
 
 
 def test_a_table_with_connections_is_swept_again_and_again(agent: FakeAgent, work: Any) -> None:
     agent.found = agent.found._replace(live=3)
+    began = time.monotonic()
     work("_sweeps")
-    eventlet.sleep(0.3)
-    assert 3 <= agent.swept <= 7
+    until(lambda: agent.swept >= 3, "again and again")
+    assert time.monotonic() - began >= 2 * agents.SWEEP_SECONDS, "with a pause between"

@@ -7,6 +7,7 @@ from __future__ import annotations
 import struct
 import types
 
+import msgspec
 import netaddr
 import pytest
 from hypothesis import given
@@ -244,6 +245,21 @@ def test_rules_pair_both_directions(protocol):
     actions = decode_actions(only[24:24 + (only[16] << 8 | only[17])])
     assert len(actions) == len([action for action in inbound.actions if not isinstance(action, FinTimeout)])
     assert not any(action[0] == "fin_timeout" for action in actions)
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("stands_in", [False, True])
+def test_a_connection_stays_with_a_member_of_a_pool_that_is_not_used_now(state, stands_in):
+    """It is asked about again (its rules have gone), and answered as before."""
+    asked, instead = sites.server(state=state), sites.server(state=state, use="q")
+    site = sites.configuration([instead if stands_in else asked], [
+        sites.pool(of=sites.members(3), fallback_pool="q"), sites.pool("q", of=sites.members(3, first=4))])
+    if stands_in:
+        site = msgspec.structs.replace(site, redirected={1: asked})
+    made = carrier.ReplyEncoder(1, site, Routes(site.networks.values()))
+    for member in (2, 5):
+        answer, known = reply(member=member)
+        assert messages(made.encode(answer, SYN, known))
 
 
 def test_rules_of_a_routed_connection_count_hops():

@@ -203,6 +203,17 @@ def test_who_has_connections_keeps_them_when_a_fallback_comes_and_goes():
     run(before, instead, before)
 
 
+def test_what_stands_by_does_not_say_how_connections_are_counted():
+    standby = sites.pool("q", Algorithm.LEAST_CONNECTIONS, sites.members(1, first=2))
+    asked, own = sites.server(), sites.pool(algorithm=Algorithm.SOURCE_IP, of=sites.members(1), fallback_pool="q")
+    services = Services()
+    services.update(sites.configuration([asked], [own, standby], sites.LAN))
+    assert not services.by_number[1].follows and set(services.by_number[1].farms) == {"p", "q"}
+    instead = sites.configuration([sites.server(use="q")], [own, standby], sites.LAN)
+    services.update(msgspec.structs.replace(instead, redirected={1: asked}))
+    assert services.by_number[1].follows and set(services.by_number[1].farms) == {"p", "q"}
+
+
 def test_pools_that_fall_back_are_looked_up_in_the_configuration_they_are_of():
     asked = sites.server()
     one = sites.configuration([asked], [sites.pool(fallback_pool="q"), sites.pool("q", of=sites.members(1, first=9))])
