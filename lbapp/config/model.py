@@ -517,16 +517,14 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """All pools whose members may have connections of a virtual server, by id: those that new ones are sent to
         first; then those that others take the place of, and those that may take theirs."""
         found = self.pools_of(virtual_server)
-        if not self.several(virtual_server):
-            return found
         if virtual_server.number in self.redirected:
             found.update(self.pools_of(self.redirected[virtual_server.number]))
-        behind = [one.fallback_pool for one in found.values() if one.fallback_pool is not None]
-        while behind:
-            key = self._ids_of_pools.get(behind.pop(), "")
-            if key and key not in found:
-                found[key] = one = self.pools[key]
-                behind += [one.fallback_pool] if one.fallback_pool is not None else []
+        pools = list(found.values())
+        for pool in pools:  # and those that are found on the way
+            key = self._ids_of_pools.get(pool.fallback_pool) if pool.fallback_pool is not None else None
+            if key is not None and key not in found:
+                found[key] = self.pools[key]
+                pools.append(found[key])
         return found
 
     @cached_property

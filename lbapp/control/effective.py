@@ -126,7 +126,7 @@ class Effective:
         self.configuration = Configuration(
             virtual_servers=servers, pools=pools, networks=configuration.networks, switches=configuration.switches,
             drained=drained, redirected={server.number: server for key, server in configuration.virtual_servers.items()
-                                         if self.replacing and servers[key] is not server})
+                                         if servers[key] is not server} if self.replacing else {})
         return self.configuration
 
     def _servers(self, configuration: Configuration, pools: Mapping[str, Pool]) -> Mapping[str, VirtualServer]:

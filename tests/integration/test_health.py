@@ -250,20 +250,21 @@ def test_what_becomes_of_established_connections(watched: Lab, on_down: str, por
 @pytest.mark.parametrize("port", [80, 8080, 8081])
 def test_nobody_is_cut_off_by_a_fallback(watched: Lab, port: int) -> None:
     """Neither who has a connection when it takes over, nor who has one when the pool's own members are back."""
-    lab, of, path = watched, "web" if port == 80 else "least", ""
+    lab, of = watched, "web" if port == 80 else "least"
     lab.rest.post("/v1/pools", {"name": "sorry", "members": members(lab, names=["s3"])})
     lab.rest.patch(f"/v1/pools/{of}", {"fallback_pool": "sorry"})
     for index in (2, 3):
         lab.rest.patch(f"/v1/pools/{of}/members/10.0.0.5{index}:80", {"health": "down"})
     path = f"/v1/pools/{of}/members/10.0.0.51:80"
     held: list[Held] = []
+    turns = (("up", "s1"), ("down", "s3")) * 4
     with probing(lab.client("c2"), VIP, port, rate=200) as probe:
-        for health_, name in (("up", "s1"), ("down", "s3")) * 4:
-            lab.rest.patch(path, {"health": health_})
+        for word, name in turns:
+            lab.rest.patch(path, {"health": word})
             wait_until(lambda name=name: {one.name for one in probe.seen[-20:]} == {name}, 10,  # type: ignore[misc]
                        f"new connections go to {name}")
             held.append(Held(lab.client("c1"), VIP, port))
-            assert [one.ask() for one in held] == ["s1", "s3", "s1", "s3", "s1", "s3", "s1", "s3"][:len(held)]
+            assert [one.ask() for one in held] == [name for _, name in turns[:len(held)]]
         assert [one for one in probe.stop() if one.error] == []
     for one in held:
         one.close()
