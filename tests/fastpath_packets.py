@@ -14,7 +14,7 @@ import ipaddress
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ import pytest
 
 from lbapp.control.buckets import Ration
 from lbapp.dataflow.fastpath import build, kernel, layout
+from lbapp.dataflow.fastpath.entries import Entry
 from lbapp.dataflow.fastpath.layout import Flow, FlowKey, Hash, Mode, Service, ServiceKey, Target
 from lbapp.dataflow.fastpath.tables import Tables
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
@@ -38,6 +39,12 @@ CHECKSUM_COMPLETE = 1 << 2
 
 def packed(address: str) -> bytes:
     return ipaddress.ip_address(address).packed
+
+
+def entries(flows: Sequence[tuple[FlowKey, Flow]]) -> list[Entry]:
+    """Connections of which both directions are told, one after the other."""
+    return [Entry(key, flow, back.destination_mac, back.ifindex)
+            for (key, flow), (_, back) in zip(flows[::2], flows[1::2], strict=True)]
 
 
 def ones_sum(data: bytes) -> int:
@@ -230,12 +237,12 @@ class Bench(Tables):
         """Install a connection."""
         c, v, m = packed(client), packed(virtual), packed(member)
         keep = VIRTUAL_MAC if state & layout.ROUTED else layout.KEEP_MAC
-        return self.install([
+        return self.install(entries([
             (FlowKey(c, v, sport, dport, protocol),
              Flow(c, m, sport, mport, MEMBER_MAC, keep, WIRE, state, serial, number, 77, idle, request=request)),
             (FlowKey(m, c, mport, sport, protocol),
              Flow(v, c, dport, sport, CLIENT_MAC, VIRTUAL_MAC, WIRE, state | layout.OUTBOUND, serial, number, 77,
-                  idle))])[0]
+                  idle))]))[0]
 
     def serve(self, virtual: str, members: list[str], *, mode: Mode = Mode.DECIDE, pick: Hash = Hash.TURN,
               slots: tuple[int, ...] | None = None, protocol: int = TCP, port: int = 80, mport: int = 8080,

@@ -8,15 +8,16 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lbapp.control.messages import AppQuery, AppReply, Binding, Edit, Error, Host, Query, Refused, Reply, Translation
 from lbapp.dataflow import frames
 from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.cookies import Options
+from lbapp.dataflow.fastpath.entries import Departure, Entry, Syn
 from lbapp.dataflow.fastpath.requests import Requests, State
-from lbapp.dataflow.frames import ACK, Segment
+from lbapp.dataflow.frames import ACK, SYN, Segment
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 from lbapp.dataflow.proxy import Proxy
 
@@ -47,10 +48,13 @@ def places(count: int) -> tuple[Requests, bytearray]:
 
 
 class FakeFastPath:
-    def __init__(self) -> None:
+    """With a ``door``, what is to go with a connection goes as it is entered; else it is left to the proxy."""
+
+    def __init__(self, door: bool) -> None:
+        self.door = door
         self.ports = {1: Wire(CLIENT_WIRE), 4: Wire(MEMBER_WIRE)}
         self.room = layout.Result.OPENED
-        self.installed: list[tuple[layout.FlowKey, layout.Flow]] = []
+        self.installed: list[Entry] = []
         self.splices: dict[int, layout.Splice] = {}
         self.closed: list[layout.FlowKey] = []
         self.injected: list[tuple[int, bytes]] = []
@@ -75,12 +79,22 @@ class FakeFastPath:
     def port_of(self, ifindex: int) -> int | None:
         return next((number for number, wire in self.ports.items() if wire.ifindex == ifindex), None)
 
-    def install(self, flows: Sequence[tuple[layout.FlowKey, layout.Flow]]) -> list[layout.Result]:
-        self.installed += flows
-        return [self.room] * (len(flows) // 2)
+    def install(self, entries: Sequence[Entry]) -> list[layout.Result]:
+        self.installed += entries
+        if self.room is not layout.Result.OPENED or not self.door:
+            return [self.room] * len(entries)
+        for one in entries:
+            goes = one.departure
+            if isinstance(goes, Syn):
+                self.send(MEMBER_WIRE, frames.tcp(MEMBER_MAC, CLIENT_MAC, CLIENT, MEMBERS[one.flow.member],
+                                                  Segment(goes.isn, 0, SYN, 64_240, goes.options, b"")))
+            elif goes is not None:
+                self.inject(goes.ifindex, goes.frame, soon=True)
+        return [layout.Result.OPENED if one.departure is None else layout.Result.GONE for one in entries]
 
     def lookup(self, key: layout.FlowKey) -> layout.Flow | None:
-        return None if key in self.closed else next((flow for one, flow in self.installed if one == key), None)
+        return None if key in self.closed else next(
+            (one.flow for one in self.installed if one.key == key), None)
 
     def set_splices(self, splices: dict[int, layout.Splice]) -> None:
         self.splices.update(splices)
@@ -104,21 +118,24 @@ class FakeFastPath:
 class World:
     """The proxy, and both ends of a connection."""
 
-    def __init__(self) -> None:
-        self.fast, self.counters = FakeFastPath(), Counter[str]()
+    def __init__(self, door: bool = False) -> None:
+        self.fast, self.counters = FakeFastPath(door), Counter[str]()
         self.greeting: Greeting | None = Greeting(seconds=10.0)
-        self.proxy = Proxy(self.fast, SWITCH, itertools.count(101, 2), self.flows, lambda _: self.greeting,
+        self.proxy = Proxy(self.fast, SWITCH, itertools.count(101, 2), self.entry, lambda _: self.greeting,
                            self.counters)
         self.states: list[int] = []
         self.requests: list[int] = []
 
-    def flows(self, reply: Reply, state: int, request: int) -> Any:
+    def entry(self, reply: Reply, state: int, request: int, departure: Departure | None) -> Entry | None:
         self.states.append(state)
         self.requests.append(request)
         if reply.translation is None or reply.translation.host.port not in self.fast.ports:
             return None
-        key = layout.FlowKey(CLIENT[0], VIP[0], CLIENT[1], VIP[1], 6)
-        return ((key, ("in", reply.member)), (key, ("out", reply.member)))
+        address, port = MEMBERS[reply.member]
+        return Entry(layout.FlowKey(CLIENT[0], VIP[0], CLIENT[1], VIP[1], 6),
+                     layout.Flow(CLIENT[0], address, CLIENT[1], port, MEMBER_MAC, layout.KEEP_MAC, MEMBER_WIRE, state,
+                                 reply.query.serial, SERVICE, reply.member, 60, request=request),
+                     CLIENT_MAC, CLIENT_WIRE, departure)
 
     def client(self, at: int = 0, payload: bytes = b"", flags: int = ACK, *, kind: int | None = None,
                now: float = 0.0, ack: int = COOKIE + 1, options: Options = OPTIONS,

@@ -34,12 +34,12 @@ from lbapp.control.messages import (
     Reply,
     Stats,
     Timeout,
-    Translation,
 )
 from lbapp.dataflow import frames
 from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution, Greeting, Target, slots
 from lbapp.dataflow.fastpath import layout
+from lbapp.dataflow.fastpath.entries import Departure, Entry, FirstFrame
 from lbapp.dataflow.fastpath.fastpath import FastPath
 from lbapp.dataflow.fastpath.layout import Mode
 from lbapp.dataflow.matches import TCP
@@ -92,7 +92,7 @@ class Waiting(NamedTuple):
     packet: frames.Packet
 
 
-_THERE = frozenset({layout.Result.OPENED, layout.Result.EXISTS})
+_THERE = frozenset({layout.Result.OPENED, layout.Result.EXISTS, layout.Result.GONE})
 
 
 Path = TypeVar("Path", bound=FastPath | Relay)
@@ -123,7 +123,7 @@ class Agent(Generic[Path]):
         self._serving: dict[layout.ServiceKey, int] = {}
         self._targets: dict[tuple[int, int], int] = {}
         self._free: deque[int] = deque()
-        self.proxy = Proxy(fastpath, switch, serials, self._proxied_flows, self._greeting, self.counters)
+        self.proxy = Proxy(fastpath, switch, serials, self._entry, self._greeting, self.counters)
         # Tables of an agent that was here before go on until this one knows better.
         self._next = max(fastpath.targets(), default=0) + 1
 
@@ -219,7 +219,9 @@ class Agent(Generic[Path]):
         """
         said = [reply for reply in replies if isinstance(reply, AppReply)]
         refused: list[Refused] = self.proxy.reply(said, now) if said else []
-        flows: list[tuple[layout.FlowKey, layout.Flow]] = []
+        if len(said) == len(replies):
+            return refused
+        entries: list[Entry] = []
         installing: list[tuple[Query, Waiting | None]] = []
         offsets: dict[int, layout.Splice] = {}
         for one in replies:
@@ -242,14 +244,17 @@ class Agent(Generic[Path]):
                 if waiting is not None:
                     self._refuse(waiting)
                 continue
-            pair = self._flows(reply, reply.translation, more)
-            if pair is None:
+            entry = self._entry(reply, more, 0, FirstFrame(waiting.ifindex, waiting.frames[0])
+                                if waiting is not None and _waits(reply.query) else None)
+            if entry is None:
                 self.counters["reply_unknown_port"] += 1
                 refused.append(self._refused(reply.query))
                 continue
-            flows += pair
+            entries.append(entry)
             installing.append((reply.query, waiting))
-        for (query, waiting), result in zip(installing, self.fastpath.install(flows) if flows else (), strict=True):
+        for (query, waiting), result in zip(installing, self.fastpath.install(entries) if entries else (), strict=True):
+            if result is layout.Result.GONE:
+                continue
             if result not in _THERE:
                 # Without its flow it would only ask again. Old connections live on (003, FIGURE 18).
                 refused.append(self._refused(query))
@@ -271,58 +276,49 @@ class Agent(Generic[Path]):
         Returns:
             Those for which there was no room, or no wire: the switch itself has to serve them.
         """
-        flows: list[tuple[layout.FlowKey, layout.Flow]] = []
+        entries: list[Entry] = []
         going: list[Answered] = []
         left: list[Answered] = []
         for one in answered:
-            translation = one.reply.translation
-            pair = self._flows(one.reply, translation) if translation is not None else None
-            if pair is None:
+            entry = self._entry(one.reply)
+            if entry is None:
                 left.append(one)
             else:
-                flows += pair
+                entries.append(entry._replace(departure=FirstFrame(entry.client_ifindex, one.frame))
+                               if _waits(one.reply.query) else entry)
                 going.append(one)
-        for one, result in zip(going, self.fastpath.install(flows) if flows else (), strict=True):
-            if result in _THERE:
-                query = one.reply.query
-                self.fastpath.inject(self.fastpath.ports[query.in_port].ifindex, one.frame, _waits(query))
-            else:
+        for one, result in zip(going, self.fastpath.install(entries) if entries else (), strict=True):
+            query = one.reply.query
+            if result not in _THERE:
                 left.append(one)
+            elif result is not layout.Result.GONE:
+                self.fastpath.inject(self.fastpath.ports[query.in_port].ifindex, one.frame, _waits(query))
         return left
-
-    def _proxied_flows(self, reply: Reply, state: int, request: int) -> tuple[
-            tuple[layout.FlowKey, layout.Flow], tuple[layout.FlowKey, layout.Flow]] | None:
-        return self._flows(reply, reply.translation, state, request) if reply.translation is not None else None
 
     def _greeting(self, virtual_server: int) -> Greeting | None:
         told = self._told.get(virtual_server)
         return told.greeting if told is not None else None
 
-    def _flows(self, reply: Reply, translation: Translation, more: int = 0, request: int = 0) -> tuple[
-            tuple[layout.FlowKey, layout.Flow], tuple[layout.FlowKey, layout.Flow]] | None:
-        query, signature = reply.query, reply.query.signature
+    def _entry(self, reply: Reply, more: int = 0, request: int = 0, departure: Departure | None = None) -> Entry | None:
+        """A connection as a REPLY wants it; None where there is no such virtual server, or port."""
+        query, signature, translation = reply.query, reply.query.signature, reply.translation
+        told = self._told.get(query.virtual_server)
+        if translation is None or told is None:
+            return None
         ports = self.fastpath.ports
         client, server = ports.get(query.in_port), ports.get(translation.host.port)
         if client is None or server is None:
             return None
-        told = self._told.get(query.virtual_server)
-        if told is None:
-            return None
         address = translation.address if translation.address is not None else signature.destination
-        port = translation.port or signature.destination_port
-        protocol = signature.protocol
         state = (layout.ROUTED if translation.routed else 0) | (layout.TRACKED if reply.tracked else 0) | more
-        identity = (query.serial, query.virtual_server, reply.member, told.idle)
-        inbound = layout.FlowKey(signature.source, signature.destination, signature.source_port,
-                                 signature.destination_port, protocol)
-        outbound = layout.FlowKey(address, signature.source, port, signature.source_port, protocol)
-        return (
-            (inbound, layout.Flow(signature.source, address, signature.source_port, port, translation.host.mac,
-                                  VIRTUAL_MAC if translation.routed else layout.KEEP_MAC, server.ifindex, state,
-                                  *identity, request=request)),
-            (outbound, layout.Flow(signature.destination, signature.source, signature.destination_port,
-                                   signature.source_port, query.client_mac, VIRTUAL_MAC, client.ifindex,
-                                   state | layout.OUTBOUND, *identity)))
+        return Entry(
+            layout.FlowKey(signature.source, signature.destination, signature.source_port, signature.destination_port,
+                           signature.protocol),
+            layout.Flow(signature.source, address, signature.source_port,
+                        translation.port or signature.destination_port, translation.host.mac,
+                        VIRTUAL_MAC if translation.routed else layout.KEEP_MAC, server.ifindex, state, query.serial,
+                        query.virtual_server, reply.member, told.idle, request=request),
+            query.client_mac, client.ifindex, departure)
 
     def _give(self, waiting: Waiting) -> bool:
         """Leave a flow whose way back is another connection's to Open vSwitch, which can change the client's port."""

@@ -37,6 +37,7 @@ from lbapp.dataflow import frames, joining, tcp_frames
 from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.cookies import Options
+from lbapp.dataflow.fastpath.entries import Departure, Entry, FirstFrame, Syn
 from lbapp.dataflow.frames import ACK, FIN, PSH, RST, SYN, Segment
 from lbapp.dataflow.handshake import Handshake, Phase
 from lbapp.dataflow.lately import Lately
@@ -68,13 +69,13 @@ LOOK_SECONDS = 0.05
 """So often it is seen which members have had what was kept for them."""
 # Looking a member of an enumeration up takes seven times as long as a name.
 _READING, _OPENING, _SENDING, _ANSWERING = Phase.READING, Phase.OPENING, Phase.SENDING, Phase.ANSWERING
-_DATA, _OPENED, _SPLICED, _OK = layout.Ask.DATA, layout.Result.OPENED, Binding.SPLICE, Error.OK
+_DATA, _OPENED, _GONE, _SPLICED, _OK = (layout.Ask.DATA, layout.Result.OPENED, layout.Result.GONE, Binding.SPLICE,
+                                        Error.OK)
 
 
-Direction = tuple[layout.FlowKey, layout.Flow]
-Flows = Callable[[Reply, int, int], "tuple[Direction, Direction] | None"]
-"""The two directions of a connection as a REPLY wants it, with further bits of state, and a request that is kept for
-its member (0: none); None where a port is unknown."""
+MakeEntry = Callable[[Reply, int, int, Departure | None], Entry | None]
+"""A connection as a REPLY wants it, with further bits of state, a request that is kept for its member (0: none), and
+what is to go with it; None where a port is unknown."""
 
 
 class Going(NamedTuple):
@@ -91,17 +92,17 @@ class Proxy:
         fastpath: where they end up.
         switch: its datapath id.
         serials: serials for them.
-        flows: what makes a connection's entries.
+        entry: what makes a connection's entry.
         greeting: how a virtual server's clients were answered, by its number; None where it is none of these.
         counters: what was dropped or refused, by name.
     """
 
-    def __init__(self, fastpath: Any, switch: int, serials: Iterator[int], flows: Flows,
+    def __init__(self, fastpath: Any, switch: int, serials: Iterator[int], entry: MakeEntry,
                  greeting: Callable[[int], Greeting | None], counters: Counter[str]) -> None:
         self._fastpath = fastpath
         self._switch = switch
         self._serials = serials
-        self._flows = flows
+        self._entry = entry
         self._greeting = greeting
         self._counters = counters
         self._all: OrderedDict[FlowSignature, Handshake] = OrderedDict()
@@ -336,21 +337,17 @@ class Proxy:
             self._ready.append(one)
 
     def _pass_on(self, one: Handshake) -> None:
-        """Let what the client said go, in order.
-
-        A splice translates what follows on the spot, and that would overtake what goes soon. What is handed over holds
-        it back until the first has passed (``HELD``): the longer that takes, the more comes here by the way round. So
-        soon is for a client that seems to have said all.
-        """
-        mss, soon = one.segment_most, one.member is None and one.said_all
+        """Let what the client said go, in order, and at once: what follows may be translated on the spot, and would
+        overtake it."""
+        mss = one.segment_most
         if one.ours and one.member is not None:
             signature = one.query.signature
             self._passed_back.put((*one.member[:2], signature.source, signature.source_port), Going(mss))
         flights = one.flights
         for frame in flights.values() if len(flights) == 1 else joining.join(
                 [flights[offset] for offset in sorted(flights)], mss):
-            self._fastpath.inject(one.ifindex, frame, soon)
-        self._given(one, soon)
+            self._fastpath.inject(one.ifindex, frame)
+        self._given(one)
 
     # -------------------------------------------------------------- what the control segment says
 
@@ -358,7 +355,7 @@ class Proxy:
         """Do what was answered; returns the connections that could not be held."""
         refused: list[Refused] = []
         entering: list[tuple[Handshake, AppReply, Reply]] = []
-        flows: list[tuple[layout.FlowKey, layout.Flow]] = []
+        entries: list[Entry] = []
         for one in replies:
             known = self._all.get(one.query.signature)
             if known is None or known.query.serial != one.query.serial or known.phase is not _READING:
@@ -376,22 +373,28 @@ class Proxy:
                 changed = one.edit is None or known.change(one.edit)
                 self._bytes += len(known.data) - size
                 splice = one.binding is _SPLICED or known.ours
-                pair = self._flows(one.reply, layout.SPLICE if splice else layout.HELD,
-                                   self._keep(known) if splice else 0) if changed else None
-                if pair is None:
+                # What follows first data that is handed over is held back until that has passed (HELD): the longer it
+                # takes, the more comes here by the way round. So it goes soon if its client seems to have said all.
+                entry = self._entry(
+                    one.reply, layout.SPLICE if splice else layout.HELD, self._keep(known) if splice else 0,
+                    Syn(known.isn, _packed(known.options)) if splice else
+                    FirstFrame(known.ifindex, known.flights[0]) if known.said_all else None) if changed else None
+                if entry is None:
                     self._counters["reply_unknown_port"] += 1
                     refused.append(Refused(self._switch, one.query.serial, one.query.virtual_server))
                     self._reset(known)
                     continue
                 known.phase = _OPENING
-                flows += pair
+                entries.append(entry)
                 entering.append((known, one, one.reply))
-        for (known, one, told), result in zip(entering, self._fastpath.install(flows) if flows else (), strict=True):
-            if result is not _OPENED:
+        for (known, one, told), result in zip(entering, self._fastpath.install(entries), strict=True):
+            if result is not _GONE and result is not _OPENED:
                 refused.append(Refused(self._switch, one.query.serial, one.query.virtual_server))
                 self._reset(known)
             elif one.binding is _SPLICED or known.ours:
-                self._open(known, told, now)
+                self._open(known, told, now, result is _GONE)
+            elif result is _GONE:
+                self._given(known, soon=True)
             else:
                 self._pass_on(known)
             if known.request and self._fastpath.requests.given(known.request):
@@ -408,7 +411,7 @@ class Proxy:
     def _window(self, one: Handshake) -> int:
         return WINDOW >> (one.greeting.window_scale if one.options.window_scale is not None else 0)
 
-    def _open(self, one: Handshake, reply: Reply, now: float) -> None:
+    def _open(self, one: Handshake, reply: Reply, now: float, synchronized: bool) -> None:
         translation, signature = reply.translation, one.query.signature
         assert translation is not None
         address = translation.address if translation.address is not None else signature.destination
@@ -416,7 +419,8 @@ class Proxy:
         one.phase, one.reply, one.tries, one.due = _OPENING, reply, 1, now + OPEN_SECONDS
         one.member = (address, port, self._fastpath.ports[translation.host.port].ifindex)
         self._members[address, port, signature.source, signature.source_port] = one
-        self._synchronize(one)
+        if not synchronized:
+            self._synchronize(one)
 
     def _synchronize(self, one: Handshake) -> None:
         self._to_member(one, Segment(one.isn, 0, SYN, 64_240, _packed(one.options), b""))

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from lbapp.dataflow import frames
 from lbapp.dataflow.fastpath import cookies, layout
 from lbapp.dataflow.fastpath.cookies import Options
+from lbapp.dataflow.fastpath.entries import Entry
 from lbapp.dataflow.fastpath.layout import Ask, Flow, FlowKey, QueryRecord, Reason, Result, Service, ServiceKey, Splice
 from lbapp.dataflow.fastpath.requests import Requests
 from lbapp.dataflow.frames import ACK, FIN, RST, SYN, Packet, Segment
@@ -296,9 +297,9 @@ class Relay:
         self._errors.clear()
         return errors
 
-    def install(self, flows: Sequence[tuple[FlowKey, Flow]]) -> list[Result]:
-        """See :meth:`Tables.install`."""
-        return [self._enter(flows[at], flows[at + 1]) for at in range(0, len(flows), 2)]
+    def install(self, entries: Sequence[Entry]) -> list[Result]:
+        """See :meth:`Tables.install`: nothing goes by itself here."""
+        return [self._enter((one.key, one.flow), one.back()) for one in entries]
 
     def _enter(self, inbound: tuple[FlowKey, Flow], outbound: tuple[FlowKey, Flow]) -> Result:
         for key, found in ((inbound[0], Result.EXISTS), (outbound[0], Result.TAKEN)):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -34,6 +34,7 @@ from lbapp.dataflow.agent import LINGER_MS, SHORT_LINGER_MS, Agent
 from lbapp.dataflow.carrier import Answered
 from lbapp.dataflow.distribution import Distribution, Limits, Target
 from lbapp.dataflow.fastpath import layout
+from lbapp.dataflow.fastpath.entries import Entry, FirstFrame
 from lbapp.dataflow.fastpath.layout import Hash, Mode
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 from lbapp.values import astuple
@@ -49,9 +50,10 @@ class Wire(NamedTuple):
 
 
 class FakeFastPath:
-    """Remembers."""
+    """Remembers. With a ``door``, what is to go with a connection goes as it is entered."""
 
-    def __init__(self) -> None:
+    def __init__(self, door: bool = False) -> None:
+        self.door = door
         self.ports = {1: Wire(CLIENT_WIRE), 4: Wire(MEMBER_WIRE)}
         self.told: list[tuple[str, Any]] = []
         self.soon: list[bool] = []
@@ -100,9 +102,15 @@ class FakeFastPath:
         now, self.ending = self.ending[:limit], self.ending[limit:]
         return now
 
-    def install(self, flows: Any) -> list[layout.Result]:
-        self.told.append(("install", list(flows)))
-        return [self.room] * (len(flows) // 2)
+    def install(self, entries: Sequence[Entry]) -> list[layout.Result]:
+        self.told.append(("install", list(entries)))
+        if self.room is not layout.Result.OPENED or not self.door:
+            return [self.room] * len(entries)
+        for one in entries:
+            if one.departure is not None:
+                assert isinstance(one.departure, FirstFrame)
+                self.inject(*one.departure, soon=True)
+        return [layout.Result.OPENED if one.departure is None else layout.Result.GONE for one in entries]
 
     def inject(self, ifindex: int, data: bytes, soon: bool = False) -> None:
         self.told.append(("inject", (ifindex, data)))
@@ -142,9 +150,14 @@ class FakeFastPath:
         return [value for kind, value in self.told if kind == what]
 
 
-@pytest.fixture
-def fast() -> FakeFastPath:
-    return FakeFastPath()
+def ways(fast: FakeFastPath) -> list[tuple[layout.FlowKey, layout.Flow]]:
+    """Both directions of what was installed first."""
+    return [way for one in fast.did("install")[0] for way in ((one.key, one.flow), one.back())]
+
+
+@pytest.fixture(params=[False, True], ids=["sent by the agent", "gone with its entry"])
+def fast(request: pytest.FixtureRequest) -> FakeFastPath:
+    return FakeFastPath(request.param)
 
 
 @pytest.fixture
@@ -266,7 +279,7 @@ def test_a_reply_installs_both_ways_before_the_packet_goes(agent: Agent, fast: F
     (query,) = ask(agent, fast, syn())
     agent.reply([reply(query, tracked=True)])
     assert [kind for kind, _ in fast.told] == ["install", "inject"]
-    ((there, way), (back, return_way)) = fast.did("install")[0]
+    ((there, way), (back, return_way)) = ways(fast)
     assert there == layout.FlowKey(CLIENT, VIP, 4000, 80, 6)
     assert back == layout.FlowKey(MEMBER, CLIENT, 8080, 4000, 6)
     assert astuple(way)[:8] == (CLIENT, MEMBER, 4000, 8080, bytes((2, 0, 0, 0, 0, 3)), layout.KEEP_MAC, MEMBER_WIRE,
@@ -283,21 +296,21 @@ def test_of_a_connection_that_somebody_else_has_had_nobody_says_that_its_member_
     query = Query(2, SWITCH, 1, packet.source_mac, packet.signature, 7, 2)
     where = Translation(MEMBER, 8080, Host(bytes((2, 0, 0, 0, 0, 3)), 4))
     assert agent.reply([NewFlow(query, 3, where)]) == []
-    ((_, way), (_, back)) = fast.did("install")[0]
+    ((_, way), (_, back)) = ways(fast)
     assert way.state & layout.ANSWERED and back.state & layout.ANSWERED
 
 
 def test_a_router_writes_its_own_address(agent: Agent, fast: FakeFastPath) -> None:
     (query,) = ask(agent, fast, syn())
     agent.reply([reply(query, routed=True)])
-    ((_, way), (_, back)) = fast.did("install")[0]
+    ((_, way), (_, back)) = ways(fast)
     assert (way.source_mac, way.state, back.state) == (VIRTUAL_MAC, layout.ROUTED, layout.ROUTED | layout.OUTBOUND)
 
 
 def test_replies_are_installed_in_one_batch(agent: Agent, fast: FakeFastPath) -> None:
     queries = ask(agent, fast, *(syn(4000 + n) for n in range(5)))
     agent.reply([reply(query) for query in queries])
-    assert [len(batch) for batch in fast.did("install")] == [10]
+    assert [len(batch) for batch in fast.did("install")] == [5]
     assert [kind for kind, _ in fast.told] == ["install"] + ["inject"] * 5
 
 
@@ -562,7 +575,7 @@ def test_the_next_sweep_is_due_before_the_table_is_full(agent: Agent, fast: Fake
 def test_the_view_of_open_connections(agent: Agent, fast: FakeFastPath) -> None:
     (query,) = ask(agent, fast, syn())
     agent.reply([reply(query)])
-    ((key, way), (back_key, back)) = fast.did("install")[0]
+    ((key, way), (back_key, back)) = ways(fast)
     second = layout.ticks(1000)
     way = way._replace(packets=3, bytes=300, opened=5 * second, used=8 * second, state=layout.DECIDED)
     back = back._replace(packets=2, bytes=2000, opened=5 * second, used=9 * second)

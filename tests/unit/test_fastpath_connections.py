@@ -29,6 +29,7 @@ from tests.fastpath_packets import (
     UDP,
     WIRE,
     Bench,
+    entries,
     frame,
     packed,
     require_programs,
@@ -400,8 +401,8 @@ def test_install_many(tables: Bench) -> None:
              layout.Flow(client, member, port, 8080, MEMBER_MAC, layout.KEEP_MAC, WIRE, 0, port, 5, 77, 100)),
             (FlowKey(member, client, 8080, port, TCP),
              layout.Flow(packed(VIRTUAL), client, 80, port, CLIENT_MAC, VIRTUAL_MAC, WIRE, 1, port, 5, 77, 100))]
-    tables.install(flows[2000:2002])
-    results = tables.install(flows)
+    tables.install(entries(flows[2000:2002]))
+    results = tables.install(entries(flows))
     assert [index for index, result in enumerate(results) if result is not Result.OPENED] == [1000]
     assert results[1000] is Result.EXISTS
     for index in (0, 1, 2047, 2048, 5199):

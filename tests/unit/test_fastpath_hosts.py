@@ -36,7 +36,7 @@ from lbapp.dataflow.fastpath.layout import (
 from lbapp.dataflow.fastpath.netlink import Netlink
 from lbapp.dataflow.fastpath.removal import HANDLE, PRIORITY
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
-from tests.fastpath_packets import CLIENT_MAC, MEMBER_MAC, SYN, TCP, Bench, frame, packed, read
+from tests.fastpath_packets import CLIENT_MAC, MEMBER_MAC, SYN, TCP, Bench, entries, frame, packed, read
 from tests.namespaces import require
 from topologies.namespace import Namespace, wait_until
 
@@ -126,12 +126,12 @@ class Site:
         key = FlowKey(packed(client), packed(virtual), seen.sport, 80, TCP)
         if record.kind == Ask.DATA and self.bench.lookup(key) is None:
             self.cookie = seen.ack - 1 & 0xFFFFFFFF
-            entered = self.bench.install([
+            entered = self.bench.install(entries([
                 (key, Flow(key.source, packed(member), seen.sport, 80, MEMBER_MAC, layout.KEEP_MAC, self.wires[1],
                            layout.SPLICE, 9, 5, 77, 100)),
                 (FlowKey(packed(member), key.source, 80, seen.sport, TCP),
                  Flow(key.destination, key.source, 80, seen.sport, CLIENT_MAC, VIRTUAL_MAC, self.wires[0],
-                      layout.SPLICE | layout.OUTBOUND, 9, 5, 77, 100))])
+                      layout.SPLICE | layout.OUTBOUND, 9, 5, 77, 100))]))
             assert entered == [Result.OPENED]
             self.bench.forget_pending([key])
             offered = Options.of(record.options)

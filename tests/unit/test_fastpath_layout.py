@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lbapp.control.buckets import Ration, Shape, mask
-from lbapp.dataflow.fastpath import build, layout
+from lbapp.dataflow.fastpath import build, entries, layout
 from lbapp.dataflow.fastpath.layout import Flow, FlowKey, Layout, Service, ServiceKey, Swept, Target
 from lbapp.dataflow.fastpath.requests import State
 
@@ -32,7 +32,7 @@ FIELDS = {
     ("fp_install", layout.INSTALL.format): [
         *(f"key.{name}" for name in KEY_FIELDS), *(f"flow.{name}" for name in FLOW_FIELDS), "client_mac",
         "client_ifindex"],
-    ("fp_install_context", layout.INSTALL_CONTEXT.format): ["count", "opened"],
+    ("fp_departure", layout.DEPARTURE.format): words("ifindex isn length kind options"),
     ("fp_service_key", layout.SERVICE_KEY.format): ["address", "port", "protocol"],
     ("fp_service", layout.SERVICE_HEAD.format): ["number", "mode", "hash", "next", "idle_seconds", "slot_count", "mss",
                                                  "window_scale", "sack", "cost", "depth", "client_cost",
@@ -62,7 +62,8 @@ NUMBERS = {
     "FP_VERSION": layout.VERSION, "FP_TICK_SHIFT": layout.TICK_SHIFT, "FP_SLOTS": layout.SLOTS,
     "FP_INSTALLS": layout.INSTALLS, "FP_FRAME": layout.FRAME, "FP_FRAME_SMALL": layout.FRAME_SMALL,
     "FP_FRAME_MIDDLE": layout.FRAME_MIDDLE, "FP_FRAME_LARGE": layout.FRAME_LARGE, "FP_WINDOW": layout.WINDOW,
-    "FP_OUT_MARK": layout.OUT_MARK,
+    "FP_OUT_MARK": layout.OUT_MARK, "FP_DEPARTURE": layout.DEPARTURE_FRAME,
+    **{f"FP_{one.name}": one.value for one in entries.Departs},
     "FP_REQUESTS": layout.REQUESTS, "FP_REQUEST": layout.REQUEST_DATA,
     **{f"FP_REQUEST_{one.name}": one.value for one in State},
     "FP_HISTOGRAM": layout.HISTOGRAM, "FP_SWEEPS": layout.SWEEPS,
@@ -107,6 +108,7 @@ def test_the_header_says_the_same() -> None:
     for name, size in layout.structs():
         lines.append(f'_Static_assert(sizeof(struct {name}) == {size}, "size of {name}");')
     lines.append(f'_Static_assert(offsetof(struct fp_install, result) == {layout.INSTALL_RESULT}, "result");')
+    lines.append(f'_Static_assert(offsetof(struct fp_departure, frame) == {layout.DEPARTURE.size}, "frame");')
     lines.append(f'_Static_assert(offsetof(struct fp_service, slots) == {layout.SERVICE_HEAD.size}, "slots");')
     lines += [f'_Static_assert({name} == {value}, "{name}");' for name, value in NUMBERS.items()]
     done = subprocess.run([compiler, "-target", "bpf", "-x", "c", "-fsyntax-only", *build._includes(), "-"],

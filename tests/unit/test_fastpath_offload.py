@@ -22,19 +22,7 @@ from lbapp.dataflow.fastpath.layout import Ask, Flow, FlowKey, Hash, Mode, Servi
 from lbapp.dataflow.fastpath.netlink import Netlink
 from lbapp.dataflow.fastpath.removal import HANDLE, PRIORITY
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
-from tests.fastpath_packets import (
-    ACK,
-    CLIENT_MAC,
-    MEMBER_MAC,
-    RST,
-    SYN,
-    TCP,
-    Bench,
-    Seen,
-    frame,
-    packed,
-    read,
-)
+from tests.fastpath_packets import ACK, CLIENT_MAC, MEMBER_MAC, RST, SYN, TCP, Bench, Seen, entries, frame, packed, read
 from topologies.namespace import Namespace, wait_until
 
 pytest_plugins = ["tests.fastpath_packets", "tests.namespaces"]
@@ -110,12 +98,12 @@ class Line:
     def connect(self, family: int, splice: Splice | None, request: int = 0) -> None:
         """A spliced connection of two who are both at the far end; not ready yet without ``splice``."""
         client, virtual, member = map(packed, FAMILIES[family])
-        self.bench.install([
+        self.bench.install(entries([
             (FlowKey(client, virtual, 40000, 80, TCP), Flow(client, member, 40000, 8080, MEMBER_MAC, layout.KEEP_MAC,
                                                             self.near, layout.SPLICE, 9, 5, 77, 100, request=request)),
             (FlowKey(member, client, 8080, 40000, TCP),
              Flow(virtual, client, 80, 40000, CLIENT_MAC, VIRTUAL_MAC, self.near, layout.SPLICE | layout.OUTBOUND, 9,
-                  5, 77, 100))])
+                  5, 77, 100))]))
         if splice is not None:
             self.bench.set_splices({9: splice})
 

@@ -21,7 +21,7 @@ import pytest
 from lbapp.dataflow.fastpath import build, kernel, layout
 from lbapp.dataflow.fastpath.layout import FlowKey, Mode, Reason, Service, ServiceKey, Wanted
 from lbapp.dataflow.fastpath.tables import HALF_CLOSED_MS, HANDSHAKE_MS, all_pins
-from tests.fastpath_packets import ACK, FIN, MEMBER_MAC, RST, TCP, UDP, Bench, frame, packed, require_programs
+from tests.fastpath_packets import ACK, FIN, MEMBER_MAC, RST, TCP, UDP, Bench, entries, frame, packed, require_programs
 
 pytest_plugins = ["tests.fastpath_packets"]
 
@@ -164,7 +164,7 @@ def _many(count: int) -> Iterator[tuple[FlowKey, layout.Flow]]:
 def test_everything_at_once(tables: Bench) -> None:
     """More than the ring holds: nobody is forgotten, nobody is told of twice."""
     many = tables.maps["closed"].max_entries // layout.CLOSED_RECORD.size + 5000
-    assert set(tables.install(list(_many(many)))) == {layout.Result.OPENED}
+    assert set(tables.install(entries(list(_many(many))))) == {layout.Result.OPENED}
     assert tables.delete(everything=True).deleted == many
     serials: Counter[int] = Counter()
     while some := tables.closed(7000):
@@ -177,7 +177,7 @@ def test_everything_at_once(tables: Bench) -> None:
 def test_a_full_ring_keeps_what_it_cannot_tell(tables: Bench) -> None:
     """A connection that ends meanwhile goes on, and is told of by a later sweep."""
     many = tables.maps["closed"].max_entries // layout.CLOSED_RECORD.size + 500
-    tables.install(list(_many(many)))
+    tables.install(entries(list(_many(many))))
     for serial in range(1, many + 1):
         kernel.run(tables.programs["wire"], frame(CLIENT, f"10.0.1.{serial >> 15}", TCP, 1 + (serial & 0x7FFF),
                                                   flags=RST))
@@ -197,7 +197,7 @@ def test_a_full_ring_keeps_what_it_cannot_tell(tables: Bench) -> None:
 def test_walks_beside_each_other_keep_their_orders_apart(tables: Bench) -> None:
     """One thread sweeps all the while; what the other one deletes and asks about is what it named."""
     many, done, seen = 1000, threading.Event(), []
-    tables.install(list(_many(many)))
+    tables.install(entries(list(_many(many))))
 
     def sweep() -> None:
         while not done.is_set():

@@ -26,7 +26,7 @@ from lbapp.dataflow.fastpath.injector import pair
 from lbapp.dataflow.fastpath.layout import Flow, FlowKey, Hash, Mode, Service, ServiceKey, Target
 from lbapp.dataflow.ovs import Ovs, PrivateOvs
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
-from tests.fastpath_packets import ACK, TCP, UDP, frame, packed, read, require_programs
+from tests.fastpath_packets import ACK, TCP, UDP, entries, frame, packed, read, require_programs
 from tests.namespaces import require
 from topologies.namespace import Namespace, wait_until
 
@@ -185,7 +185,7 @@ def test_asked_about_then_sent_once_more(site: Site, virtual: str, member: str) 
                 while not done.is_set():
                     for one in fastpath.queries():
                         whole = frames.with_checksum(one.frame, frames.parse(one.frame))
-                        assert fastpath.install(site.flows(fastpath, whole)) == [layout.Result.OPENED]
+                        assert fastpath.install(entries(site.flows(fastpath, whole))) == [layout.Result.OPENED]
                         assert fastpath.inject(one.ifindex, whole)
                     time.sleep(0.001)
 
@@ -322,7 +322,7 @@ def test_nothing_is_left_behind(site: Site) -> None:
 def test_connections_through_a_port_that_went_are_deleted(site: Site) -> None:
     with site.fastpath() as fastpath:
         data = frame(CLIENT, VIRTUAL, flags=ACK)
-        assert fastpath.install(site.flows(fastpath, data)) == [layout.Result.OPENED]
+        assert fastpath.install(entries(site.flows(fastpath, data))) == [layout.Result.OPENED]
         assert fastpath.sync_ports().removed == {}
         site.ovs.vsctl("del-port", BRIDGE, "w2")
         try:

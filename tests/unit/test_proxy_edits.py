@@ -31,9 +31,9 @@ from tests.proxy_world import (
 )
 
 
-@pytest.fixture
-def world() -> World:
-    return World()
+@pytest.fixture(params=[False, True], ids=["sent by the proxy", "gone with its entry"])
+def world(request: pytest.FixtureRequest) -> World:
+    return World(request.param)
 
 
 CLOSE = Edit(len(REQUEST) - 2, 0, b"Connection: close\r\n")

@@ -15,9 +15,9 @@ from lbapp.dataflow.proxy import LOOK_SECONDS
 from tests.proxy_world import CLIENT_WIRE, COOKIE, ISN, MEMBER_ISN, OPTIONS, REQUEST, SYN_ACK, World
 
 
-@pytest.fixture
-def world() -> World:
-    made = World()
+@pytest.fixture(params=[False, True], ids=["sent by the proxy", "gone with its entry"])
+def world(request: pytest.FixtureRequest) -> World:
+    made = World(request.param)
     made.fast.with_places(2)
     return made
 

@@ -18,7 +18,19 @@ from lbapp.dataflow.fastpath.layout import Ask, Flow, FlowKey, Hash, Mode, Reaso
 from lbapp.dataflow.frames import ACK, FIN, PSH, RST, SYN
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 from lbapp.dataflow.relay import Relay
-from tests.fastpath_packets import CLIENT_MAC, MEMBER_MAC, REDIRECT, SHOT, TCP, WIRE, Bench, frame, packed, read
+from tests.fastpath_packets import (
+    CLIENT_MAC,
+    MEMBER_MAC,
+    REDIRECT,
+    SHOT,
+    TCP,
+    WIRE,
+    Bench,
+    entries,
+    frame,
+    packed,
+    read,
+)
 
 pytest_plugins = ["tests.fastpath_packets"]
 
@@ -94,7 +106,7 @@ class Twins:
         offer(tables)
 
     def install(self, flows: Sequence[tuple[FlowKey, Flow]]) -> Result:
-        (one,), (other,) = self.tables.install(flows), self.here.install(flows)
+        (one,), (other,) = self.tables.install(entries(flows)), self.here.install(entries(flows))
         assert one is other
         return one
 
@@ -265,7 +277,7 @@ def test_places_are_had_once(twins: Twins) -> None:
 
 def test_what_is_longer_than_a_frame_is_divided(here: Relay) -> None:
     """As offload makes them: their last part alone ends the stream."""
-    here.install(pair())
+    here.install(entries(pair()))
     here.set_splices({SERIAL: Splice(100)})
     payload = random.randbytes(5000)
     out = walked(here, answer(flags=ACK | PSH | FIN, seq=50, payload=payload))
@@ -283,7 +295,7 @@ def test_what_is_longer_than_a_frame_is_divided(here: Relay) -> None:
 
 @BOTH
 def test_what_was_cut_on_its_way_is_the_shorter_segment_that_is_left(here: Relay, family: int) -> None:
-    here.install(pair(family))
+    here.install(entries(pair(family)))
     here.set_splices({SERIAL: Splice(0)})
     (out,) = walked(here, request(family, ACK | FIN, seq=3, payload=bytes(range(200)))[:150])
     seen = read(out)
@@ -292,7 +304,7 @@ def test_what_was_cut_on_its_way_is_the_shorter_segment_that_is_left(here: Relay
 
 
 def test_damaged_packets_are_nobodys(here: Relay) -> None:
-    here.install(pair())
+    here.install(entries(pair()))
     here.set_splices({SERIAL: Splice(0)})
     data = bytearray(request(payload=b"abc"))
     data[-1] ^= 1
@@ -304,7 +316,7 @@ def test_damaged_packets_are_nobodys(here: Relay) -> None:
 
 def test_what_the_fast_path_would_not_translate_is_dropped(here: Relay) -> None:
     """Its checksum would be made anew, and would be right then."""
-    here.install(pair())
+    here.install(entries(pair()))
     here.set_splices({SERIAL: Splice(7)})
     good = request(payload=b"x")
 
@@ -335,7 +347,7 @@ def test_a_members_other_packets_are_not_ours(here: Relay) -> None:
 
 
 def test_hops_end(here: Relay) -> None:
-    here.install(pair(routed=True))
+    here.install(entries(pair(routed=True)))
     here.set_splices({SERIAL: Splice(0)})
     assert walked(here, request(ttl=1)) == []
     assert len(walked(here, request(ttl=2))) == 1
@@ -355,12 +367,12 @@ def test_who_goes_on_without_a_cookie_is_reset(here: Relay, clock: Clock) -> Non
 
 def test_tables_are_bounded(here: Relay) -> None:
     small = Relay(Clock(), most=2)
-    assert [small.install(pair(serial=1 + at, port=40000 + at))[0] for at in range(3)] == [
+    assert [small.install(entries(pair(serial=1 + at, port=40000 + at)))[0] for at in range(3)] == [
         Result.OPENED, Result.OPENED, Result.FULL]
     for port in range(relay.MAX_DOUBTS + 10):
         here.packet(WIRE, frame("10.0.0.1", "10.0.0.100", TCP, 1000 + port, 80, flags=ACK, payload=b"x"))
     assert len(here._doubts) == relay.MAX_DOUBTS
-    here.install(pair())
+    here.install(entries(pair()))
     for _ in range(relay.MAX_ASKED + 5):
         here.packet(WIRE, request(payload=b"x"))
     assert len(here.queries()) == relay.MAX_ASKED and here.counters()["ask_lost"] == 5
@@ -368,21 +380,21 @@ def test_tables_are_bounded(here: Relay) -> None:
 
 def test_what_has_ended_makes_room() -> None:
     small = Relay(Clock(), most=2)
-    small.install([*pair(state=0, serial=1, port=40000), *pair(state=0, serial=2, port=40001)])
+    small.install(entries([*pair(state=0, serial=1, port=40000), *pair(state=0, serial=2, port=40001)]))
     assert small.hand_over(1) is not None
     small.take_back(1)
-    assert small.install(pair(serial=3, port=40002)) == [Result.FULL], "it was given back"
+    assert small.install(entries(pair(serial=3, port=40002))) == [Result.FULL], "it was given back"
     small.packet(WIRE, frame("10.0.0.1", "10.0.0.100", TCP, 40001, 80, flags=RST))
-    assert small.install(pair(state=0, serial=3, port=40002)) == [Result.OPENED]
+    assert small.install(entries(pair(state=0, serial=3, port=40002))) == [Result.OPENED]
     assert small.serials() == [1, 3]
     small.hand_over(3)
-    assert small.install(pair(serial=4, port=40003)) == [Result.OPENED] and small.serials() == [1, 4]
+    assert small.install(entries(pair(serial=4, port=40003))) == [Result.OPENED] and small.serials() == [1, 4]
     assert [one.serial for one in small.closed()] == [2], "each is told of once, by whoever has it"
 
 
 def test_sweeping(here: Relay, clock: Clock) -> None:
     for at in range(4):
-        here.install(pair(state=0, serial=1 + at, port=40000 + at))
+        here.install(entries(pair(state=0, serial=1 + at, port=40000 + at)))
     here.packet(WIRE, request(flags=RST))
     half = frame("10.0.0.1", "10.0.0.100", TCP, 40001, 80, flags=FIN | ACK)
     here.packet(WIRE, half)
@@ -395,13 +407,13 @@ def test_sweeping(here: Relay, clock: Clock) -> None:
     clock.now += relay.HALF_CLOSED_SECONDS
     assert here.sweep(5000).idle == 1 and len(here) == 0
     assert [one.reason for one in here.closed()] == [Reason.SHUTDOWN, *[Reason.IDLE] * 3]
-    here.install(pair())
+    here.install(entries(pair()))
     clock.now += 1
     assert here.sweep(5000, 1).overflow == 1
 
 
 def test_deleting_moving_and_asking(here: Relay) -> None:
-    here.install(pair(state=layout.TRACKED))
+    here.install(entries(pair(state=layout.TRACKED)))
     assert here.tracked() == [(SERIAL, SERVICE, MEMBER)]
     assert here.relocate(MEMBER, bytes(6), 44).relocated == 1 and here.relocate(99, bytes(6), 44).relocated == 0
     here.packet(WIRE, request())
@@ -413,17 +425,17 @@ def test_deleting_moving_and_asking(here: Relay) -> None:
     assert here.reap({SERIAL: layout.Wanted(idle_seconds=5)})[1] == set()
     assert here.reap({SERIAL: layout.Wanted(final=True)})[1] == {SERIAL}
     assert [one.reason for one in here.closed()] == [Reason.DELETED]
-    here.install(pair())
+    here.install(entries(pair()))
     assert here.delete(virtual_server=99).deleted == 0
     assert here.delete(virtual_server=SERVICE, member=MEMBER).deleted == 1
     assert not here.close_flow(key)
-    here.install(pair())
+    here.install(entries(pair()))
     assert here.close_flow(key) and len(here) == 0
     assert here.service_stats()[SERVICE, MEMBER][:2] == (3, 3)
 
 
 def test_whether_a_member_has_said_anything_and_what(here: Relay) -> None:
-    here.install(pair())
+    here.install(entries(pair()))
     here.set_splices({SERIAL: Splice(7, 2)})
 
     def answered() -> bool:
@@ -443,7 +455,7 @@ def test_whether_a_member_has_said_anything_and_what(here: Relay) -> None:
 
 def test_a_fast_path_takes_over(here: Relay, clock: Clock) -> None:
     assert here.hand_over(SERIAL) is None
-    here.install(pair())
+    here.install(entries(pair()))
     assert here.hand_over(SERIAL) is None, "its member is not there"
     here.set_splices({SERIAL: Splice(7, 2)})
     assert here.there() == [SERIAL] and here.there() == []
@@ -458,7 +470,7 @@ def test_a_fast_path_takes_over(here: Relay, clock: Clock) -> None:
     clock.now += 6
     here.sweep(5000)
     assert len(here) == 0
-    here.install(pair())
+    here.install(entries(pair()))
     here.set_splices({SERIAL: Splice(7)})
     here.hand_over(SERIAL)
     here.take_back(SERIAL)
@@ -469,7 +481,7 @@ def test_a_fast_path_takes_over(here: Relay, clock: Clock) -> None:
 
 def test_what_is_under_way_is_not_overtaken(here: Relay) -> None:
     """Acknowledgments are kept back; with the last one, before any goes on, a fast path may have it."""
-    here.install(pair())
+    here.install(entries(pair()))
     here.set_splices({SERIAL: Splice(7)})
     assert here.there() == [SERIAL] and here.virtual_server(SERIAL) == SERVICE
     for at in (0, 1000, 2000):
@@ -488,14 +500,14 @@ def test_what_is_under_way_is_not_overtaken(here: Relay) -> None:
 
 
 def test_one_packet_under_way_is_not_waited_for(here: Relay) -> None:
-    here.install(pair())
+    here.install(entries(pair()))
     here.set_splices({SERIAL: Splice(7)})
     walked(here, request(seq=1, ack=500, payload=bytes(1000)))
     assert here.part(SERIAL) and here.virtual_server(99) is None
 
 
 def test_what_is_never_acknowledged_is_not_waited_for_for_ever(here: Relay) -> None:
-    here.install(pair())
+    here.install(entries(pair()))
     here.set_splices({SERIAL: Splice(7)})
     here.there()
     for at in range(2):

@@ -14,6 +14,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "connections.bpf.h"
+#include "departures.bpf.h"
 #include "fastpath.h"
 #include "handshake.bpf.h"
 #include "limits.bpf.h"
@@ -23,6 +24,7 @@
 #include "sweep.bpf.h"
 
 #define ATTEMPTS 4
+#define LOOPBACK 1
 
 /* ------------------------------------------------------------------ new connections */
 
@@ -310,29 +312,47 @@ int out(struct __sk_buff *skb)
 
 /* ------------------------------------------------------------------ for the agent */
 
-static long install_one(__u32 index, void *context)
+struct installing {
+	struct __sk_buff *skb;
+	__u32 door;
+	__u32 opened;
+	__u32 gone;
+};
+
+static long install_one(__u32 index, struct installing *all)
 {
 	struct fp_install *one = bpf_map_lookup_elem(&installs, &index);
 
 	if (!one)
 		return 1;
 	one->result = enter(one);
-	if (one->result == FP_OPENED)
-		*(__u32 *)context += 1;
+	if (one->result != FP_OPENED)
+		return 0;
+	all->opened++;
+	if (all->door && depart(all->skb, index, one, all->door)) {
+		one->result = FP_GONE;
+		all->gone++;
+	}
 	return 0;
 }
 
-SEC("syscall")
-int install(struct fp_install_context *context)
+/*
+ * The mark says how many are to be entered. The packet is nothing; its interface is the door by which departures leave,
+ * or the loopback one, and none does. Returns how many were entered, and of how many what was to go has gone (<< 16).
+ */
+SEC("tc")
+int install(struct __sk_buff *skb)
 {
-	__u32 opened = 0;
+	struct installing all = {.skb = skb, .door = skb->ifindex};
+	__u32 count = skb->mark;
 
-	if (context->count > FP_INSTALLS)
-		return -1;
-	bpf_loop(context->count, install_one, &opened, 0);
-	context->opened = opened;
-	count_at_once(FP_OPENED_INSTALLED, opened);
-	return 0;
+	if (count > FP_INSTALLS)
+		return 0;
+	if (all.door == LOOPBACK)
+		all.door = 0;
+	bpf_loop(count, install_one, &all, 0);
+	count_at_once(FP_OPENED_INSTALLED, all.opened);
+	return all.opened | all.gone << 16;
 }
 
 /* Closes a connection, by its key. Returns 1, or 0 where there is none. */

@@ -23,6 +23,8 @@
 #define FP_WINDOW 14600
 #define FP_OUT_MARK 0x80000000
 #define FP_INSTALLS 1024
+#define FP_DEPARTURE 1514
+#define FP_OPTIONS 40
 #define FP_SWEEPS 2
 #define FP_HISTOGRAM 32
 #define FP_REQUESTS 4096
@@ -53,7 +55,7 @@ enum fp_reason { FP_SHUTDOWN, FP_IDLE, FP_OVERFLOW, FP_DELETED, FP_ALIVE };
 enum fp_target_flag { FP_TARGET_ROUTED = 1 };
 
 /* fp_install.result. */
-enum fp_result { FP_OPENED, FP_EXISTS, FP_TAKEN, FP_FULL };
+enum fp_result { FP_OPENED, FP_EXISTS, FP_TAKEN, FP_FULL, FP_GONE };
 
 /* fp_query.kind. */
 enum fp_ask {
@@ -283,10 +285,7 @@ struct fp_request {
 	__u8 payload[FP_REQUEST];
 };
 
-/*
- * A connection to be entered. Array "installs": those that the program "install" makes of the first
- * fp_install_context.count.
- */
+/* A connection to be entered. Array "installs": the first of them, as many as the program "install" is told. */
 struct fp_install {
 	struct fp_key key;      /* as the client sends it */
 	struct fp_flow flow;
@@ -297,9 +296,22 @@ struct fp_install {
 	__u32 result;
 };
 
-struct fp_install_context {
-	__u32 count;
-	__u32 opened;
+/* fp_departure.kind */
+enum fp_departs { FP_NOTHING, FP_FRAME_GOES, FP_SYN_GOES };
+
+/*
+ * Array "departures": what goes, once the connection at the same place of "installs" is entered (FP_GONE): a frame, or
+ * a SYN to its member.
+ */
+struct fp_departure {
+	__u32 ifindex;          /* of a frame: the wire that it came in on */
+	__u32 isn;              /* of a SYN */
+	__u16 length;           /* of the frame, or of the SYN's options */
+	__u8 kind;
+	__u8 pad;
+	__u8 options[FP_OPTIONS];       /* of a SYN, with zeros behind them */
+	__u8 pad2[2];           /* what follows the Ethernet header lies at a multiple of four */
+	__u8 frame[FP_DEPARTURE];       /* of a SYN: room for it */
 };
 
 /* Hash "wanted", by serial: what the next sweep does with a flow (003: REAP, TIMEOUT). */

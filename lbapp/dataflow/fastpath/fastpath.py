@@ -75,6 +75,7 @@ class FastPath(Tables):
             undo.callback(lambda: Tables.close(found, keep=found.adopted))
             try:
                 found._injector = Injector(bridge, found.programs["again"])
+                found.door = found._injector.door
                 undo.callback(found._injector.close)
                 found.wires = Wires(ovs, bridge, Programs(found.programs["wire"], found.programs["out"]),
                                     found._connect, found._disconnect)

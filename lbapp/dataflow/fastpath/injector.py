@@ -7,6 +7,8 @@ One way ("soon"), the kernel has a thread of its own (threaded NAPI): all that a
 handshake with a member on the same machine, happens in that thread, on whichever processor is idle, and not in the
 agent's call. The other way it is done in the call: for what must not be overtaken by what its sender says next.
 
+What goes with a connection that is entered, the program ``install`` sends soon: it is told the door for that.
+
 Owns the pair and the sockets. Knows neither tables nor connections.
 """
 
@@ -24,6 +26,7 @@ import subprocess
 import zlib
 from collections.abc import Collection, Iterator
 
+from lbapp.dataflow import frames
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.netlink import Netlink, NetlinkError
 from lbapp.dataflow.fastpath.removal import HANDLE, PRIORITY
@@ -35,7 +38,9 @@ _SO_MARK, _SOL_PACKET = 36, 263
 _PACKET_VNET_HDR = 15
 _GSO = struct.Struct("=BBHHHH")
 """struct virtio_net_hdr (linux/virtio_net.h): flags, gso_type, hdr_len, gso_size, csum_start, csum_offset."""
-_GSO_TCPV4, _GSO_TCPV6 = 1, 4
+_NEEDS_CHECKSUM, _GSO_TCPV4, _GSO_TCPV6 = 1, 1, 4
+_CHECKSUM = 16
+"""Where TCP has it."""
 _AS_IT_IS = bytes(_GSO.size)
 _LONGEST_FRAME = 1514
 """What is longer is several segments in one, and has to be cut up on the way: every path carries pieces of LEAST_MSS
@@ -49,6 +54,9 @@ _NO_ROOM = frozenset({errno.EAGAIN, errno.ENOBUFS})
 class Injector:
     """Sends frames: into the fast path once more, or out on an interface.
 
+    Attributes:
+        door: the interface that goes soon by.
+
     Args:
         bridge: names the pair.
         program: the program ``again``.
@@ -57,6 +65,7 @@ class Injector:
     def __init__(self, bridge: str, program: int) -> None:
         self._here, self._there = pair(bridge)
         self._sockets: dict[tuple[int, bool], _socket.socket] = {}
+        self.door = 0
         with Netlink() as netlink:
             links = netlink.links()
             if self._here in links:  # of a process that was killed
@@ -64,6 +73,7 @@ class Injector:
             netlink.add_pair(self._here, self._there, _LARGEST_MTU, _ADDRESS)
             try:
                 links = netlink.links()
+                self.door = links[self._here].ifindex
                 for name in (self._here, self._there):
                     netlink.without_addresses(links[name].ifindex)
                     netlink.change(links[name].ifindex, up=True, arp=False)
@@ -73,7 +83,7 @@ class Injector:
                 netlink.delete(links[self._here].ifindex)
                 raise
         try:
-            _give_thread(self._there)
+            _give_thread(self._here, self._there)
         except (OSError, subprocess.SubprocessError) as error:
             said = getattr(error, "stderr", None)
             LOG.warning("bridge %s: the kernel has no thread for what the agent sends, which costs its own time: %s%s",
@@ -102,7 +112,7 @@ class Injector:
         try:
             if one is None:
                 one = self._sockets[mark, soon] = self._made(mark, soon)
-            one.send(_shape(frame) + frame)
+            one.send(_AS_IT_IS + frame if len(frame) <= _LONGEST_FRAME else _shaped(frame))
         except OSError as error:
             if error.errno in _NO_ROOM:
                 return soon and self._send(mark, frame, soon=False)
@@ -150,17 +160,18 @@ def pair(bridge: str) -> tuple[str, str]:
     return f"{name}a", f"{name}b"
 
 
-def _shape(frame: bytes) -> bytes:
-    """What goes in front: a long TCP frame is one that whoever needs it smaller may cut up; with a whole checksum,
-    which needs no flag."""
-    if len(frame) <= _LONGEST_FRAME:
-        return _AS_IT_IS
+def _shaped(frame: bytes) -> bytes:
+    """A long frame and what goes in front: one of TCP is several segments in one, which whoever needs it smaller may
+    cut up; so its checksum is partial, of its addresses and its length."""
     six = frame[12:14] == b"\x86\xdd"
     if frame[20 if six else 23] != socket.IPPROTO_TCP:
-        return _AS_IT_IS
+        return _AS_IT_IS + frame
     tcp = 54 if six else 14 + 4 * (frame[14] & 15)
     size = tcp + 4 * (frame[tcp + 12] >> 4)
-    return _GSO.pack(0, _GSO_TCPV6 if six else _GSO_TCPV4, size, LEAST_MSS, 0, 0)
+    pseudo = frame[22:54] if six else frame[26:34]
+    checksum = frames.ones_sum(pseudo + struct.pack("!II", socket.IPPROTO_TCP, len(frame) - tcp))
+    head = _GSO.pack(_NEEDS_CHECKSUM, _GSO_TCPV6 if six else _GSO_TCPV4, size, LEAST_MSS, tcp, _CHECKSUM)
+    return b"".join((head, frame[:tcp + _CHECKSUM], checksum.to_bytes(2, "big"), frame[tcp + _CHECKSUM + 2:]))
 
 
 # ------------------------------------------------------------------ the kernel's thread
@@ -169,20 +180,21 @@ _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
 """System calls (asm-generic/unistd.h); on MIPS and Alpha they have other numbers, and are refused."""
 _FSCONFIG_CMD_CREATE = 6
 _CLOEXEC = 1
-_FEATURES = ("gro", "on", "rx-udp-gro-forwarding", "on")
-"""With GRO, an interface of this kind has a queue of its own (NAPI), which a thread may look after; with the other,
-what was sent through a socket goes into it (``veth_skb_is_eligible_for_gro``, drivers/net/veth.c)."""
 
 
-def _give_thread(there: str) -> None:
-    """Have a thread of the kernel receive what comes through the pair.
+def _give_thread(here: str, there: str) -> None:
+    """Have a thread of the kernel receive what comes through the pair from here.
+
+    With GRO, an interface of this kind has a queue of its own (NAPI), which a thread may look after; all that comes
+    from one without TSO goes into it (``veth_skb_is_eligible_for_gro``, drivers/net/veth.c).
 
     Raises:
         OSError, SubprocessError: this kernel has none of it (before 5.13), or does not allow it, or there is no
             ``ethtool``.
     """
-    subprocess.run(["ethtool", "-K", there, *_FEATURES], stdin=subprocess.DEVNULL, capture_output=True, check=True,
-                   timeout=5)
+    for name, *feature in ((there, "gro", "on"), (here, "tso", "off")):
+        subprocess.run(["ethtool", "-K", name, *feature], stdin=subprocess.DEVNULL, capture_output=True, check=True,
+                       timeout=5)
     with _sysfs() as root:
         switch = os.open(f"class/net/{there}/threaded", os.O_WRONLY | os.O_CLOEXEC, dir_fd=root)
         try:

@@ -48,6 +48,9 @@ class _RunOptions(ctypes.Structure):
     ]
 
 
+_CONTEXT_WORDS, _CONTEXT_MARK, _CONTEXT_IFINDEX = 11, 2, 10
+"""struct __sk_buff, up to its interface: in words of 32 bits."""
+
 _PRINT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
@@ -375,6 +378,39 @@ def unpin(pins: Path) -> None:
     shutil.rmtree(pins, ignore_errors=True)
     with contextlib.suppress(OSError):
         pins.parent.rmdir()
+
+
+class Prepared:
+    """A program that takes a packet, to be run again and again (BPF_PROG_TEST_RUN): the packet is always the same, of
+    its context (struct __sk_buff) only the mark and the interface are told.
+
+    Args:
+        program: its descriptor.
+        size: of the packet, which is all zeros.
+    """
+
+    def __init__(self, program: int, size: int) -> None:
+        self._program = program
+        self._packet = ctypes.create_string_buffer(size)
+        self._context = (ctypes.c_uint32 * _CONTEXT_WORDS)()
+        self._options = _RunOptions(
+            sz=ctypes.sizeof(_RunOptions), data_in=ctypes.addressof(self._packet), data_size_in=size,
+            ctx_in=ctypes.addressof(self._context), ctx_size_in=ctypes.sizeof(self._context))
+        self._reference = ctypes.byref(self._options)
+        self._call = _library().calls.bpf_prog_test_run_opts
+
+    def __call__(self, mark: int, ifindex: int = 0) -> int:
+        """Run it; what it returned. Without an interface, the packet's is the loopback one.
+
+        Raises:
+            KernelError: the kernel refused.
+        """
+        self._context[_CONTEXT_MARK], self._context[_CONTEXT_IFINDEX] = mark, ifindex
+        self._options.data_size_out = 0  # the last packet's: the kernel would refuse a longer one
+        code = self._call(self._program, self._reference)
+        if code:
+            raise KernelError("running a program", -code)
+        return int(self._options.retval)
 
 
 def run(program: int, data: bytes | None = None, context: Any = None, *, repeat: int = 0, room: int = 0,

@@ -24,6 +24,8 @@ TICK_SHIFT = 20
 """A tick is 2**20 nanoseconds of CLOCK_MONOTONIC."""
 SLOTS = 1021
 INSTALLS = 1024
+DEPARTURE_FRAME = 1514
+"""The longest frame that goes when its connection is entered."""
 FRAME = 2048
 FRAME_SMALL = 104
 FRAME_MIDDLE = 512
@@ -87,6 +89,8 @@ class Result(enum.IntEnum):
     EXISTS = 1
     TAKEN = 2
     FULL = 3
+    GONE = 4
+    """As OPENED, and what was to go with it has."""
 
 
 class Ask(enum.IntEnum):
@@ -250,7 +254,9 @@ class Flow(Value, frozen=True):
 INSTALL = struct.Struct("=16s16sHHB3x" "16s16sHH6s6sIIIIQQIIIHH" "96x" "6sxxI4x")
 """A connection to be entered: its key, the way there, room for the way back, the client's place, the result."""
 INSTALL_RESULT = 40 + 96 + 96 + 12
-INSTALL_CONTEXT = struct.Struct("=II")
+DEPARTURE = struct.Struct("=IIHBx40s2x")
+"""What goes with it: a frame's wire, a SYN's initial sequence number, a length, the kind, and options; then a frame."""
+DEPARTURE_SIZE = DEPARTURE.size + DEPARTURE_FRAME
 
 
 # ------------------------------------------------------------------ virtual servers
@@ -577,7 +583,7 @@ def structs() -> Iterator[tuple[str, int]]:
         "fp_key": KEY.size, "fp_flow": FLOW.size, "fp_service_key": SERVICE_KEY.size, "fp_service": SERVICE_SIZE,
         "fp_target": TARGET.size, "fp_stats_key": STATS_KEY.size, "fp_stats": STATS.size,
         "fp_closed": CLOSED_RECORD.size - RING_HEADER.size, "fp_query": QUERY.size, "fp_install": INSTALL.size,
-        "fp_install_context": INSTALL_CONTEXT.size, "fp_wanted": WANTED.size, "fp_sweep": SWEEP_SIZE,
+        "fp_departure": DEPARTURE_SIZE, "fp_wanted": WANTED.size, "fp_sweep": SWEEP_SIZE,
         "fp_layout": LAYOUT.size, "fp_cookies": COOKIES.size, "fp_pending": PENDING.size,
         "fp_splice": SPLICE_VALUE.size, "fp_request": REQUEST_SIZE, "fp_rate": RATE.size,
         "fp_client_key": CLIENT_KEY.size,

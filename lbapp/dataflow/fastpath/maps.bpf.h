@@ -162,6 +162,14 @@ struct {
 	__type(value, struct fp_install);
 } installs SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, FP_INSTALLS);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct fp_departure);
+} departures SEC(".maps");
+
 /* Where a connection is put together that is opened here: it would not fit on the stack. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

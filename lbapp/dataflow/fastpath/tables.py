@@ -9,6 +9,7 @@ Owns the loaded object, its pins and its rings. Knows neither interfaces nor Ope
 from __future__ import annotations
 
 import ctypes
+import errno
 import itertools
 import logging
 import os
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from pathlib import Path
 
 from lbapp.dataflow.fastpath import kernel, layout
+from lbapp.dataflow.fastpath.entries import Batch, Entry
 from lbapp.dataflow.fastpath.layout import (
     Closed,
     Counter,
@@ -48,11 +50,13 @@ HALF_CLOSED_MS = 300_000
 
 _U32 = struct.Struct("=I")
 _ZERO = bytes(4)
+_PACKET = 128
+"""What the program "install" makes departures of: a SYN fits."""
 _BESIDE = _U32.pack(1)
 """Where the walk that may be beside others has its orders."""
 _MONOTONIC_COARSE = 6
 """The clock that the programs look at for packets (linux/time.h); Python has no name for it."""
-_NOT_PINNED = ("installs", "requests", "sweeping", "decisions", "answers", "doubts", "lately")
+_NOT_PINNED = ("installs", "departures", "requests", "sweeping", "decisions", "answers", "doubts", "lately")
 _TRACKED = struct.Struct("=52xI24xIII4x")
 """State, serial, virtual server and member of a flow."""
 
@@ -62,6 +66,7 @@ class Tables:
 
     Attributes:
         requests: what is kept for members' SYN-ACKs.
+        door: the interface by which what goes with a connection leaves (``Injector.door``); 0: nothing goes.
 
     Args:
         program: the compiled object.
@@ -90,7 +95,10 @@ class Tables:
         self.maps: Mapping[str, kernel.Map] = maps
         self._flows, self._services, self._targets = maps["flows"], maps["services"], maps["targets"]
         self._closed, self._queries = kernel.Ring(maps["closed"]), kernel.Ring(maps["queries"])
-        self._installs, self._requests = maps["installs"].mapped(), maps["requests"].mapped()
+        self._installs, self._departures = maps["installs"].mapped(), maps["departures"].mapped()
+        self._batch, self.door = Batch(self._installs, self._departures), 0
+        self._requests = maps["requests"].mapped()
+        self._install = kernel.Prepared(self.programs["install"], _PACKET)
         self.requests = Requests(self._requests, self._revoke)
         if seed is None:
             old = Layout.unpack(maps["layout"].lookup(_ZERO) or bytes(layout.LAYOUT.size))
@@ -106,6 +114,7 @@ class Tables:
         self._closed.close()
         self._queries.close()
         self._installs.close()
+        self._departures.close()
         self.requests.close()
         self._requests.close()
         self._object.close()
@@ -158,44 +167,40 @@ class Tables:
         """How many connections fit."""
         return self._flows.max_entries // 2
 
-    def install(self, flows: Sequence[tuple[FlowKey, Flow]]) -> list[Result]:
+    def install(self, entries: Sequence[Entry]) -> list[Result]:
         """Enter connections: both directions of each, or none.
 
         A connection that is there already is left as it is (EXISTS), unless it is closed: then it makes room. So is
         one whose way back is another connection's (TAKEN).
 
-        Args:
-            flows: the way there of each connection, and behind it its way back. Of the latter, only where the
-                client is (``destination_mac``, ``ifindex``) is read: all the rest follows from the former.
-
         Returns:
-            One result a connection.
+            One result a connection: GONE where what was to go with it has gone. Where that could not (the queue was
+            full, it is too long, there is no door), the connection is OPENED all the same.
         """
         results: list[Result] = []
-        memory, pack, size, swapped = self._installs, layout.INSTALL.pack_into, layout.INSTALL.size, layout.swap
-        mapped, opened = layout.mapped, _now()
-        for first in range(0, len(flows), 2 * layout.INSTALLS):
-            offset = 0
-            for index in range(first, min(first + 2 * layout.INSTALLS, len(flows)), 2):
-                key, flow = flows[index]
-                way = flows[index + 1][1]
-                pack(memory, offset, mapped(key.source), mapped(key.destination), swapped(key.source_port),
-                     swapped(key.destination_port), key.protocol, mapped(flow.source), mapped(flow.destination),
-                     swapped(flow.source_port), swapped(flow.destination_port), flow.destination_mac, flow.source_mac,
-                     flow.ifindex, flow.state, opened, opened, 0, 0, flow.serial, flow.virtual_server, flow.member,
-                     min(flow.idle_seconds, 0xFFFF), flow.request, way.destination_mac, way.ifindex)
-                offset += size
-            results += self._enter(offset // size)
+        put, now = self._batch.put, _now()
+        for first in range(0, len(entries), layout.INSTALLS):
+            part, door = entries[first:first + layout.INSTALLS], 0
+            for index, one in enumerate(part):
+                put(index, one, now)
+                if one.departure is not None:
+                    door = self.door
+            results += self._enter(len(part), door)
         return results
 
-    def _enter(self, count: int) -> list[Result]:
-        context = (ctypes.c_uint32 * 2)(count, 0)
-        kernel.run(self.programs["install"], context=context)
-        if context[1] == count:
+    def _enter(self, count: int, door: int) -> list[Result]:
+        try:
+            told = self._install(count, door)
+        except kernel.KernelError as error:
+            if not door or error.errno != errno.ENODEV:
+                raise
+            self.door = 0  # somebody has removed it
+            told = self._install(count)
+        if told == count << 16 | count:
+            return [Result.GONE] * count
+        if told == count:
             return [Result.OPENED] * count
-        unpack = _U32.unpack_from
-        return [_RESULTS[unpack(self._installs, index * layout.INSTALL.size + layout.INSTALL_RESULT)[0]]
-                for index in range(count)]
+        return list(map(self._batch.result, range(count)))
 
     def lookup(self, key: FlowKey) -> Flow | None:
         """One direction of a connection."""
@@ -407,7 +412,6 @@ class Tables:
         return {name: one.memory() for name, one in self.maps.items()}
 
 
-_RESULTS = list(Result)
 
 
 def _splices(connections: int) -> int:
