@@ -303,13 +303,19 @@ class FastPaths:
         if side is None:
             return
         now = time.monotonic()
-        side.asked.update([one.virtual_server if isinstance(one, Query) else one.query.virtual_server
-                           for one in queries])
         side.counters["queries"] += len(queries)
         side.counters["query_messages"] += 1
-        answers = [self._answer(side, one, now) if isinstance(one, Query) else
-                   self._decide(side, one, now) for one in queries]
-        side.link.reply([one for one in answers if one is not None])
+        answers: list[Reply | AppReply] = []
+        for one in queries:
+            answer: Reply | AppReply | None
+            if isinstance(one, AppQuery):
+                number, answer = one.query.virtual_server, self._decide(side, one, now)
+            else:
+                number, answer = one.virtual_server, self._answer(side, one, now)
+            side.asked[number] += 1
+            if answer is not None:
+                answers.append(answer)
+        side.link.reply(answers)
 
     def late(self, reply: Reply | AppReply) -> None:
         """The answer for one that stood in line."""

@@ -77,14 +77,12 @@ class Answers:
             if pool.passive is not None and pool.passive.server_errors:
                 self._judged.update(numbers)
 
-    def given(self, given: Reap) -> None:
-        """A member was given a connection whose client has spoken; ``given`` is how to ask about it.
-
-        Its time begins with the next tick.
-        """
-        patience = self._patience.get(given.member)
+    def given(self, switch: int, serial: int, virtual_server: int, member: int) -> None:
+        """A member was given this connection, whose client has spoken. Its time begins with the next tick."""
+        patience = self._patience.get(member)
         if patience is None:
             return
+        given = Reap(switch, serial, virtual_server, member)
         self._forget((given.switch, given.serial))
         watched = self._watched[given.switch, given.serial] = _Watched(given, patience)
         self._new.append(watched)

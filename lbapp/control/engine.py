@@ -276,7 +276,7 @@ class ControlSegment:
             return AppReply(query, reply, answer=told.unavailable)
         binding = Binding.SPLICE if told.edit is not None else self._binding(service, reply.member)
         switch.note(query.serial, Chosen(told.policy, told.read, binding), self._limits.chosen)
-        self._answers.given(Reap(query.switch, query.serial, service.number, reply.member))
+        self._answers.given(query.switch, query.serial, service.number, reply.member)
         return AppReply(query, reply, binding, edit=told.edit)
 
     def _binding(self, service: Service, number: int) -> Binding:

@@ -275,8 +275,8 @@ class Proxy:
         Returns:
             What is to be asked after all that has come: one question a connection.
         """
-        ready, self._ready = [one for one in self._ready if self._all.get(one.query.signature) is one], []
-        if ready:
+        if self._ready:
+            ready, self._ready = [one for one in self._ready if self._all.get(one.query.signature) is one], []
             self._fastpath.set_splices({one.query.serial: layout.Splice(one.member_isn - one.cookie & 0xFFFFFFFF,
                                                                         one.shift) for one in ready})
             for one in ready:
@@ -289,8 +289,12 @@ class Proxy:
         if now >= self._look_at:
             self._look(now)
         asking, self._asking = self._asking, {}
-        return [question for question in (self._ask(one, now) for signature, one in asking.items()
-                                          if self._all.get(signature) is one) if question is not None]
+        questions = []
+        for signature, one in asking.items():
+            question = self._ask(one, now) if self._all.get(signature) is one else None
+            if question is not None:
+                questions.append(question)
+        return questions
 
     def _keep(self, one: Handshake) -> int:
         """Have the fast path give the member what the client said; the number of the request, 0 where it cannot."""

@@ -84,13 +84,18 @@ def translated(frame: bytes, packet: Packet, part: Segment, flow: Flow, splice: 
                     _urgent(frame, packet))
 
 
-def divided(frame: bytes, packet: Packet) -> list[bytes]:
-    """A packet as it is, with a whole checksum; in several frames where it is longer than one."""
+def divided(frame: bytes, packet: Packet, most: int = FRAME) -> list[bytes]:
+    """A packet as it is, with a whole checksum; in several frames where it is longer than one.
+
+    Args:
+        frame, packet: the packet.
+        most: data of a piece, if that is less than a frame holds.
+    """
     it = packet.signature
     if it.protocol != frames.TCP or len(frame) <= FRAME:
         return [frame]
     return _divided(frame[:packet.offset], (it.source, it.source_port), (it.destination, it.destination_port),
-                    frames.segment(frame, packet), _urgent(frame, packet))
+                    frames.segment(frame, packet), _urgent(frame, packet), most)
 
 
 def _urgent(frame: bytes, packet: Packet) -> int:
@@ -98,8 +103,8 @@ def _urgent(frame: bytes, packet: Packet) -> int:
 
 
 def _divided(head: bytes, source: tuple[bytes, int], destination: tuple[bytes, int], part: Segment,
-             urgent: int) -> list[bytes]:
-    room = FRAME - len(head) - 20 - len(part.options)
+             urgent: int, most: int = FRAME) -> list[bytes]:
+    room = min(FRAME - len(head) - 20 - len(part.options), most)
     made = []
     for at in range(0, max(len(part.payload), 1), room):
         flags = part.flags if at + room >= len(part.payload) else part.flags & ~(FIN | PSH)

@@ -35,7 +35,7 @@ class World:
             "q": Pool(name="q", members=(member(3),), passive=Passive()), "r": Pool(name="r", members=(member(4),))})
 
     def given(self, serial: int = 7, number: int = 1, now: float = 0.0) -> None:
-        self.answers.given(Reap(1, serial, 1, number))
+        self.answers.given(1, serial, 1, number)
         assert self.answers.tick(now, UP) == []
 
     def asked(self, now: float) -> list[int]:

@@ -91,11 +91,11 @@ class Batch:
             now: in ticks.
         """
         key, flow, mac, ifindex, departure = one
-        mapped, swapped = layout.mapped, layout.swap
+        swapped, prefix = layout.SWAPPED, layout.MAPPED if len(key.source) == 4 else b""
         INSTALL.pack_into(
-            self._installs, index * INSTALL.size, mapped(key.source), mapped(key.destination),
-            swapped(key.source_port), swapped(key.destination_port), key.protocol, mapped(flow.source),
-            mapped(flow.destination), swapped(flow.source_port), swapped(flow.destination_port), flow.destination_mac,
+            self._installs, index * INSTALL.size, prefix + key.source, prefix + key.destination,
+            swapped[key.source_port], swapped[key.destination_port], key.protocol, prefix + flow.source,
+            prefix + flow.destination, swapped[flow.source_port], swapped[flow.destination_port], flow.destination_mac,
             flow.source_mac, flow.ifindex, flow.state, now, now, 0, 0, flow.serial, flow.virtual_server, flow.member,
             min(flow.idle_seconds, 0xFFFF), flow.request, mac, ifindex)
         at, memory = index * DEPARTURE_SIZE, self._departures

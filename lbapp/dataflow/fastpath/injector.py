@@ -26,7 +26,7 @@ import subprocess
 import zlib
 from collections.abc import Collection, Iterator
 
-from lbapp.dataflow import frames
+from lbapp.dataflow import frames, splicing
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.netlink import Netlink, NetlinkError
 from lbapp.dataflow.fastpath.removal import HANDLE, PRIORITY
@@ -38,9 +38,7 @@ _SO_MARK, _SOL_PACKET = 36, 263
 _PACKET_VNET_HDR = 15
 _GSO = struct.Struct("=BBHHHH")
 """struct virtio_net_hdr (linux/virtio_net.h): flags, gso_type, hdr_len, gso_size, csum_start, csum_offset."""
-_NEEDS_CHECKSUM, _GSO_TCPV4, _GSO_TCPV6 = 1, 1, 4
-_CHECKSUM = 16
-"""Where TCP has it."""
+_GSO_TCPV4, _GSO_TCPV6 = 1, 4
 _AS_IT_IS = bytes(_GSO.size)
 _LONGEST_FRAME = 1514
 """What is longer is several segments in one, and has to be cut up on the way: every path carries pieces of LEAST_MSS
@@ -108,11 +106,15 @@ class Injector:
         return self._send(ifindex | layout.OUT_MARK, frame, soon)
 
     def _send(self, mark: int, frame: bytes, soon: bool) -> bool:
+        if soon and len(frame) > _LONGEST_FRAME and _is_tcp(frame):
+            # The kernel would do it, but GRO would give the last piece, alone the socket's, to the receiver first.
+            pieces = splicing.divided(frame, frames.parse(frame), LEAST_MSS)
+            return all(self._send(mark, piece, soon) for piece in pieces)
         one = self._sockets.get((mark, soon))
         try:
             if one is None:
                 one = self._sockets[mark, soon] = self._made(mark, soon)
-            one.send(_AS_IT_IS + frame if len(frame) <= _LONGEST_FRAME else _shaped(frame))
+            one.send(_shape(frame) + frame)
         except OSError as error:
             if error.errno in _NO_ROOM:
                 return soon and self._send(mark, frame, soon=False)
@@ -160,18 +162,19 @@ def pair(bridge: str) -> tuple[str, str]:
     return f"{name}a", f"{name}b"
 
 
-def _shaped(frame: bytes) -> bytes:
-    """A long frame and what goes in front: one of TCP is several segments in one, which whoever needs it smaller may
-    cut up; so its checksum is partial, of its addresses and its length."""
+def _is_tcp(frame: bytes) -> bool:
+    return frame[20 if frame[12:14] == b"\x86\xdd" else 23] == socket.IPPROTO_TCP
+
+
+def _shape(frame: bytes) -> bytes:
+    """What goes in front: a long TCP frame is one that whoever needs it smaller may cut up; with a whole checksum,
+    which needs no flag."""
+    if len(frame) <= _LONGEST_FRAME or not _is_tcp(frame):
+        return _AS_IT_IS
     six = frame[12:14] == b"\x86\xdd"
-    if frame[20 if six else 23] != socket.IPPROTO_TCP:
-        return _AS_IT_IS + frame
     tcp = 54 if six else 14 + 4 * (frame[14] & 15)
     size = tcp + 4 * (frame[tcp + 12] >> 4)
-    pseudo = frame[22:54] if six else frame[26:34]
-    checksum = frames.ones_sum(pseudo + struct.pack("!II", socket.IPPROTO_TCP, len(frame) - tcp))
-    head = _GSO.pack(_NEEDS_CHECKSUM, _GSO_TCPV6 if six else _GSO_TCPV4, size, LEAST_MSS, tcp, _CHECKSUM)
-    return b"".join((head, frame[:tcp + _CHECKSUM], checksum.to_bytes(2, "big"), frame[tcp + _CHECKSUM + 2:]))
+    return _GSO.pack(0, _GSO_TCPV6 if six else _GSO_TCPV4, size, LEAST_MSS, 0, 0)
 
 
 # ------------------------------------------------------------------ the kernel's thread

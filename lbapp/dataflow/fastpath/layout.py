@@ -52,7 +52,7 @@ KEEP_MAC = bytes(6)
 _Bytes = bytes
 _Data = bytes | memoryview
 _NOWHERE = bytes(16)
-_MAPPED = bytes(10) + b"\xff\xff"
+MAPPED = bytes(10) + b"\xff\xff"
 
 
 class Mode(enum.IntEnum):
@@ -145,24 +145,24 @@ class Counter(enum.IntEnum):
 
 # ------------------------------------------------------------------ small things
 
-_SWAPPED = array("H", range(1 << 16))
+SWAPPED = array("H", range(1 << 16))
 if sys.byteorder == "little":
-    _SWAPPED.byteswap()
+    SWAPPED.byteswap()
 
 
 def swap(port: int) -> int:
     """A port as it lies in network byte order, read as a number of this host; and back."""
-    return _SWAPPED[port]
+    return SWAPPED[port]
 
 
 def mapped(address: bytes) -> bytes:
     """16 bytes for an address of 4 or 16."""
-    return _MAPPED + address if len(address) == 4 else address
+    return MAPPED + address if len(address) == 4 else address
 
 
 def unmapped(address: bytes) -> bytes:
     """4 bytes for an IPv4 address, 16 for an IPv6 address."""
-    return address[12:] if address.startswith(_MAPPED) else address
+    return address[12:] if address.startswith(MAPPED) else address
 
 
 def ticks(milliseconds: float) -> int:
@@ -192,14 +192,14 @@ class FlowKey(Value, frozen=True):
 
     def pack(self) -> bytes:
         """As it lies in the maps."""
-        return KEY.pack(mapped(self.source), mapped(self.destination), _SWAPPED[self.source_port],
-                        _SWAPPED[self.destination_port], self.protocol)
+        return KEY.pack(mapped(self.source), mapped(self.destination), SWAPPED[self.source_port],
+                        SWAPPED[self.destination_port], self.protocol)
 
     @classmethod
     def unpack(cls, data: _Data) -> FlowKey:
         """The other way round."""
         source, destination, source_port, destination_port, protocol = KEY.unpack(data)
-        return cls(unmapped(source), unmapped(destination), _SWAPPED[source_port], _SWAPPED[destination_port],
+        return cls(unmapped(source), unmapped(destination), SWAPPED[source_port], SWAPPED[destination_port],
                    protocol)
 
 
@@ -236,8 +236,8 @@ class Flow(Value, frozen=True):
 
     def pack(self) -> _Bytes:
         """As it lies in the maps."""
-        return FLOW.pack(mapped(self.source), mapped(self.destination), _SWAPPED[self.source_port],
-                         _SWAPPED[self.destination_port], self.destination_mac, self.source_mac, self.ifindex,
+        return FLOW.pack(mapped(self.source), mapped(self.destination), SWAPPED[self.source_port],
+                         SWAPPED[self.destination_port], self.destination_mac, self.source_mac, self.ifindex,
                          self.state, self.used, self.opened, self.packets, self.bytes, self.serial,
                          self.virtual_server, self.member, self.idle_seconds, self.request)
 
@@ -246,7 +246,7 @@ class Flow(Value, frozen=True):
         """The other way round."""
         (source, destination, source_port, destination_port, destination_mac, source_mac, ifindex, state, used,
          opened, packets, octets, serial, virtual_server, member, idle, request) = FLOW.unpack(data)
-        return cls(unmapped(source), unmapped(destination), _SWAPPED[source_port], _SWAPPED[destination_port],
+        return cls(unmapped(source), unmapped(destination), SWAPPED[source_port], SWAPPED[destination_port],
                    destination_mac, source_mac, ifindex, state, serial, virtual_server, member, idle, packets, octets,
                    used, opened, request)
 
@@ -278,13 +278,13 @@ class ServiceKey(NamedTuple):
 
     def pack(self) -> bytes:
         """As it lies in the maps."""
-        return SERVICE_KEY.pack(mapped(self.address), _SWAPPED[self.port], self.protocol)
+        return SERVICE_KEY.pack(mapped(self.address), SWAPPED[self.port], self.protocol)
 
     @classmethod
     def unpack(cls, data: _Data) -> ServiceKey:
         """The other way round."""
         address, port, protocol = SERVICE_KEY.unpack(data)
-        return cls(unmapped(address), _SWAPPED[port], protocol)
+        return cls(unmapped(address), SWAPPED[port], protocol)
 
 
 class Service(NamedTuple):
@@ -357,14 +357,14 @@ class Target(NamedTuple):
 
     def pack(self) -> bytes:
         """As it lies in the maps."""
-        return TARGET.pack(_NOWHERE if self.address is None else mapped(self.address), _SWAPPED[self.port], self.mac,
+        return TARGET.pack(_NOWHERE if self.address is None else mapped(self.address), SWAPPED[self.port], self.mac,
                            self.ifindex, self.member, TARGET_ROUTED if self.routed else 0)
 
     @classmethod
     def unpack(cls, data: _Data) -> Target:
         """The other way round."""
         address, port, mac, ifindex, member, flags = TARGET.unpack(data)
-        return cls(None if address == _NOWHERE else unmapped(address), _SWAPPED[port], mac, ifindex, member,
+        return cls(None if address == _NOWHERE else unmapped(address), SWAPPED[port], mac, ifindex, member,
                    bool(flags & TARGET_ROUTED))
 
 
@@ -418,8 +418,8 @@ class Closed(NamedTuple):
     @property
     def key(self) -> FlowKey:
         """The connection as the client sent it."""
-        return FlowKey(unmapped(self.raw_source), unmapped(self.raw_destination), _SWAPPED[self.raw_source_port],
-                       _SWAPPED[self.raw_destination_port], self.protocol)
+        return FlowKey(unmapped(self.raw_source), unmapped(self.raw_destination), SWAPPED[self.raw_source_port],
+                       SWAPPED[self.raw_destination_port], self.protocol)
 
     @property
     def duration_ms(self) -> int:
