@@ -319,6 +319,20 @@ def test_nothing_is_left_behind(site: Site) -> None:
     assert everything() == before
 
 
+def test_a_pair_that_somebody_removed_is_made_anew(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """By which the agent sends; until it looks, what it sends is lost."""
+    data = frame(CLIENT, VIRTUAL)
+    with site.fastpath() as fastpath:
+        wire = fastpath.ports[2].ifindex
+        site.root.run("ip", "link", "del", pair(BRIDGE)[0])
+        assert not fastpath.inject(wire, data) and not fastpath.send(wire, data)
+        fastpath.sync_ports()
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert fastpath.door and fastpath.inject(wire, data) and fastpath.send(wire, data)
+        fastpath.sync_ports()
+        assert len(caplog.records) == 1, "it is there"
+
+
 def test_connections_through_a_port_that_went_are_deleted(site: Site) -> None:
     with site.fastpath() as fastpath:
         data = frame(CLIENT, VIRTUAL, flags=ACK)

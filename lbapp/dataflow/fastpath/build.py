@@ -34,12 +34,12 @@ class BuildError(Exception):
 
 
 def up_to_date(target: Path = OBJECT, source: Path = SOURCE) -> bool:
-    """Whether the object is there and not older than any source."""
+    """Whether the object is there and not older than any source, and how they are compiled."""
     try:
         made = target.stat().st_mtime_ns
     except OSError:
         return False
-    return all(one.stat().st_mtime_ns <= made for one in (source, *SOURCES[1:]))
+    return all(one.stat().st_mtime_ns <= made for one in (source, *SOURCES[1:], Path(__file__)))
 
 
 def build(target: Path = OBJECT, force: bool = False, source: Path = SOURCE) -> bool:

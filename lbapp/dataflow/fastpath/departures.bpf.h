@@ -34,15 +34,17 @@ static __noinline __u32 make_syn(struct fp_departure *it, const struct fp_instal
 	if (mapped(flow->source)) {
 		struct iphdr *ip = (struct iphdr *)(eth + 1);
 		__u32 *words = (__u32 *)ip;
+		__u16 check;
 
 		eth->h_proto = bpf_htons(ETH_P_IP);
 		words[0] = bpf_htonl(0x45000000 | (sizeof(*ip) + whole));
 		words[1] = bpf_htonl(0x4000);
-		words[2] = bpf_htonl(64 << 24 | IPPROTO_TCP << 16);
 		words[3] = *(__u32 *)&flow->source[12];
 		words[4] = *(__u32 *)&flow->destination[12];
 		sum = (__u64)words[3] + words[4];
-		ip->check = ~fold16(sum + words[0] + words[1] + words[2]);
+		words[2] = bpf_htonl(64 << 24 | IPPROTO_TCP << 16);
+		check = ~fold16(sum + words[0] + words[1] + words[2]);
+		words[2] |= bpf_htonl(bpf_ntohs(check));
 		tcp = (struct tcphdr *)(ip + 1);
 	} else {
 		struct ipv6hdr *ip = (struct ipv6hdr *)(eth + 1);

@@ -72,7 +72,7 @@ _NOTHING, _FRAME_GOES, _SYN_GOES = map(int, Departs)
 
 
 class Batch:
-    """Connections that are entered together.
+    """Connections that are entered together. Not for several threads.
 
     Args:
         installs, departures: memory of the arrays of these names.

@@ -102,8 +102,17 @@ class FastPath(Tables):
         """Follow the bridge's ports; connections through those that are gone are deleted.
 
         Raises:
-            PortsError: a port could not get its wire; the others have theirs.
+            PortsError: a port could not get its wire, the others have theirs; or the agent's own interfaces were gone,
+                and cannot be made.
         """
+        if not self._injector.there():
+            LOG.warning("bridge %s: the agent's own interfaces are gone, and are made anew", self.bridge)
+            self._injector.close()
+            try:
+                self._injector = Injector(self.bridge, self.programs["again"])
+            except OSError as error:
+                raise PortsError(f"the agent's own interfaces cannot be made: {error}") from None
+            self.door = self._injector.door
         changes = self.wires.sync()
         there = {wire.ifindex for wire in self.wires.ports.values()}
         gone = {wire.ifindex: wire for wire in changes.removed.values() if wire.ifindex not in there}

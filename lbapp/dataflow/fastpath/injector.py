@@ -146,6 +146,13 @@ class Injector:
         for key in [key for key in self._sockets if key[0] & ~layout.OUT_MARK in indexes]:
             self._drop(key)
 
+    def there(self) -> bool:
+        """Whether the pair is: anybody may remove it who may remove interfaces."""
+        try:
+            return socket.if_nametoindex(self._here) == self.door
+        except OSError:
+            return False
+
     def close(self) -> None:
         """Close the sockets and remove the pair."""
         for key in list(self._sockets):

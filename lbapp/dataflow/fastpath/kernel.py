@@ -382,7 +382,7 @@ def unpin(pins: Path) -> None:
 
 class Prepared:
     """A program that takes a packet, to be run again and again (BPF_PROG_TEST_RUN): the packet is always the same, of
-    its context (struct __sk_buff) only the mark and the interface are told.
+    its context (struct __sk_buff) only the mark and the interface are told. Not for several threads.
 
     Args:
         program: its descriptor.

@@ -57,6 +57,10 @@ _BESIDE = _U32.pack(1)
 _MONOTONIC_COARSE = 6
 """The clock that the programs look at for packets (linux/time.h); Python has no name for it."""
 _NOT_PINNED = ("installs", "departures", "requests", "sweeping", "decisions", "answers", "doubts", "lately")
+_MAPS = frozenset({
+    "closed", "cookies", "counters", "departures", "flows", "inner", "installs", "layout", "outer", "pending",
+    "queries", "rates", "requests", "service_stats", "services", "splices", "sweeping", "targets", "wanted"})
+_PROGRAMS = frozenset({"wire", "again", "out", "install", "finish", "revoke", "sweep"})
 _TRACKED = struct.Struct("=52xI24xIII4x")
 """State, serial, virtual server and member of a flow."""
 
@@ -66,7 +70,8 @@ class Tables:
 
     Attributes:
         requests: what is kept for members' SYN-ACKs.
-        door: the interface by which what goes with a connection leaves (``Injector.door``); 0: nothing goes.
+        door: the interface by which what goes with a connection leaves (``Injector.door``), in the namespace of the
+            thread that installs; 0: nothing goes.
 
     Args:
         program: the compiled object.
@@ -91,6 +96,10 @@ class Tables:
         self._object = kernel.Object(program, pins, lambda name: name not in _NOT_PINNED,
                                      {"flows": 2 * max_connections, "splices": _splices(max_connections)})
         maps = self._object.maps
+        lacking = (_MAPS - maps.keys()) | (_PROGRAMS - self._object.programs.keys())
+        if lacking:
+            self._object.close()
+            raise kernel.KernelError(f"{program} is not of this version: it has no {', '.join(sorted(lacking))}")
         self.programs = self._object.programs
         self.maps: Mapping[str, kernel.Map] = maps
         self._flows, self._services, self._targets = maps["flows"], maps["services"], maps["targets"]
@@ -107,6 +116,7 @@ class Tables:
         if self.adopted and self._flows.max_entries != 2 * max_connections:
             LOG.warning("the fast path's table for %d connections is kept as it was made", self.max_flows)
         self._told: dict[ServiceKey, Service] = {}
+        self._failed = False
         self._backlog: list[Closed] = []
 
     def close(self, keep: bool = False) -> None:
@@ -175,7 +185,8 @@ class Tables:
 
         Returns:
             One result a connection: GONE where what was to go with it has gone. Where that could not (the queue was
-            full, it is too long, there is no door), the connection is OPENED all the same.
+            full, it is too long, there is no door), the connection is OPENED all the same. FULL, too, where the
+            kernel could not run the program.
         """
         results: list[Result] = []
         put, now = self._batch.put, _now()
@@ -192,10 +203,14 @@ class Tables:
         try:
             told = self._install(count, door)
         except kernel.KernelError as error:
-            if not door or error.errno != errno.ENODEV:
-                raise
-            self.door = 0  # somebody has removed it
-            told = self._install(count)
+            if door and error.errno == errno.ENODEV:
+                self.door = 0  # somebody has removed it
+                return self._enter(count, 0)
+            if not self._failed:
+                LOG.error("no connection can be entered: %s", error)
+            self._failed = True
+            return [Result.FULL] * count
+        self._failed = False
         if told == count << 16 | count:
             return [Result.GONE] * count
         if told == count:
@@ -410,8 +425,6 @@ class Tables:
     def kernel_memory(self) -> dict[str, int]:
         """Bytes by map."""
         return {name: one.memory() for name, one in self.maps.items()}
-
-
 
 
 def _splices(connections: int) -> int:
