@@ -9,7 +9,7 @@ import os
 import random
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -63,10 +63,13 @@ class Place:
 
     def thread(self) -> int:
         """The kernel's, of the far end of the pair."""
-        name = f"napi/{pair(BRIDGE)[1]}"[:14]
-        (found,) = (int(comm.parent.name) for comm in Path("/proc").glob("[0-9]*/comm")
-                    if comm.read_text().startswith(name))
-        return found
+        found = []
+        for comm in Path("/proc").glob("[0-9]*/comm"):
+            with suppress(OSError):  # others come and go
+                if comm.read_text().startswith(f"napi/{pair(BRIDGE)[1]}"[:14]):
+                    found.append(int(comm.parent.name))
+        (one,) = found
+        return one
 
     def _close(self) -> None:
         with self.namespace.entered():
@@ -232,8 +235,8 @@ def test_without_a_thread_it_goes_in_the_call(monkeypatch: pytest.MonkeyPatch) -
     with ExitStack() as cleanup, monkeypatch.context() as patched:
         patched.setattr(f"{injector.__name__}._give_thread", none)
         place = Place(cleanup)
-        assert place.install(*(place.entry(1024 + at, Syn(at, OPTIONS)) for at in range(1000))) == [Result.GONE] * 1000
-        assert [frames.segment(frame, frames.parse(frame)).seq for frame in place.seen(1000)] == list(range(1000))
+        assert place.install(*(place.entry(1024 + at, Syn(at, OPTIONS)) for at in range(200))) == [Result.GONE] * 200
+        assert [frames.segment(frame, frames.parse(frame)).seq for frame in place.seen(200)] == list(range(200))
 
 
 @pytest.mark.integration
