@@ -96,6 +96,9 @@ class RelayLink:
             if number is not None and self._hybrid(number) and self.relay.part(serial):
                 self._offer(serial)
 
+        for relayed in self.relay.finishing():
+            self._hand_over(_new_flow(self.switch, relayed))
+
     def _offer(self, serial: int) -> bool:
         """Have a fast path take a connection over."""
         relayed = self.relay.hand_over(serial)
@@ -198,6 +201,8 @@ def _new_flow(switch: int, relayed: Relayed) -> NewFlow:
     translation = Translation(flow.destination, flow.destination_port, Host(flow.destination_mac, flow.ifindex),
                               bool(flow.state & layout.ROUTED))
     tracked, splice = bool(flow.state & layout.TRACKED), relayed.splice
+    made = NewFlow(query, flow.member, translation, tracked, client_finished=bool(relayed.finished & 1),
+                   member_finished=bool(relayed.finished & 2))
     if splice is None:
-        return NewFlow(query, flow.member, translation, tracked)
-    return NewFlow(query, flow.member, translation, tracked, 0, splice.offset, splice.shift)
+        return made
+    return made._replace(seq_offset=0, ack_offset=splice.offset, window_shift=splice.shift)

@@ -174,7 +174,7 @@ class RemoteLink:
 
     def take_over(self, flow: NewFlow) -> bool:
         """See :class:`lbapp.fastpaths.Link`. Nothing repeats a NEWFLOW that the agent refuses: REFUSED tells."""
-        if not self.proxies:
+        if not self.proxies or (not self.client.finishes and (flow.client_finished or flow.member_finished)):
             return False
         self.client.send_newflows([flow])
         return True

@@ -128,11 +128,13 @@ class Version(NamedTuple):
         return self.major << 4 | self.minor
 
 
-VERSIONS = (Version(1, 0), Version(1, 1), Version(1, 2))
+VERSIONS = (Version(1, 0), Version(1, 1), Version(1, 2), Version(1, 3))
 PROXIES = Version(1, 1)
 """From this version on: KEYS, virtual servers of mode PROXY, and what SSMB carries of them."""
 LIMITS = Version(1, 2)
 """From this version on: limits on new connections, and in COUNTERS what they refused."""
+FINISHED = Version(1, 3)
+"""From this version on: which side of a connection has finished, in NEWFLOW."""
 
 
 class Hello(NamedTuple):

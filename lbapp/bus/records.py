@@ -16,7 +16,8 @@ from lbapp.control.messages import Host, Query, Translation
 from lbapp.values import astuple
 
 # Flags of a record. ADD_TCP_OFFSETS is FIGURE 7's.
-INSTALL, TRACKED, TRANSLATE, TRANSLATE_ADDRESS, ROUTED, ADD_TCP_OFFSETS = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
+INSTALL, TRACKED, TRANSLATE, TRANSLATE_ADDRESS, ROUTED, ADD_TCP_OFFSETS, CLIENT_FINISHED, MEMBER_FINISHED = (
+    1 << bit for bit in range(8))
 
 # serial, in_port, virtual server, TCP flags, protocol, TOS, client's MAC, source, destination, ports
 FLOW = "IIIHBB6s{0}s{0}sHH"

@@ -114,6 +114,7 @@ class Session:
         self._tagged_out = self._tagged_in = 0
         self._hellos = 0
         self.limits = False  # whether it is of a version that has limits on new connections
+        self.finishes = False  # whether it is of a version whose NEWFLOW says who has finished
         self.proxies = False  # whether the peer reads what clients say (APP_PROXY), in a version that carries it
 
     # -------------------------------------------------------------- the carrier's side
@@ -272,6 +273,7 @@ class Session:
         self.keys = auth.derive(self._key, auth.transcript(self._said), *self._nonces())
         self.phase = Phase.UP
         self.limits = self.peer.version >= csmb.LIMITS
+        self.finishes = self.peer.version >= csmb.FINISHED
         self.proxies = self.peer.version >= csmb.PROXIES and HelloFlag.APP_PROXY in self.peer.flags
         self._events.append(Up(self.peer, self.keys, self.peer.version, min(self.hello.limit, self.peer.limit)))
 

@@ -31,8 +31,10 @@ from lbapp.bus.errors import DecodeError, EncodeError, Fault
 from lbapp.bus.records import (
     ADD_TCP_OFFSETS,
     ANSWER,
+    CLIENT_FINISHED,
     FLOW,
     INSTALL,
+    MEMBER_FINISHED,
     ROUTED,
     TRACKED,
     TRANSLATE,
@@ -214,11 +216,12 @@ def _pack_reply(reply: Reply, size: int) -> bytes:
 
 
 def _pack_newflow(flow: NewFlow, size: int) -> bytes:
-    query, member, translation, tracked, seq, ack, shift = astuple(flow)
+    query, member, translation, tracked, seq, ack, shift, client_finished, member_finished = astuple(flow)
     if (seq is None) != (ack is None) or (shift and seq is None) or not -128 <= shift < 128:
         raise EncodeError(Fault.VALUE, "both TCP offsets, or none, and a window shift only with them")
     flags, address, port, mac, out_port = pack_answer(
-        size, translation, INSTALL | tracked * TRACKED | (0 if seq is None else ADD_TCP_OFFSETS))
+        size, translation, INSTALL | tracked * TRACKED | (0 if seq is None else ADD_TCP_OFFSETS)
+        | client_finished * CLIENT_FINISHED | member_finished * MEMBER_FINISHED)
     return pack_flow(_NEWFLOWS[size], size, query, shift & 0xFF, flags, member, address, port, mac, out_port, seq or 0,
                      ack or 0)
 
@@ -403,14 +406,13 @@ def _unpack_newflows(records: bytes, size: int, switch: int, count: int) -> list
     for (serial, in_port, number, tcp, protocol, tos, mac, source, destination, source_port, destination_port, shift,
          flags, member, address, port, host, out_port, seq, ack) in _NEWFLOWS[size].iter_unpack(records):
         translation = read_translation(flags, address, port, host, out_port)
-        if (translation is None or (shift and not flags & ADD_TCP_OFFSETS)
-                or flags & ~(INSTALL | TRACKED | TRANSLATE | TRANSLATE_ADDRESS | ROUTED | ADD_TCP_OFFSETS)):
+        if translation is None or (shift and not flags & ADD_TCP_OFFSETS):
             raise DecodeError(Fault.VALUE, f"NEWFLOW with flags {flags:#x} and window shift {shift}")
         query = Query(serial, switch, in_port, mac, FlowSignature(source, source_port, destination, destination_port,
                                                                   protocol, tos), number, tcp)
         seq_offset, ack_offset = (seq, ack) if flags & ADD_TCP_OFFSETS else (None, None)
         out.append(NewFlow(query, member, translation, flags & TRACKED != 0, seq_offset, ack_offset,
-                           (shift ^ 0x80) - 0x80))
+                           (shift ^ 0x80) - 0x80, flags & CLIENT_FINISHED != 0, flags & MEMBER_FINISHED != 0))
     return out
 
 

@@ -435,6 +435,11 @@ class CsClient(Peer):
         """Whether the DFS is connected, and keeps limits on new connections."""
         return self.connected and self._connection is not None and self._connection.session.limits
 
+    @property
+    def finishes(self) -> bool:
+        """Whether the DFS is connected, and hears who has finished (NEWFLOW)."""
+        return self.connected and self._connection is not None and self._connection.session.finishes
+
     def check(self) -> None:
         """Ask which virtual servers the DFS holds (VS_LIST), and repair differences: Listed says how many."""
         if self._trying is not None and isinstance(self._trying.session, CsSession):

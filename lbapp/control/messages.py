@@ -258,6 +258,7 @@ class NewFlow(Value, frozen=True):
 
     ``seq_offset`` and ``ack_offset`` (ADD_TCP_OFFSETS of 003 FIGURE 7) are added modulo 2**32 to what the client
     sends; None: nothing is added. ``window_shift`` is the member's window scale less the one that the client was told.
+    A side whose FIN or RST has not passed where the flow is has finished all the same.
     """
 
     query: Query
@@ -267,6 +268,8 @@ class NewFlow(Value, frozen=True):
     seq_offset: int | None = None
     ack_offset: int | None = None
     window_shift: int = 0
+    client_finished: bool = False
+    member_finished: bool = False
 
 
 class Timeout(Value, frozen=True):

@@ -227,11 +227,13 @@ class Agent(Generic[Path]):
         for one in replies:
             if isinstance(one, AppReply):
                 continue
-            # What a member said before this has the connection, nobody here knows.
-            reply, more = _as_reply(one), layout.ANSWERED if isinstance(one, NewFlow) else 0
-            if isinstance(one, NewFlow) and one.ack_offset is not None:
-                more |= layout.SPLICE
-                offsets[one.query.serial] = layout.Splice(one.ack_offset, one.window_shift)
+            reply, more = _as_reply(one), 0
+            if isinstance(one, NewFlow):
+                # What a member said before this has the connection, nobody here knows.
+                more = layout.ANSWERED | one.client_finished * layout.FIN | one.member_finished * layout.PEER_FIN
+                if one.ack_offset is not None:
+                    more |= layout.SPLICE
+                    offsets[one.query.serial] = layout.Splice(one.ack_offset, one.window_shift)
             waiting = self._waiting.pop(reply.query.signature, None)
             if waiting is None:
                 if reply.query.serial in self._twice:

@@ -33,11 +33,11 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from lbapp.control.messages import AppQuery, AppReply, Binding, Error, FlowSignature, Query, Refused, Reply
-from lbapp.dataflow import frames, joining, tcp_frames
+from lbapp.dataflow import frames, joining, splicing, tcp_frames
 from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.cookies import Options
-from lbapp.dataflow.fastpath.entries import Departure, Entry, FirstFrame, Syn
+from lbapp.dataflow.fastpath.entries import Departure, Entry, Syn
 from lbapp.dataflow.frames import ACK, FIN, PSH, RST, SYN, Segment
 from lbapp.dataflow.handshake import Handshake, Phase
 from lbapp.dataflow.lately import Lately
@@ -341,17 +341,21 @@ class Proxy:
             self._ready.append(one)
 
     def _pass_on(self, one: Handshake) -> None:
-        """Let what the client said go, in order, and at once: what follows may be translated on the spot, and would
-        overtake it."""
-        mss = one.segment_most
+        """Let what the client said go, in order.
+
+        A splice translates what follows on the spot, and that would overtake what goes soon. What is handed over holds
+        it back until the first has passed (``HELD``): the longer that takes, the more comes here by the way round. So
+        soon is for a client that seems to have said all, in one frame.
+        """
+        mss, soon = one.segment_most, one.member is None and one.said_all and len(one.flights[0]) <= splicing.FRAME
         if one.ours and one.member is not None:
             signature = one.query.signature
             self._passed_back.put((*one.member[:2], signature.source, signature.source_port), Going(mss))
         flights = one.flights
         for frame in flights.values() if len(flights) == 1 else joining.join(
                 [flights[offset] for offset in sorted(flights)], mss):
-            self._fastpath.inject(one.ifindex, frame)
-        self._given(one)
+            self._fastpath.inject(one.ifindex, frame, soon)
+        self._given(one, soon)
 
     # -------------------------------------------------------------- what the control segment says
 
@@ -377,12 +381,12 @@ class Proxy:
                 changed = one.edit is None or known.change(one.edit)
                 self._bytes += len(known.data) - size
                 splice = one.binding is _SPLICED or known.ours
-                # What follows first data that is handed over is held back until that has passed (HELD): the longer it
-                # takes, the more comes here by the way round. So it goes soon if its client seems to have said all.
-                entry = self._entry(
-                    one.reply, layout.SPLICE if splice else layout.HELD, self._keep(known) if splice else 0,
-                    Syn(known.isn, _packed(known.options)) if splice else
-                    FirstFrame(known.ifindex, known.flights[0]) if known.said_all else None) if changed else None
+                # First data does not go with its entry: a whole batch of it would wait in the kernel's queue, where
+                # what its clients say next overtakes it. Behind a SYN nothing comes.
+                entry = None
+                if changed:
+                    entry = self._entry(one.reply, layout.SPLICE, self._keep(known), Syn(
+                        known.isn, _packed(known.options))) if splice else self._entry(one.reply, layout.HELD, 0, None)
                 if entry is None:
                     self._counters["reply_unknown_port"] += 1
                     refused.append(Refused(self._switch, one.query.serial, one.query.virtual_server))
@@ -397,8 +401,6 @@ class Proxy:
                 self._reset(known)
             elif one.binding is _SPLICED or known.ours:
                 self._open(known, told, now, result is _GONE)
-            elif result is _GONE:
-                self._given(known, soon=True)
             else:
                 self._pass_on(known)
             if known.request and self._fastpath.requests.given(known.request):

@@ -62,13 +62,14 @@ class Ports:
 
 
 class Relayed(NamedTuple):
-    """A connection that a fast path is to take over: as the client sends it, the way there and back, and what is
-    translated (None: nothing but addresses and ports)."""
+    """A connection that a fast path is to take over: as the client sends it, the way there and back, what is
+    translated (None: nothing but addresses and ports), and who has finished (1: the client, 2: its member)."""
 
     key: FlowKey
     flow: Flow
     back: Flow
     splice: Splice | None
+    finished: int
 
 
 class Relay:
@@ -104,6 +105,7 @@ class Relay:
         self._traffic: dict[tuple[int, int], list[int]] = {}
         self._counts: Counter[str] = Counter()
         self._there: list[int] = []
+        self._finishing: list[Connection] = []
         self._spent: OrderedDict[int, None] = OrderedDict()
 
     def __len__(self) -> int:
@@ -284,12 +286,13 @@ class Relay:
                 one.kept[side] = [(flow.ifindex, frame) for frame in made]  # it says all that those before it did
                 return
         self.out += [(flow.ifindex, frame) for frame in made]
-        if part.flags & RST:
-            self._close(one)
-        elif part.flags & FIN:
-            one.fins |= 1 << side
+        fins = 3 if part.flags & RST else 1 << side if part.flags & FIN else 0
+        if fins & ~one.fins:
+            one.fins |= fins
             if one.fins == 3:
                 self._close(one)
+            if one.taken:
+                self._finishing.append(one)
 
     def errors(self) -> list[tuple[int, int, int, int]]:
         """Answers with a status of 5xx since the last call: serial, virtual server, member, status."""
@@ -363,7 +366,13 @@ class Relay:
         one.taken = True
         self._spent[serial] = None
         self._count_opened(one, -1)
-        return Relayed(one.keys[0], *one.sides, one.splice)
+        return _relayed(one)
+
+    def finishing(self) -> list[Relayed]:
+        """The connections that a fast path has, of which it cannot know that a side has finished: what said that was on
+        its way here, and has been since the last call."""
+        finishing, self._finishing = self._finishing, []
+        return [_relayed(one) for one in finishing]
 
     def take_back(self, serial: int) -> None:
         """Nobody else has it: its end is told of from here."""
@@ -551,6 +560,10 @@ class Relay:
     def service_stats(self) -> dict[tuple[int, int], layout.Traffic]:
         """See :meth:`Tables.service_stats`."""
         return {key: layout.Traffic(*counts) for key, counts in self._traffic.items()}
+
+
+def _relayed(one: Connection) -> Relayed:
+    return Relayed(one.keys[0], *one.sides, one.splice, one.fins)
 
 
 def _update(table: dict[Any, Any], changed: Mapping[Any, Any]) -> None:

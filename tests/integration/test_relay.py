@@ -152,6 +152,17 @@ def test_a_request_in_pieces(lab: Lab) -> None:
         assert b"X-Server: s1" in everything(it)
 
 
+def test_of_what_ended_nothing_is_left(lab: Lab) -> None:
+    """Members finish at once, while their connections are being handed over: who has them then has not seen that."""
+    for _ in range(20):
+        with connect(lab.client(), VIP, 80) as it:
+            for part in (b"GET /one/x HTTP/1.1\r\nHost: a.example\r\n", b"Connection: close\r\n\r\n"):
+                it.sendall(part)
+                time.sleep(0.005)
+            assert b"X-Server: s1" in everything(it)
+    wait_until(lambda: not bindings(lab), 10, "all have ended")
+
+
 def test_the_binding_changes_while_connections_live(lab: Lab) -> None:
     """Who is established goes on; the next ones are had by whoever is told."""
     with connect(lab.client(), VIP, 80) as it:

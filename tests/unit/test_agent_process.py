@@ -42,7 +42,8 @@ from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.layout import Hash, Mode, ServiceKey
 from lbapp.dataflow.ovs import OvsError
 from lbapp.dataflow.pipeline import Label, zones
-from tests.unit.test_agent import CLIENT, MEMBER, VIP, FakeFastPath
+from tests.fake_fastpath import FakeFastPath
+from tests.unit.test_agent import CLIENT, MEMBER, VIP
 
 SWITCH = 5
 KEY = os.urandom(32)

@@ -261,6 +261,40 @@ def test_what_the_kernel_refuses_is_full(place: Place, monkeypatch: pytest.Monke
     assert place.install(one) == [Result.GONE]
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize("state", [0, layout.SPLICE])
+@pytest.mark.parametrize("order", [(layout.FIN, layout.PEER_FIN), (layout.PEER_FIN, layout.FIN)])
+def test_who_has_finished_may_be_told(place: Place, state: int, order: tuple[int, int]) -> None:
+    """With the connection, or later; the second one ends it, once."""
+    one = place.entry(4000, None, state=state)
+
+    def told(bits: int) -> Entry:
+        return one._replace(flow=one.flow._replace(state=state | bits))
+
+    def sides() -> list[int]:
+        found = [place.tables.lookup(key) for key in (one.key, one.back()[0])]
+        return [flow.state & (layout.FIN | layout.PEER_FIN | layout.CLOSED) for flow in found if flow is not None]
+
+    mirrored = {layout.FIN: layout.PEER_FIN, layout.PEER_FIN: layout.FIN}
+    assert place.install(told(order[0])) == [Result.OPENED]
+    assert sides() == [order[0], mirrored[order[0]]] and place.tables.closed() == []
+    assert place.install(told(order[0])) == [Result.EXISTS]
+    assert place.tables.closed() == []
+    assert place.install(told(order[1])) == [Result.EXISTS]
+    assert sides() == [layout.FIN | layout.PEER_FIN | layout.CLOSED] * 2
+    assert [closed.serial for closed in place.tables.closed()] == [4000]
+
+
+@pytest.mark.integration
+def test_what_is_said_of_another_connection_changes_nothing(place: Place) -> None:
+    one = place.entry(4000, None)
+    assert place.install(one) == [Result.OPENED]
+    other = one._replace(flow=one.flow._replace(serial=9, state=layout.FIN | layout.PEER_FIN))
+    assert place.install(other) == [Result.EXISTS]
+    found = place.tables.lookup(one.key)
+    assert found is not None and found.state == 0 and place.tables.closed() == []
+
+
 def test_an_object_of_another_version_is_refused() -> None:
     require_programs()
     with pytest.raises(kernel.KernelError, match=r"not of this version: it has no .*departures.*install"):

@@ -336,18 +336,19 @@ def test_late_segments_of_a_connection_that_is_ready_are_passed_on_once(world: W
     assert len(world.fast.injected) == 2 and world.counters["proxy_stray"] == 1
 
 
-@pytest.mark.parametrize(("binding", "flags", "soon"), [
-    (Binding.HANDOFF, ACK | PSH, True), (Binding.HANDOFF, ACK, False), (Binding.SPLICE, ACK | PSH, False),
-], ids=["all was said", "more comes", "splice"])
-def test_what_more_could_overtake_goes_at_once(world: World, binding: Binding, flags: int, soon: bool) -> None:
-    asked = world.client(0, REQUEST, flags)
+@pytest.mark.parametrize(("binding", "flags", "size", "soon"), [
+    (Binding.HANDOFF, ACK | PSH, 1448, True), (Binding.HANDOFF, ACK | PSH, 1480, False),
+    (Binding.HANDOFF, ACK, 1448, False), (Binding.SPLICE, ACK | PSH, 1448, False),
+], ids=["all was said", "longer than a frame", "more comes", "splice"])
+def test_what_more_could_overtake_goes_at_once(world: World, binding: Binding, flags: int, size: int,
+                                               soon: bool) -> None:
+    asked = world.client(0, REQUEST.ljust(size), flags)
     assert asked is not None
     world.answer(asked.query, binding=binding)
     if binding is Binding.SPLICE:
         world.member(1, SYN | ACK)
-    soon = soon and world.fast.door
     assert world.fast.soon == [soon]
-    world.client(len(REQUEST), b"late")
+    world.client(size, b"late")
     assert world.fast.injected[-1][1].endswith(b"late") and world.fast.soon == [soon, soon], "in the same order"
 
 

@@ -479,6 +479,30 @@ def test_a_fast_path_takes_over(here: Relay, clock: Clock) -> None:
     assert len(here.closed()) == 1
 
 
+def test_a_fast_path_is_told_who_has_finished(here: Relay) -> None:
+    """What said so was on its way here when the fast path took over, or came before it did."""
+    here.install(entries(pair()))
+    here.set_splices({SERIAL: Splice(7)})
+    taken = here.hand_over(SERIAL)
+    assert taken is not None and taken.finished == 0
+    here.packet(WIRE, answer(seq=508, payload=b"answer"))
+    assert here.finishing() == []
+    for _ in range(2):
+        here.packet(WIRE, answer(seq=514, flags=FIN | ACK))
+    assert here.finishing() == [taken._replace(finished=2)] and here.finishing() == [], "once"
+    here.packet(WIRE, request(flags=RST))
+    assert here.finishing() == [taken._replace(finished=3)], "nobody says any more"
+
+
+def test_what_has_half_ended_is_handed_over_as_that(here: Relay) -> None:
+    here.install(entries(pair()))
+    here.set_splices({SERIAL: Splice(7)})
+    here.packet(WIRE, request(flags=FIN | ACK))
+    assert here.finishing() == [], "nobody else has it"
+    taken = here.hand_over(SERIAL)
+    assert taken is not None and taken.finished == 1
+
+
 def test_what_is_under_way_is_not_overtaken(here: Relay) -> None:
     """Acknowledgments are kept back; with the last one, before any goes on, a fast path may have it."""
     here.install(entries(pair()))

@@ -167,7 +167,11 @@ def test_hybrid_hands_over_with_offsets() -> None:
     assert not world.link.holds(flow.query.serial)
     ((_, seen),) = world.member(ACK, ack=ISN + 1 + len(REQUEST))
     assert seen.seq == seq + 1, "what was on its way is translated here"
+    assert world.handed == [flow]
+    world.member(FIN | ACK, ack=ISN + 1 + len(REQUEST))
+    assert world.handed[1:] == [flow._replace(member_finished=True)], "the fast path has not seen that"
     world.client(RST, 1 + len(REQUEST))
+    assert world.handed[2:] == [flow._replace(member_finished=True, client_finished=True)]
     world.link.tick(0.0)
     assert world.control.statistics().virtual_servers[NUMBER].closed == 0, "the fast path will tell"
 

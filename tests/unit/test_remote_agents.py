@@ -286,7 +286,7 @@ def test_an_agent_that_shakes_hands_gets_keys_and_is_answered(site: Site) -> Non
     link.reply([AppReply(QUERY), told])
     until(lambda: len(site.heard) == 2)
     assert site.heard == [AppReply(QUERY), told]
-    flow = NewFlow(QUERY, 3, Translation(None, 0, Host(bytes(6), 4)), False, 0, 7, -2)
+    flow = NewFlow(QUERY, 3, Translation(None, 0, Host(bytes(6), 4)), False, 0, 7, -2, member_finished=True)
     assert link.take_over(flow)
     until(lambda: site.heard[-1] == flow)
     # Away: nobody would hear what clients say. Back: it is told the keys again.
@@ -299,6 +299,19 @@ def test_an_agent_that_shakes_hands_gets_keys_and_is_answered(site: Site) -> Non
     until(lambda: Keyed((b"a" * 16, b"b" * 16), 1) in site.events)
     until(lambda: site.fastpaths.told.count(("changed", SWITCH)) == 2)
     assert link.proxies
+
+
+def test_an_older_agent_does_not_take_over_what_has_half_ended(site: Site) -> None:
+    """It could not be told; a connection that nobody has finished is its own."""
+    server = site.dfs(versions=VERSIONS[:3])
+    site.agents.connect(server.address)
+    until(lambda: SWITCH in site.fastpaths.links)
+    link = site.fastpaths.links[SWITCH]
+    flow = NewFlow(QUERY, 3, Translation(None, 0, Host(bytes(6), 4)))
+    assert not link.take_over(flow._replace(client_finished=True))
+    assert not link.take_over(flow._replace(member_finished=True))
+    assert link.take_over(flow)
+    until(lambda: site.heard == [flow])
 
 
 @pytest.mark.parametrize("older", [{"versions": VERSIONS[:1]}, {"flags": HelloFlag(0)}])

@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 
     Attributes:
         key: its packets as the client sends them.
-        flow: the way there.
+        flow: the way there. Its state says who has finished (FIN, PEER_FIN), also of one that is there already.
         client_mac, client_ifindex: where the client is.
         departure: what is to go, soon, once it is entered.
     """

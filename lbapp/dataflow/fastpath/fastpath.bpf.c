@@ -319,13 +319,36 @@ struct installing {
 	__u32 gone;
 };
 
+/* Who has finished (FP_FIN: the client, FP_PEER_FIN: its member) of a connection that is here, now or before. */
+static __noinline void finish_sides(struct fp_install *one, __u32 finished)
+{
+	struct fp_flow *flow = bpf_map_lookup_elem(&flows, &one->key), *other;
+	struct fp_key back;
+
+	if (!flow || flow->serial != one->flow.serial || flow->state & FP_OUTBOUND)
+		return;
+	if (one->result != FP_OPENED)
+		one->result = FP_EXISTS;
+	turn_round(&back, flow, one->key.protocol);
+	other = other_of(flow, &back);
+	if (finished & FP_FIN)
+		follow(&one->key, flow, FP_FIN, one->flow.opened);
+	if (finished & FP_PEER_FIN && other)
+		follow(&back, other, FP_FIN, one->flow.opened);
+}
+
 static long install_one(__u32 index, struct installing *all)
 {
 	struct fp_install *one = bpf_map_lookup_elem(&installs, &index);
+	__u32 finished;
 
 	if (!one)
 		return 1;
+	finished = one->flow.state & (FP_FIN | FP_PEER_FIN);
+	one->flow.state &= ~finished;
 	one->result = enter(one);
+	if (finished)
+		finish_sides(one, finished);
 	if (one->result != FP_OPENED)
 		return 0;
 	all->opened++;

@@ -40,9 +40,6 @@ _GSO = struct.Struct("=BBHHHH")
 """struct virtio_net_hdr (linux/virtio_net.h): flags, gso_type, hdr_len, gso_size, csum_start, csum_offset."""
 _GSO_TCPV4, _GSO_TCPV6 = 1, 4
 _AS_IT_IS = bytes(_GSO.size)
-_LONGEST_FRAME = 1514
-"""What is longer is several segments in one, and has to be cut up on the way: every path carries pieces of LEAST_MSS
-(RFC 8200, 5)."""
 _LARGEST_MTU = 65_535
 _ADDRESS = b"\x02lb\0\0\x03"
 _NO_ROOM = frozenset({errno.EAGAIN, errno.ENOBUFS})
@@ -106,7 +103,7 @@ class Injector:
         return self._send(ifindex | layout.OUT_MARK, frame, soon)
 
     def _send(self, mark: int, frame: bytes, soon: bool) -> bool:
-        if soon and len(frame) > _LONGEST_FRAME and _is_tcp(frame):
+        if soon and len(frame) > splicing.FRAME and _is_tcp(frame):
             # The kernel would do it, but GRO would give the last piece, alone the socket's, to the receiver first.
             pieces = splicing.divided(frame, frames.parse(frame), LEAST_MSS)
             return all(self._send(mark, piece, soon) for piece in pieces)
@@ -176,7 +173,7 @@ def _is_tcp(frame: bytes) -> bool:
 def _shape(frame: bytes) -> bytes:
     """What goes in front: a long TCP frame is one that whoever needs it smaller may cut up; with a whole checksum,
     which needs no flag."""
-    if len(frame) <= _LONGEST_FRAME or not _is_tcp(frame):
+    if len(frame) <= splicing.FRAME or not _is_tcp(frame):
         return _AS_IT_IS
     six = frame[12:14] == b"\x86\xdd"
     tcp = 54 if six else 14 + 4 * (frame[14] & 15)
