@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from lbapp.config.model import UNLIMITED, Algorithm, Member, Persistence, Pool, VirtualServer
 from lbapp.config.pool import Override
-from lbapp.control.messages import Binding, Query, Translation
+from lbapp.control.messages import Binding, Closed, Query, Translation
 from lbapp.control.neighbours import Neighbours
 from lbapp.control.persistence import Clients, Keys
 from lbapp.control.selection import ALGORITHMS, Candidate, Selector
@@ -83,6 +83,13 @@ class SwitchState:
         self.chosen[serial] = chosen
         if len(self.chosen) > most:
             self.chosen.popitem(last=False)
+
+    def ended(self, closed: Iterable[Closed]) -> None:
+        """Forget the reasons of connections that have ended. Kept until others make room, they would scatter in memory
+        what is made for the next ones."""
+        forget = self.chosen.pop
+        for one in closed:
+            forget(one.serial, None)
 
     def stale(self, number: int) -> None:
         """What a virtual server selects from has changed."""

@@ -32,7 +32,7 @@ leaves with some other message's commands: whenever anything happened, those fir
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -374,7 +374,7 @@ class ControlSegment:
         followed = self._connections.of(delete.switch)
         endings = Endings()
         # Most are not followed: they are added up first, for few virtual servers and members.
-        sums: dict[tuple[int, int], list[int]] = {}
+        sums: defaultdict[tuple[int, int], list[int]] = defaultdict(lambda: [0, 0, 0])
         for closed in delete.closed:
             entry = followed.get(closed.serial)
             if (closed.packets == REFUSED_PACKETS and closed.outbound and closed.counted
@@ -387,10 +387,7 @@ class ControlSegment:
                     endings.add(load, closed, entry.rules, now - entry.opened if known else None)
                 self._connections.closed(entry, closed, now)
                 continue
-            key = closed.virtual_server, closed.member
-            total = sums.get(key)
-            if total is None:
-                total = sums[key] = [0, 0, 0]
+            total = sums[closed.virtual_server, closed.member]
             total[0] += 1
             total[1] += closed.packets
             total[2] += closed.bytes
@@ -398,6 +395,8 @@ class ControlSegment:
             self._count_closed(delete.switch, virtual_server, member, *total)
         endings.settle(now)
         self._answers.ended(delete.switch, delete.closed)
+        if delete.switch in self._switches:
+            self._switches[delete.switch].ended(delete.closed)
         return ()
 
     def _count_closed(self, switch: int, virtual_server: int, member: int, number: int, packets: int,

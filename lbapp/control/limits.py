@@ -19,7 +19,7 @@ class Limits(NamedTuple):
         asked_hosts: per switch, hosts looked up on demand; the oldest makes room.
         probes_per_tick: neighbours looked after in one tick.
         reaps_per_tick: connections whose idle timer is looked after in one tick.
-        chosen: per switch, connections whose reason is remembered (why that pool); the oldest makes room.
+        chosen: per switch, open connections whose reason is remembered (why that pool); the oldest makes room.
         attempts: members that are tried for one connection, at most.
         clients: clients remembered (persistence), over all pools; one of the largest pool's makes room.
         changes: of those, changes that wait to be kept; the oldest makes room, and is lost at the next restart.

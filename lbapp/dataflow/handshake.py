@@ -32,6 +32,10 @@ class Phase(enum.Enum):
     ANSWERING = "answering"
 
 
+# Looking a member of an enumeration up takes seven times as long as a name.
+_READING = Phase.READING
+
+
 class Handshake(msgspec.Struct, eq=False, gc=False):
     """A connection on its way.
 
@@ -45,6 +49,7 @@ class Handshake(msgspec.Struct, eq=False, gc=False):
         undo: what makes the data what the client said.
         request: its number, where the fast path keeps what the client said for the member's SYN-ACK; 0: it does not.
         flags: of the client's first segment.
+        ends_at: the ends of the connection to the member, as the member's packets have them.
     """
 
     query: Query
@@ -72,6 +77,7 @@ class Handshake(msgspec.Struct, eq=False, gc=False):
     failed: tuple[int, ...] = ()
     reply: Reply | None = None
     member: tuple[bytes, int, int] | None = None
+    ends_at: tuple[bytes, int, bytes, int] | None = None
     member_isn: int = 0
     shift: int = 0
     due: float = 0.0
@@ -82,11 +88,12 @@ class Handshake(msgspec.Struct, eq=False, gc=False):
     request: int = 0
 
     @classmethod
-    def begun(cls, query: Query, ifindex: int, first: Segment, options: Options, greeting: Greeting,
+    def begun(cls, query: Query, ifindex: int, frame: bytes, first: Segment, options: Options, greeting: Greeting,
               now: float) -> Handshake:
-        """By the first data of a client."""
+        """By the first data of a client, which is less than :data:`MAX_DATA`."""
         return cls(query, ifindex, first.seq - 1 & 0xFFFFFFFF, first.ack - 1 & 0xFFFFFFFF, options, greeting,
-                   first.window, now, now, options.mss, first.flags)
+                   first.window, now, now, options.mss, first.flags, _READING, bytearray(first.payload), {},
+                   {0: frame})
 
     @property
     def ours(self) -> bool:

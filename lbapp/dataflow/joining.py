@@ -10,6 +10,8 @@ than a frame can be is cut up again by whoever sends it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 from lbapp.dataflow import frames
 from lbapp.dataflow.frames import ACK, FIN, PSH
@@ -20,6 +22,19 @@ LONGEST_SEGMENT = 1460
 """Bytes of data beyond which a frame is cut up when it is sent (``fastpath/injector.py``)."""
 LEAST_MSS = 1220
 """It is cut into pieces of so much; whoever takes less gets the segments as they were."""
+
+
+class Going(NamedTuple):
+    """How segments of a connection are passed on: what their receiver takes at once, and whether they go ``soon``."""
+
+    mss: int
+    soon: bool = False
+
+
+@lru_cache(maxsize=64)
+def going(mss: int, soon: bool = False) -> Going:
+    """One of the few that there are."""
+    return Going(mss, soon)
 
 
 def join(several: Sequence[bytes], mss: int) -> list[bytes]:

@@ -30,9 +30,9 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-from lbapp.control.messages import AppQuery, AppReply, Binding, Error, FlowSignature, Query, Refused, Reply
+from lbapp.control.messages import AppQuery, AppReply, Binding, Edit, Error, FlowSignature, Query, Refused, Reply
 from lbapp.dataflow import frames, joining, splicing, tcp_frames
 from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.fastpath import layout
@@ -40,6 +40,7 @@ from lbapp.dataflow.fastpath.cookies import Options
 from lbapp.dataflow.fastpath.entries import Departure, Entry, Syn
 from lbapp.dataflow.frames import ACK, FIN, PSH, RST, SYN, Segment
 from lbapp.dataflow.handshake import Handshake, Phase
+from lbapp.dataflow.joining import Going, going
 from lbapp.dataflow.lately import Lately
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 
@@ -78,13 +79,6 @@ MakeEntry = Callable[[Reply, int, int, Departure | None], Entry | None]
 what is to go with it; None where a port is unknown."""
 
 
-class Going(NamedTuple):
-    """How a client's segments are passed on: what their receiver takes at once, and whether they go ``soon``."""
-
-    mss: int
-    soon: bool = False
-
-
 class Proxy:
     """All connections of one switch that are on their way.
 
@@ -113,7 +107,8 @@ class Proxy:
         self._asking: dict[FlowSignature, Handshake] = {}
         self._kept: dict[FlowSignature, Handshake] = {}
         self._look_at = 0.0
-        self._passed: Lately[FlowSignature, Going] = Lately(PASSED_ON)
+        # By hashes: a whole signature of each, kept so long, would scatter in memory what is made for the next ones.
+        self._passed: Lately[int, Going] = Lately(PASSED_ON)
         self._passed_back: Lately[tuple[bytes, int, bytes, int], Going] = Lately(PASSED_ON)
 
     def __len__(self) -> int:
@@ -129,22 +124,22 @@ class Proxy:
         """
         frame, packet, part = tcp_frames.read(record.frame)
         signature = packet.signature
-        known = self._all.get(signature)
+        known, fresh = self._all.get(signature), None
         if known is not None and record.kind == _DATA and known.cookie != part.ack - 1 & 0xFFFFFFFF:
             self._abandon(known)  # its client has begun anew
             known = None
         if known is None:
             if record.kind != _DATA or not part.payload:
-                going = self._passed.get(signature)
-                if going is not None and self._fastpath.lookup(_key(signature)) is not None:
+                how = self._passed.get(hash(signature))
+                if how is not None and self._fastpath.lookup(_key(signature)) is not None:
                     # It is translated now. Without its flow it would be handed back, again and again.
-                    self._later(record.ifindex, going, frame)
+                    self._later(record.ifindex, how, frame)
                 else:
                     # Of a connection that has ended: who goes on with that is reset by the fast path.
                     self._counters["proxy_stray"] += 1
                     self._fastpath.forget_pending([_key(signature)])
                 return
-            known = self._begin(record, packet, part, now)
+            known = fresh = self._begin(record, frame, packet, part, now)
             if known is None:
                 return
         if part.flags & SYN:
@@ -154,30 +149,34 @@ class Proxy:
         if part.flags & RST:
             self._abandon(known)
             return
+        if fresh is None and not self._goes_on(known, record.ifindex, frame, part, now):
+            return
+        if part.flags & FIN and known.ends(part):
+            known.timed_out = True  # nothing more will come
+        self._asking[signature] = known
+
+    def _goes_on(self, known: Handshake, ifindex: int, frame: bytes, part: Segment, now: float) -> bool:
+        """A further segment of the client; returns whether to ask what to do with what it said."""
         if known.phase is _ANSWERING:
             self._answered(known, part)
-            return
+            return False
         if known.ready and known.ours:
             # The member has all that was delivered from here.
-            self._later(record.ifindex, Going(known.segment_most), frame)
-            return
+            self._later(ifindex, going(known.segment_most), frame)
+            return False
         if known.request and self._fastpath.requests.given(known.request):
-            self._follow(known, record.ifindex, frame)
-            return
+            self._follow(known, ifindex, frame)
+            return False
         before = len(known.data)
         grown = known.take(part, frame)
         self._bytes += len(known.data) - before
         if known.phase is not _READING:
             if (grown or not known.whole) and self._let_go(known):  # else the member gets all of it from here
-                self._follow(known, record.ifindex, frame)
-            return
-        if part.flags & FIN and known.ends(part):
-            known.timed_out = True  # nothing more will come
-        elif not grown and now - known.asked < ASK_AGAIN_SECONDS:
-            return
-        self._asking[signature] = known
+                self._follow(known, ifindex, frame)
+            return False
+        return grown or now - known.asked >= ASK_AGAIN_SECONDS or bool(part.flags & FIN and known.ends(part))
 
-    def _begin(self, record: layout.QueryRecord, packet: frames.Packet, part: Segment,
+    def _begin(self, record: layout.QueryRecord, frame: bytes, packet: frames.Packet, part: Segment,
                now: float) -> Handshake | None:
         port = self._fastpath.port_of(record.ifindex)
         greeting = self._greeting(record.virtual_server)
@@ -191,8 +190,9 @@ class Proxy:
             self._reset(next(iter(self._all.values())))
         query = Query(next(self._serials) & 0xFFFFFFFF, self._switch, port, packet.source_mac, packet.signature,
                       record.virtual_server, packet.tcp_flags)
-        made = Handshake.begun(query, record.ifindex, part, Options.of(record.options), greeting, now)
+        made = Handshake.begun(query, record.ifindex, frame, part, Options.of(record.options), greeting, now)
         self._all[packet.signature] = made
+        self._bytes += len(made.data)
         return made
 
     def _ask(self, one: Handshake, now: float) -> AppQuery | None:
@@ -219,9 +219,9 @@ class Proxy:
         ends = (it.source, it.source_port, it.destination, it.destination_port)
         one = self._members.get(ends)
         if one is None:
-            going = self._passed_back.get(ends)
-            if going is not None:
-                self._later(record.ifindex, going, frame)
+            how = self._passed_back.get(ends)
+            if how is not None:
+                self._later(record.ifindex, how, frame)
             else:
                 self._counters["proxy_stray"] += 1
         elif one.ready and one.ours:
@@ -282,9 +282,9 @@ class Proxy:
             for one in ready:
                 self._pass_on(one)
         if self._late:
-            for (ifindex, going), late in self._late.items():
-                for frame in joining.join(late, going.mss):
-                    self._fastpath.inject(ifindex, frame, going.soon)
+            for (ifindex, how), late in self._late.items():
+                for frame in joining.join(late, how.mss):
+                    self._fastpath.inject(ifindex, frame, how.soon)
             self._late.clear()
         if now >= self._look_at:
             self._look(now)
@@ -316,15 +316,15 @@ class Proxy:
     def _given(self, one: Handshake, soon: bool = False) -> None:
         """The member has what the client said, and the fast path the connection."""
         self._forget(one)
-        self._passed.put(one.query.signature, Going(one.segment_most, soon))
+        self._passed.put(hash(one.query.signature), going(one.segment_most, soon))
 
-    def _later(self, ifindex: int, going: Going, frame: bytes) -> None:
+    def _later(self, ifindex: int, how: Going, frame: bytes) -> None:
         """Let a frame go with the next :meth:`flush`."""
-        self._late.setdefault((ifindex, going), []).append(frame)
+        self._late.setdefault((ifindex, how), []).append(frame)
 
     def _follow(self, one: Handshake, ifindex: int, frame: bytes) -> None:
         """A segment of the client that was still on its way here when the member had got what was kept for it."""
-        self._later(ifindex, Going(one.segment_most), frame)
+        self._later(ifindex, going(one.segment_most), frame)
         self._given(one)
 
     def _let_go(self, one: Handshake) -> bool:
@@ -348,9 +348,8 @@ class Proxy:
         soon is for a client that seems to have said all, in one frame.
         """
         mss, soon = one.segment_most, one.member is None and one.said_all and len(one.flights[0]) <= splicing.FRAME
-        if one.ours and one.member is not None:
-            signature = one.query.signature
-            self._passed_back.put((*one.member[:2], signature.source, signature.source_port), Going(mss))
+        if one.ours and one.ends_at is not None:
+            self._passed_back.put(one.ends_at, going(mss))
         flights = one.flights
         for frame in flights.values() if len(flights) == 1 else joining.join(
                 [flights[offset] for offset in sorted(flights)], mss):
@@ -362,7 +361,7 @@ class Proxy:
     def reply(self, replies: Sequence[AppReply], now: float) -> list[Refused]:
         """Do what was answered; returns the connections that could not be held."""
         refused: list[Refused] = []
-        entering: list[tuple[Handshake, AppReply, Reply]] = []
+        entering: list[tuple[Handshake, Reply, bool]] = []
         entries: list[Entry] = []
         for one in replies:
             known = self._all.get(one.query.signature)
@@ -377,9 +376,7 @@ class Proxy:
             elif one.reply.error is not _OK:
                 self._finish(known, one.answer, now)
             else:
-                size = len(known.data)
-                changed = one.edit is None or known.change(one.edit)
-                self._bytes += len(known.data) - size
+                changed = one.edit is None or self._change(known, one.edit)
                 splice = one.binding is _SPLICED or known.ours
                 # First data does not go with its entry: a whole batch of it would wait in the kernel's queue, where
                 # what its clients say next overtakes it. Behind a SYN nothing comes.
@@ -394,18 +391,24 @@ class Proxy:
                     continue
                 known.phase = _OPENING
                 entries.append(entry)
-                entering.append((known, one, one.reply))
-        for (known, one, told), result in zip(entering, self._fastpath.install(entries), strict=True):
+                entering.append((known, one.reply, splice))
+        for (known, told, splice), result in zip(entering, self._fastpath.install(entries), strict=True):
             if result is not _GONE and result is not _OPENED:
-                refused.append(Refused(self._switch, one.query.serial, one.query.virtual_server))
+                refused.append(Refused(self._switch, known.query.serial, known.query.virtual_server))
                 self._reset(known)
-            elif one.binding is _SPLICED or known.ours:
+            elif splice:
                 self._open(known, told, now, result is _GONE)
             else:
                 self._pass_on(known)
             if known.request and self._fastpath.requests.given(known.request):
                 self._given(known)  # it came while the others were sent theirs
         return refused
+
+    def _change(self, one: Handshake, edit: Edit) -> bool:
+        size = len(one.data)
+        changed = one.change(edit)
+        self._bytes += len(one.data) - size
+        return changed
 
     def _tell_arrived(self, one: Handshake) -> None:
         """More is needed: the client may send on. What it was told has arrived is now ours to deliver."""
@@ -424,7 +427,8 @@ class Proxy:
         port = translation.port or signature.destination_port
         one.phase, one.reply, one.tries, one.due = _OPENING, reply, 1, now + OPEN_SECONDS
         one.member = (address, port, self._fastpath.ports[translation.host.port].ifindex)
-        self._members[address, port, signature.source, signature.source_port] = one
+        one.ends_at = ends = (address, port, signature.source, signature.source_port)
+        self._members[ends] = one
         if not synchronized:
             self._synchronize(one)
 
@@ -532,11 +536,10 @@ class Proxy:
 
     def _close(self, one: Handshake) -> None:
         """Take back what the fast path was given for a member that did not come."""
-        if one.member is not None:
-            signature = one.query.signature
-            self._members.pop((*one.member[:2], signature.source, signature.source_port), None)
-            self._fastpath.close_flow(_key(signature))
-            one.member = None
+        if one.ends_at is not None:
+            self._members.pop(one.ends_at, None)
+            self._fastpath.close_flow(_key(one.query.signature))
+            one.member = one.ends_at = None
         self._let_go(one)
 
     def _abandon(self, one: Handshake) -> None:
@@ -555,8 +558,8 @@ class Proxy:
 
     def _forget(self, one: Handshake) -> None:
         signature = one.query.signature
-        if one.member is not None:
-            self._members.pop((*one.member[:2], signature.source, signature.source_port), None)
+        if one.ends_at is not None:
+            self._members.pop(one.ends_at, None)
         self._let_go(one)
         if self._all.pop(signature, None) is not None:
             self._bytes -= len(one.data)

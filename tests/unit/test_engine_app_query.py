@@ -75,6 +75,11 @@ def test_the_policy_names_the_pool() -> None:
     assert segment.chosen(1, 7) == Chosen("images", "GET shop.example/img/a", Binding.SPLICE)
     assert segment.chosen(1, 1) == Chosen("", "GET shop.example/", Binding.SPLICE)
     assert segment.chosen(1, 99) is None and segment.chosen(2, 7) is None
+    ended = Closed(7, 1, 1, Reason.SHUTDOWN, False, True, 8, 900, 0.01)
+    for switch in (2, 1):
+        assert segment.chosen(1, 7) is not None
+        segment.handle(Delete(switch, (ended, ended._replace(serial=99))), 0.0)
+    assert segment.chosen(1, 7) is None and segment.chosen(1, 1) is not None, "only of those that are open"
     assert segment.virtual_server_counters(1).opened == 5
     assert segment.member_counters(3).opened == 2
 

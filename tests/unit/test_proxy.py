@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import pytest
 
-from lbapp.control.messages import AppReply, Binding, Error, FlowSignature, Host, Refused, Reply, Translation
+from lbapp.control.messages import AppReply, Binding, Error, Host, Refused, Reply, Translation
 from lbapp.dataflow import frames, handshake, proxy
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.cookies import Options
 from lbapp.dataflow.frames import ACK, FIN, PSH, RST, SYN, Segment
+from lbapp.dataflow.joining import going
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 from lbapp.values import astuple
 from tests.proxy_world import (
@@ -331,7 +332,7 @@ def test_late_segments_of_a_connection_that_is_ready_are_passed_on_once(world: W
     assert world.client(len(REQUEST), b"body") is None
     assert len(world.fast.injected) == 2
     for port in range(2 * proxy.PASSED_ON):
-        world.proxy._passed.put(FlowSignature(CLIENT[0], port, VIP[0], 1, 6), proxy.Going(1000))
+        world.proxy._passed.put(port, going(1000))
     assert world.client(len(REQUEST), b"body") is None
     assert len(world.fast.injected) == 2 and world.counters["proxy_stray"] == 1
 
