@@ -283,6 +283,9 @@ def test_who_has_finished_may_be_told(place: Place, state: int, order: tuple[int
     assert place.install(told(order[1])) == [Result.EXISTS]
     assert sides() == [layout.FIN | layout.PEER_FIN | layout.CLOSED] * 2
     assert [closed.serial for closed in place.tables.closed()] == [4000]
+    for bits in (*order, sum(order)):
+        assert place.install(told(bits)) == [Result.EXISTS], "its end is told of; it is not entered anew"
+    assert place.tables.closed() == []
 
 
 @pytest.mark.integration

@@ -319,22 +319,21 @@ struct installing {
 	__u32 gone;
 };
 
-/* Who has finished (FP_FIN: the client, FP_PEER_FIN: its member) of a connection that is here, now or before. */
-static __noinline void finish_sides(struct fp_install *one, __u32 finished)
+/* Who has finished (FP_FIN: the client, FP_PEER_FIN: its member) of a connection; 0: it is not here. */
+static __noinline int finish_sides(const struct fp_install *one, __u32 finished)
 {
 	struct fp_flow *flow = bpf_map_lookup_elem(&flows, &one->key), *other;
 	struct fp_key back;
 
 	if (!flow || flow->serial != one->flow.serial || flow->state & FP_OUTBOUND)
-		return;
-	if (one->result != FP_OPENED)
-		one->result = FP_EXISTS;
+		return 0;
 	turn_round(&back, flow, one->key.protocol);
 	other = other_of(flow, &back);
 	if (finished & FP_FIN)
 		follow(&one->key, flow, FP_FIN, one->flow.opened);
 	if (finished & FP_PEER_FIN && other)
 		follow(&back, other, FP_FIN, one->flow.opened);
+	return 1;
 }
 
 static long install_one(__u32 index, struct installing *all)
@@ -346,11 +345,15 @@ static long install_one(__u32 index, struct installing *all)
 		return 1;
 	finished = one->flow.state & (FP_FIN | FP_PEER_FIN);
 	one->flow.state &= ~finished;
+	if (finished && finish_sides(one, finished)) {
+		one->result = FP_EXISTS;
+		return 0;
+	}
 	one->result = enter(one);
-	if (finished)
-		finish_sides(one, finished);
 	if (one->result != FP_OPENED)
 		return 0;
+	if (finished)
+		finish_sides(one, finished);
 	all->opened++;
 	if (all->door && depart(all->skb, index, one, all->door)) {
 		one->result = FP_GONE;
