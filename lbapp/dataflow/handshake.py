@@ -16,6 +16,7 @@ from lbapp.control.messages import AppQuery, Edit, Query, Reply
 from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.fastpath.cookies import Options
 from lbapp.dataflow.frames import FIN, PSH, Segment
+from lbapp.dataflow.splicing import FRAME
 
 MAX_DATA = 68 << 10
 """What of one connection's data is kept: more than the 64 KiB that are read, so that what is too long is seen to be."""
@@ -106,9 +107,10 @@ class Handshake(msgspec.Struct, eq=False, gc=False):
         return len(self.flights) == 1 and 0 in self.flights and not (self.ours or self.ahead or self.flags & FIN)
 
     @property
-    def said_all(self) -> bool:
-        """Whether it seems that nothing more comes right behind what the client said: its stack had no more (PSH)."""
-        return bool(self.flags & PSH) and self.whole
+    def in_one_frame(self) -> bool:
+        """Whether one frame is all that the client said, and nothing seems to come right behind: its stack had no more
+        (PSH)."""
+        return bool(self.flags & PSH) and self.whole and len(self.flights[0]) <= FRAME
 
     @property
     def segment_most(self) -> int:

@@ -33,11 +33,11 @@ from functools import lru_cache
 from typing import Any
 
 from lbapp.control.messages import AppQuery, AppReply, Binding, Edit, Error, FlowSignature, Query, Refused, Reply
-from lbapp.dataflow import frames, joining, splicing, tcp_frames
+from lbapp.dataflow import frames, joining, tcp_frames
 from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.cookies import Options
-from lbapp.dataflow.fastpath.entries import Departure, Entry, Syn
+from lbapp.dataflow.fastpath.entries import Departure, Entry, FirstFrame, Syn
 from lbapp.dataflow.frames import ACK, FIN, PSH, RST, SYN, Segment
 from lbapp.dataflow.handshake import Handshake, Phase
 from lbapp.dataflow.joining import Going, going
@@ -344,10 +344,10 @@ class Proxy:
         """Let what the client said go, in order.
 
         A splice translates what follows on the spot, and that would overtake what goes soon. What is handed over holds
-        it back until the first has passed (``HELD``): the longer that takes, the more comes here by the way round. So
-        soon is for a client that seems to have said all, in one frame.
+        it back until its member has said something (``HELD``): the longer that takes, the more comes here by the way
+        round. So soon is for a client that seems to have said all, in one frame.
         """
-        mss, soon = one.segment_most, one.member is None and one.said_all and len(one.flights[0]) <= splicing.FRAME
+        mss, soon = one.segment_most, one.member is None and one.in_one_frame
         if one.ours and one.ends_at is not None:
             self._passed_back.put(one.ends_at, going(mss))
         flights = one.flights
@@ -378,12 +378,10 @@ class Proxy:
             else:
                 changed = one.edit is None or self._change(known, one.edit)
                 splice = one.binding is _SPLICED or known.ours
-                # First data does not go with its entry: a whole batch of it would wait in the kernel's queue, where
-                # what its clients say next overtakes it. Behind a SYN nothing comes.
-                entry = None
-                if changed:
-                    entry = self._entry(one.reply, layout.SPLICE, self._keep(known), Syn(
-                        known.isn, _packed(known.options))) if splice else self._entry(one.reply, layout.HELD, 0, None)
+                goes = Syn(known.isn, _packed(known.options)) if splice else FirstFrame(
+                    known.ifindex, known.flights[0]) if known.in_one_frame else None
+                entry = self._entry(one.reply, layout.SPLICE if splice else layout.HELD,
+                                    self._keep(known) if splice else 0, goes) if changed else None
                 if entry is None:
                     self._counters["reply_unknown_port"] += 1
                     refused.append(Refused(self._switch, one.query.serial, one.query.virtual_server))
@@ -398,6 +396,8 @@ class Proxy:
                 self._reset(known)
             elif splice:
                 self._open(known, told, now, result is _GONE)
+            elif result is _GONE:
+                self._given(known, soon=True)
             else:
                 self._pass_on(known)
             if known.request and self._fastpath.requests.given(known.request):

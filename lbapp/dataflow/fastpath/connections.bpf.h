@@ -191,7 +191,7 @@ static __noinline int enter_both(struct fp_install *one)
 	copy6(way->destination_mac, one->client_mac);
 	copy6(way->source_mac, l->mac);
 	way->ifindex = one->client_ifindex;
-	way->state = (flow->state & ~FP_HELD) | FP_OUTBOUND;
+	way->state = flow->state | FP_OUTBOUND;
 	way->used = way->opened = flow->opened;
 	way->serial = flow->serial;
 	way->virtual_server = flow->virtual_server;

@@ -56,7 +56,7 @@ class Entry(NamedTuple):
         key, flow = self.key, self.flow
         return (FlowKey(flow.destination, flow.source, flow.destination_port, flow.source_port, key.protocol),
                 Flow(key.destination, key.source, key.destination_port, key.source_port, self.client_mac, VIRTUAL_MAC,
-                     self.client_ifindex, flow.state & ~layout.HELD | layout.OUTBOUND, flow.serial,
+                     self.client_ifindex, flow.state | layout.OUTBOUND, flow.serial,
                      flow.virtual_server, flow.member, flow.idle_seconds))
 
 

@@ -13,6 +13,7 @@
 #include "handshake.bpf.h"
 
 #define SACK 5
+#define HELD_TICKS 96 /* 100 ms: what has passed so long ago is not overtaken */
 
 struct sacks {
 	__u8 bytes[TCP_OPTIONS + 8]; /* what is read behind the end is 0 */
@@ -172,6 +173,20 @@ out:
 	return verdict;
 }
 
+/* It is held no longer: in both directions. */
+static __noinline int let_go(const struct fp_key *key, struct fp_flow *flow)
+{
+	struct fp_flow *other;
+	struct fp_key back;
+
+	turn_round(&back, flow, key->protocol);
+	other = other_of(flow, &back);
+	if (other)
+		__sync_fetch_and_and(&other->state, ~FP_HELD);
+	__sync_fetch_and_and(&flow->state, ~FP_HELD);
+	return 0;
+}
+
 /* Not yet: everything goes to the agent, but for what says nothing. */
 static __always_inline int wait(struct __sk_buff *skb, const struct packet *packet, __u32 virtual_server, __u32 member,
 				const struct tcphdr *tcp)
@@ -193,7 +208,8 @@ static __always_inline int wait(struct __sk_buff *skb, const struct packet *pack
  * packet ends here; negative: it could not be.
  *
  * Held (FP_HELD): the member knows of the connection by the client's first data, which the agent sends. What the client
- * says meanwhile must not overtake that, and takes the same way.
+ * says meanwhile must not overtake that, and takes the same way, until the member has said something. That the first has
+ * passed here is not enough: it may wait in the queue of one processor, and the next one's may be empty.
  *
  * Translated are client to member: ack and SACK; member to client: seq; and the windows of both.
  */
@@ -211,9 +227,11 @@ static __noinline int splice(struct __sk_buff *skb, const struct fp_key *key, co
 	if (bpf_skb_load_bytes(skb, l4, &tcp, sizeof(tcp)) || !still(key, flow))
 		return -FP_SHOT;
 	if (flow->state & FP_HELD) {
-		if (packet->ifindex == skb->ifindex)
+		if (!member && packet->ifindex != skb->ifindex)
+			return 0;
+		if (!member && (!(flow->state & FP_ESTABLISHED) || silence(ticks(), flow->used) < HELD_TICKS))
 			return wait(skb, packet, virtual_server, 0, &tcp);
-		__sync_fetch_and_and(&flow->state, ~FP_HELD);
+		let_go(key, flow);
 		return 0;
 	}
 	found = bpf_map_lookup_elem(&splices, &serial);
