@@ -7,7 +7,7 @@ from __future__ import annotations
 import socket
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import eventlet
@@ -18,6 +18,7 @@ from lbapp import agents
 from lbapp.agents import AgentLoop
 from lbapp.dataflow.fastpath.layout import Swept
 from lbapp.dataflow.fastpath.removal import PortsError
+from tests.green import until
 
 threading: Any = patcher.original("threading")
 
@@ -128,13 +129,6 @@ def test_an_empty_table_is_seldom_swept(agent: FakeAgent, work: Any) -> None:
     assert agent.swept == 1
     agent.entered = 100
     until(lambda: agent.swept == 2, "it fills up")
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + 4
-    while not condition():
-        assert time.monotonic() < end, what
-        eventlet.sleep(0.005)
 
 
 def test_others_go_on_while_a_table_is_swept(agent: FakeAgent, work: Any) -> None:

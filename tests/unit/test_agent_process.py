@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import eventlet
@@ -43,6 +43,7 @@ from lbapp.dataflow.fastpath.layout import Hash, Mode, ServiceKey
 from lbapp.dataflow.ovs import OvsError
 from lbapp.dataflow.pipeline import Label, zones
 from tests.fake_fastpath import FakeFastPath
+from tests.green import until
 from tests.unit.test_agent import CLIENT, MEMBER, VIP
 
 SWITCH = 5
@@ -94,13 +95,6 @@ class Ovs:
         if isinstance(self.dump, OvsError):
             raise self.dump
         return self.dump
-
-
-def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        eventlet.sleep(0.005)
 
 
 def made(number: int = 7, port: int = 80, mode: Mode = Mode.PUNT, member: int = 3) -> Distribution:

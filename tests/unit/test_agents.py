@@ -18,6 +18,7 @@ from lbapp.agents import AgentLoop, LocalLink, local_link
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.fastpath import FastPath, FastPathUnavailable
 from lbapp.dataflow.ovs import OvsError
+from tests.green import until
 
 IDLE = layout.Swept(0, 0, 0, 0, 0, 0, 0, 0, 0, (0,) * 32)
 
@@ -122,12 +123,6 @@ def told(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> Iterator[Told]:
     loop.start()
     yield made
     loop.stop()
-
-
-def until(condition: Any, seconds: float = 3.0) -> None:
-    with eventlet.Timeout(seconds):
-        while not condition():
-            eventlet.sleep(0.005)
 
 
 def test_queries_are_asked_as_soon_as_they_come(agent: Agent, told: Told) -> None:

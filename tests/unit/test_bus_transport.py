@@ -37,6 +37,7 @@ from lbapp.control.messages import (
     Timeout,
     Translation,
 )
+from tests.green import until
 
 KEY = os.urandom(32)
 SWITCH = 0x2A
@@ -51,14 +52,6 @@ def server(number, **changes):
 
 
 TARGET = Target(9, b"\x0a\x00\x00\x09", 8080, b"\x02" * 6, 4, 100)
-
-
-def until(condition, seconds=5.0):
-    """Wait until something is so; fail if it is not within ``seconds``."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        eventlet.sleep(0.005)
 
 
 class Site:
@@ -268,14 +261,14 @@ def test_a_cs_reconnects_with_growing_pauses(site):
     eventlet.sleep(0.8)
     assert 2 <= cs.complaints.counts["closed"] <= 3 and not cs.log
     site.dfs(listen=address)
-    until(lambda: cs.connected, 2)
+    until(lambda: cs.connected, seconds=2)
 
 
 def test_a_silent_peer_is_given_up(site, monkeypatch):
     dfs, cs = site.pair()
     for greenlet in cs._greenlets[1:]:
         greenlet.kill()  # no HELLO any more
-    until(lambda: not dfs.peers[77].connected, 2)
+    until(lambda: not dfs.peers[77].connected, seconds=2)
     assert dfs.complaints.counts["silent"] >= 1
 
 
@@ -364,7 +357,7 @@ def busy(site):
     until(lambda: asked[0] > 5)
     running[0] = False
     greenlet.wait()
-    until(lambda: len([one for _, one in dfs.log if isinstance(one, Reply)]) == asked[0], 1)
+    until(lambda: len([one for _, one in dfs.log if isinstance(one, Reply)]) == asked[0], seconds=1)
     assert [type(event) for event in cs.log if isinstance(event, (Up, Down))] == [Up]
     assert set(dfs.peers) == {77} and not dfs.peers[77].held.servers
 
@@ -432,7 +425,7 @@ def test_idle_connections_are_bounded_and_keep_nobody_out(site):
     idle = [socket.create_connection(dfs.address) for _ in range(500)]
     until(lambda: dfs.unauthenticated == transport.UNAUTHENTICATED)
     cs = site.cs(dfs)
-    until(lambda: cs.connected, 1)
+    until(lambda: cs.connected, seconds=1)
     assert dfs.unauthenticated <= transport.UNAUTHENTICATED
     for stream in idle:
         stream.close()
@@ -498,7 +491,7 @@ def test_a_cs_closes_a_bad_dfs_and_keeps_its_others(site):
 
         greenlet = eventlet.spawn(serve)
         bad = site.cs(None, address=listener.getsockname())
-        until(lambda closed=closed: closed, 2)
+        until(closed.__len__, seconds=2)
         assert closed[0] < 1 and not bad.log
         bad.close()
         listener.close()

@@ -8,7 +8,7 @@ import functools
 import os
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,10 @@ from lbapp.dataflow.distribution import Distribution, Greeting, Limits
 from lbapp.dataflow.fastpath.layout import Hash, Mode
 from lbapp.fastpaths import MemberTraffic
 from lbapp.remote_agents import REPEATS, RemoteAgents, RemoteLink, Totals, own_identity
+from tests.green import until
 
 KEY = os.urandom(32)
 SWITCH = 9
-
-
-def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        eventlet.sleep(0.005)
 
 
 # ------------------------------------------------------------------ totals

@@ -44,7 +44,7 @@ enum fp_state {
 	FP_TRACKED = 512,    /* the control segment counts it */
 	FP_SPLICE = 1024,    /* the member counts its bytes from elsewhere: see fp_splice */
 	FP_ANSWERED = 2048,  /* of member to client: a segment had data */
-	FP_HELD = 4096,      /* handed over, and its member has not said anything yet */
+	FP_HELD = 4096,      /* handed over, and its member has said nothing yet: see splice() */
 };
 
 enum fp_mode { FP_PASS, FP_DECIDE, FP_PUNT, FP_PROXY };

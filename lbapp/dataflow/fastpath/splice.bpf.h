@@ -13,7 +13,7 @@
 #include "handshake.bpf.h"
 
 #define SACK 5
-#define HELD_TICKS 96 /* 100 ms: what has passed so long ago is not overtaken */
+#define HELD_TICKS 96 /* 100 ms: what was sent so long ago is not overtaken, or lost */
 
 struct sacks {
 	__u8 bytes[TCP_OPTIONS + 8]; /* what is read behind the end is 0 */
@@ -229,11 +229,12 @@ static __noinline int splice(struct __sk_buff *skb, const struct fp_key *key, co
 	if (flow->state & FP_HELD) {
 		if (!member && packet->ifindex != skb->ifindex)
 			return 0;
-		if (!member && (!(flow->state & FP_ESTABLISHED) || silence(ticks(), flow->used) < HELD_TICKS))
+		if (!member && silence(ticks(), flow->used) < HELD_TICKS)
 			return wait(skb, packet, virtual_server, 0, &tcp);
 		let_go(key, flow);
-		return 0;
 	}
+	if (!(flow->state & FP_SPLICE))
+		return 0; /* let go, by this packet or by another one since this one's state was read */
 	found = bpf_map_lookup_elem(&splices, &serial);
 	if (found) {
 		offset = found->offset;
