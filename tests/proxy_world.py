@@ -70,7 +70,7 @@ class FakeFastPath:
     def give(self, number: int) -> tuple[int, bytes]:
         """A member's SYN-ACK came, and took what was kept: of which connection, and what."""
         at = (number - 1) * layout.REQUEST_SIZE
-        state, serial, *_, size, _, _ = layout.REQUEST.unpack_from(self.memory, at)
+        state, serial, *_, size, _, _, _ = layout.REQUEST.unpack_from(self.memory, at)
         assert state == State.WAITING
         self.memory[at] = State.GIVEN
         data = at + layout.REQUEST.size

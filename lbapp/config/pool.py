@@ -43,6 +43,8 @@ class Algorithm(enum.Enum):
     BOUNDED_LOAD_HASH = "BOUNDED_LOAD_HASH"
 
 
+LEAST_MSS = 1220
+"""What every path takes that takes IPv6 (RFC 8200, 5)."""
 WEIGHTED = frozenset(Algorithm) - {Algorithm.ROUND_ROBIN}
 """Algorithms that look at weights."""
 
@@ -242,6 +244,8 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         persistence: how clients are known again.
         distribution: whether weights follow what servers report.
         waiting: where connections wait while all members are full.
+        mss: the most data of a segment that members, and the way to them, take: it is said to clients that are shaken
+            hands with for them. 0: as much as a frame of Ethernet holds.
     """
 
     name: Name
@@ -262,6 +266,7 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     persistence: Persistence | None = None
     distribution: Distribution | None = None
     waiting: Waiting | None = None
+    mss: Annotated[int, msgspec.Meta(ge=0, le=1460)] = 0
 
     @property
     def needs_controller(self) -> bool:
@@ -285,5 +290,7 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             if wanted and self.lb_algorithm not in WEIGHTED:
                 raise ValueError(f"{field}: expected an lb_algorithm that looks at weights, "
                                  f"such as WEIGHTED_ROUND_ROBIN, not {self.lb_algorithm.value}")
+        if 0 < self.mss < LEAST_MSS:
+            raise ValueError(f"mss: expected 0, or {LEAST_MSS} to 1460, got {self.mss}")
         if self.fallback_pool == self.name:
             raise ValueError("fallback_pool: expected another pool")

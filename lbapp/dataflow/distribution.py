@@ -39,9 +39,10 @@ class Target(NamedTuple):
 
 
 class Greeting(NamedTuple):
-    """How the clients of a virtual server are shaken hands with (APP_PROXY): what its members support.
+    """How the clients of a virtual server are shaken hands with (APP_PROXY).
 
-    ``window_scale`` is offered to clients that offer one; ``seconds`` is how long they may take to say enough.
+    ``mss`` is what all its members take, as configured. ``window_scale`` and ``sack`` are offered to clients that offer
+    them, whatever members do: windows are translated. ``seconds`` is how long clients may take to say enough.
     """
 
     mss: int = 1460
@@ -140,7 +141,8 @@ def _proxied(virtual_server: VirtualServer, pools: Sequence[Pool], routes: Route
     """Its clients are answered by a cookie whatever state its members are in: how to refuse is a matter of the
     application as well."""
     targets = {target.member: target for pool in pools for target in _targets(virtual_server, pool, (), routes, hosts)}
-    greeting = Greeting(mss=1460 if virtual_server.version == 4 else 1440, seconds=virtual_server.inspect_timeout)
+    mss = min([1460 if virtual_server.version == 4 else 1440, *(pool.mss for pool in pools if pool.mss)])
+    greeting = Greeting(mss=mss, seconds=virtual_server.inspect_timeout)
     return Distribution(virtual_server.number, packed(virtual_server.vip_address), virtual_server.protocol_port,
                         virtual_server.protocol.number, Mode.PROXY, Hash.TURN, idle_seconds(virtual_server.protocol),
                         tuple(targets.values()), greeting, _limits(virtual_server) if limits else None)

@@ -81,6 +81,7 @@ class Handshake(msgspec.Struct, eq=False, gc=False):
     ends_at: tuple[bytes, int, bytes, int] | None = None
     member_isn: int = 0
     shift: int = 0
+    shift_in: int = 0
     due: float = 0.0
     tries: int = 0
     una: int = 0
@@ -111,6 +112,11 @@ class Handshake(msgspec.Struct, eq=False, gc=False):
         """Whether one frame is all that the client said, and nothing seems to come right behind: its stack had no more
         (PSH)."""
         return bool(self.flags & PSH) and self.whole and len(self.flights[0]) <= FRAME
+
+    @property
+    def window_in(self) -> int:
+        """The client's window as the member takes it."""
+        return min(self.window << self.shift_in, 0xFFFF)
 
     @property
     def segment_most(self) -> int:

@@ -249,8 +249,9 @@ class Proxy:
         offered = Options.offered(part.options)
         one.member_isn = part.seq
         one.mss = min(one.mss, offered.mss)
-        if one.options.window_scale is not None:
+        if (own := one.options.window_scale) is not None:
             one.shift = (offered.window_scale or 0) - one.greeting.window_scale
+            one.shift_in = own if offered.window_scale is None else 0
         if not one.ours:
             self._pass_soon(one)
             return
@@ -278,7 +279,7 @@ class Proxy:
         if self._ready:
             ready, self._ready = [one for one in self._ready if self._all.get(one.query.signature) is one], []
             self._fastpath.set_splices({one.query.serial: layout.Splice(one.member_isn - one.cookie & 0xFFFFFFFF,
-                                                                        one.shift) for one in ready})
+                                                                        one.shift, one.shift_in) for one in ready})
             for one in ready:
                 self._pass_on(one)
         if self._late:
@@ -300,13 +301,12 @@ class Proxy:
         """Have the fast path give the member what the client said; the number of the request, 0 where it cannot."""
         if not one.whole or len(one.data) > one.greeting.mss:
             return 0
-        scale = one.greeting.window_scale if one.options.window_scale is not None else None
-        number: int = self._fastpath.requests.keep(one.query.serial, one.isn, one.cookie, scale, one.window,
+        scales = (one.greeting.window_scale, own) if (own := one.options.window_scale) is not None else None
+        one.request = self._fastpath.requests.keep(one.query.serial, one.isn, one.cookie, scales, one.window,
                                                    one.flags & (ACK | PSH), one.data)
-        if number:
-            one.request = number
+        if one.request:
             self._kept[one.query.signature] = one
-        return number
+        return one.request
 
     def _look(self, now: float) -> None:
         self._look_at = now + LOOK_SECONDS
@@ -529,7 +529,7 @@ class Proxy:
         one.tries += 1
         end = min(len(one.data), one.una + WINDOW)
         for at in range(one.una, end, one.mss):
-            self._to_member(one, Segment(one.isn + 1 + at, one.member_isn + 1, ACK | PSH, one.window, b"",
+            self._to_member(one, Segment(one.isn + 1 + at, one.member_isn + 1, ACK | PSH, one.window_in, b"",
                                          bytes(one.data[at:min(at + one.mss, end)])))
 
     # -------------------------------------------------------------- ends

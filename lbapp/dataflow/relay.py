@@ -359,9 +359,9 @@ class Relay:
 
     def hand_over(self, serial: int) -> Relayed | None:
         """Let a fast path have a connection, if it lives and its member is there; it is still translated here until
-        nothing of it comes any more."""
+        nothing of it comes any more. One whose member has no window scaling stays here: NEWFLOW does not tell of it."""
         one = self._by_serial.get(serial)
-        if one is None or one.closed or one.taken or one.waits:
+        if one is None or one.closed or one.taken or one.waits or (one.splice is not None and one.splice.shift_in):
             return None
         one.taken = True
         self._spent[serial] = None

@@ -11,6 +11,7 @@ from lbapp.dataflow import frames
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.layout import Flow, Splice
 from lbapp.dataflow.frames import ACK, FIN, PSH, SYN, Packet, Segment
+from lbapp.dataflow.joining import LEAST_MSS
 
 FRAME = 1514
 """The longest frame that goes out; what came in longer (offload) is divided."""
@@ -81,7 +82,7 @@ def translated(frame: bytes, packet: Packet, part: Segment, flow: Flow, splice: 
         head[21 if six else 22] -= 1
     changed = part._replace(seq=seq, ack=ack, window=window, options=packed)
     return _divided(bytes(head), (flow.source, flow.source_port), (flow.destination, flow.destination_port), changed,
-                    _urgent(frame, packet))
+                    _urgent(frame, packet), FRAME if len(frame) <= FRAME else LEAST_MSS - len(part.options))
 
 
 def divided(frame: bytes, packet: Packet, most: int = FRAME) -> list[bytes]:

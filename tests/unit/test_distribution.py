@@ -200,6 +200,18 @@ def test_limits_of_handshakes_that_are_proxied() -> None:
         assert (told.mode, told.limits) == (Mode.PROXY, limits)
 
 
+@pytest.mark.parametrize(("vip", "segments", "said"), [
+    ("10.0.0.100", (0, 0), 1460), ("fd00::1", (0, 0), 1440), ("10.0.0.100", (1360, 0), 1360),
+    ("fd00::1", (1400, 1220), 1220), ("fd00::1", (1460,), 1440),
+])
+def test_clients_are_promised_what_all_members_take(vip: str, segments: tuple[int, ...], said: int) -> None:
+    pools = [Pool(name=f"p{index}", mss=mss) for index, mss in enumerate(segments)]
+    told = distribution(server(vip_address=vip, application=Application.HTTP), None, (), Routes(), HOSTS, queries=True,
+                        pools=pools)
+    assert told is not None and told.greeting is not None
+    assert (told.greeting.mss, told.greeting.window_scale, told.greeting.sack) == (said, 7, True)
+
+
 def test_the_prefix_is_that_of_the_family() -> None:
     one = pool()
     six = server(vip_address="fd00::1", client_rate_limit=1, client_prefix_v6=48)

@@ -46,7 +46,7 @@ FIELDS = {
     ("fp_cookies", layout.COOKIES.format): ["keys[0]", "keys[1]", "current", "valid"],
     ("fp_pending", layout.PENDING.format): ["isn", "cookie"],
     ("fp_splice", layout.SPLICE_VALUE.format): ["serial", "offset", "shift", "shift_in", "ready"],
-    ("fp_request", layout.REQUEST.format): words("state serial isn cookie sum window length scale flags"),
+    ("fp_request", layout.REQUEST.format): words("state serial isn cookie sum window length scale flags own"),
     ("fp_wanted", layout.WANTED.format): ["final", "idle_seconds", "found"],
     ("fp_layout", layout.LAYOUT.format): ["version", "flow_size", "service_size", "target_size", "seed[0]", "seed[1]",
                                           "mac"],

@@ -209,7 +209,7 @@ def test_a_spliced_connection(line: Line, family: int, size: int) -> None:
 def test_a_syn_ack_becomes_the_clients_first_data(line: Line, family: int, size: int) -> None:
     client, _, member = FAMILIES[family]
     data = (bytes(range(1, 252)) * 6)[:size]
-    number = line.bench.requests.keep(9, 99, 0x9A000000, 7, 321, ACK, data)
+    number = line.bench.requests.keep(9, 99, 0x9A000000, (7, 7), 321, ACK, data)
     line.connect(family, None, number)
     line.send(frame(member, client, TCP, 8080, 40000, flags=SYN | ACK, seq=0xFFFFFFFF, ack=100, eth_dst=VIRTUAL_MAC,
                     eth_src=MEMBER_MAC, checksum="partial", tcp_options=LINUX))

@@ -26,6 +26,8 @@ BOTH = pytest.mark.parametrize("family", [4, 6])
 WORD = 0xFFFFFFFF
 SERIAL, ISN, COOKIE, MEMBER_ISN = 9, 0xFFFFFFF0, 0x9A000001, 0xFFFFFFFF
 SAID = b"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n"
+OWN = 3
+"""The client's window scale."""
 SCALED = b"\x02\x04\x05\xb4\x01\x01\x04\x02\x01\x03\x03\x09"
 
 
@@ -33,7 +35,11 @@ SCALED = b"\x02\x04\x05\xb4\x01\x01\x04\x02\x01\x03\x03\x09"
 
 
 def keep(requests: Requests, data: bytes = SAID, serial: int = SERIAL, scale: int | None = 7) -> int:
-    return requests.keep(serial, ISN, COOKIE, scale, 500, ACK | PSH, data)
+    return requests.keep(serial, ISN, COOKIE, scales(scale), 500, ACK | PSH, data)
+
+
+def scales(told: int | None) -> tuple[int, int] | None:
+    return None if told is None else (told, OWN)
 
 
 def given(memory: bytearray, number: int) -> None:
@@ -46,7 +52,7 @@ def test_what_is_kept_lies_where_the_programs_look() -> None:
     assert (keep(requests), keep(requests, b"odd", 10, None), keep(requests)) == (1, 2, 0)
     total = sum(int.from_bytes(SAID[at:at + 2], "little") for at in range(0, len(SAID), 2))
     assert layout.REQUEST.unpack_from(memory) == (
-        State.WAITING, SERIAL, ISN, COOKIE, total % 0xFFFF, 500, len(SAID), 7, ACK | PSH)
+        State.WAITING, SERIAL, ISN, COOKIE, total % 0xFFFF, 500, len(SAID), 7, ACK | PSH, OWN)
     assert memory[layout.REQUEST.size:][:len(SAID)] == SAID
     second = layout.REQUEST.unpack_from(memory, layout.REQUEST_SIZE)
     assert second[4:8] == ((ord("o") + (ord("d") << 8) + ord("d")) % 0xFFFF, 500, 3, layout.NO_SCALE)
@@ -110,7 +116,7 @@ def test_a_program_that_finds_it_is_anothers_puts_it_back() -> None:
 
 def prepare(tables: Bench, family: int = 4, data: bytes = SAID, scale: int | None = 7, state: int = 0) -> int:
     """A splice whose member gets that."""
-    number = tables.requests.keep(SERIAL, ISN, COOKIE, scale, 500, ACK | PSH, data)
+    number = tables.requests.keep(SERIAL, ISN, COOKIE, scales(scale), 500, ACK | PSH, data)
     assert number
     made = tables.connect(*FAMILIES[family], state=state | layout.SPLICE, serial=SERIAL, request=number)
     assert made is Result.OPENED
@@ -124,11 +130,11 @@ def answer(family: int = 4, flags: int = SYN | ACK, *, ack: int = ISN + 1, tcp_o
                  eth_src=MEMBER_MAC, tcp_options=tcp_options, **more)
 
 
-def as_expected(seen: Seen, family: int, data: bytes) -> bool:
+def as_expected(seen: Seen, family: int, data: bytes, window: int = 500) -> bool:
     client, _, member = FAMILIES[family]
     return ((seen.source, seen.destination, seen.sport, seen.dport) == (client, member, 40000, 8080)
             and (seen.eth_dst, seen.eth_src) == (MEMBER_MAC, VIRTUAL_MAC)
-            and (seen.seq, seen.ack, seen.flags, seen.window) == (ISN + 1, MEMBER_ISN + 1 & WORD, ACK | PSH, 500)
+            and (seen.seq, seen.ack, seen.flags, seen.window) == (ISN + 1, MEMBER_ISN + 1 & WORD, ACK | PSH, window)
             and (seen.payload, seen.tcp_options) == (data, b""))
 
 
@@ -139,11 +145,12 @@ def test_a_syn_ack_becomes_the_clients_first_data(tables: Bench, family: int, si
     data = (bytes(range(1, 252)) * 6)[:size]
     number = prepare(tables, family, data)
     tables.counted()
-    assert as_expected(tables.answered(answer(family, tcp_options=tcp_options)), family, data)
+    # A member that does not scale takes the client's windows literally.
+    shift, shift_in = (9 - 7, 0) if tcp_options == SCALED else (-7, OWN)
+    assert as_expected(tables.answered(answer(family, tcp_options=tcp_options)), family, data, 500 << shift_in)
     assert tables.counted()["given"] == 1
     assert tables.requests.given(number)
-    shift = (9 if tcp_options == SCALED else 0) - 7
-    assert tables.splice(SERIAL) == Splice(MEMBER_ISN - COOKIE & WORD, shift)
+    assert tables.splice(SERIAL) == Splice(MEMBER_ISN - COOKIE & WORD, shift, shift_in)
     tables.requests.release(number)
 
 

@@ -55,6 +55,7 @@ def test_codes() -> None:
     ({"distribution": {}}, "distribution: expected an lb_algorithm that looks at weights"),
     ({"distribution": {"algorithm": "FORMULA"}}, "formula: expected a formula"),
     ({"fallback_pool": "p"}, "fallback_pool: expected another pool"),
+    ({"mss": 536}, "mss: expected 0, or 1220 to 1460, got 536"),
     ({"persistence": {"type": "HEADER"}}, "key: expected a name"),
     ({"persistence": {"type": "HEADER", "key": "a b"}}, "key: expected a header's name"),
     ({"persistence": {"type": "SNI", "key": "x"}}, "key: expected none with type SNI"),

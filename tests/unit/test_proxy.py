@@ -68,6 +68,20 @@ def test_what_the_client_did_not_offer_is_not_offered(world: World) -> None:
     assert world.fast.splices[101].shift == 0
 
 
+def test_a_member_without_window_scaling_is_told_whole_windows(world: World) -> None:
+    asked = world.client(0, REQUEST[:5], options=OPTIONS._replace(window_scale=5))
+    assert asked is not None
+    world.more(asked.query)
+    again = world.client(5, REQUEST[5:], now=0.2)
+    assert again is not None
+    world.answer(again.query)
+    world.to_member()
+    world.member(1, SYN | ACK, options=b"\x02\x04\x05\xb4")
+    assert [(part.window, part.payload) for part in world.to_member()] == [(500 << 5, REQUEST)]
+    world.member(1 + len(REQUEST), payload=b"HTTP/1.1 200 OK")
+    assert world.fast.splices == {101: layout.Splice(MEMBER_ISN - COOKIE & 0xFFFFFFFF, -7, 5)}
+
+
 def test_handoff_has_no_handshake(world: World) -> None:
     asked = world.client(0, REQUEST)
     assert asked is not None

@@ -36,7 +36,7 @@ def test_the_member_gets_it_and_nobody_is_asked(world: World) -> None:
     number = opened(world)
     assert (number, len(world.proxy)) == (1, 1)
     assert layout.REQUEST.unpack_from(world.fast.memory)[2:] == (
-        ISN, COOKIE, int.from_bytes(REQUEST, "little") % 0xFFFF, 500, len(REQUEST), 7, ACK | PSH)
+        ISN, COOKIE, int.from_bytes(REQUEST, "little") % 0xFFFF, 500, len(REQUEST), 7, ACK | PSH, 7)
     assert world.fast.give(number) == (101, REQUEST)
     world.proxy.flush(LOOK_SECONDS)
     assert not len(world.proxy) and not world.fast.injected and not world.fast.splices

@@ -282,11 +282,11 @@ def test_what_is_longer_than_a_frame_is_divided(here: Relay) -> None:
     payload = random.randbytes(5000)
     out = walked(here, answer(flags=ACK | PSH | FIN, seq=50, payload=payload))
     seen = [read(one) for one in out]
-    assert all(len(one) <= splicing.FRAME for one in out) and len(out) == 4
+    assert all(len(one) <= splicing.FRAME for one in out) and len(out) == 5
     assert b"".join(one.payload for one in seen) == payload
     assert [one.seq - (50 - 100) & WORD for one in seen] == [sum(len(part.payload) for part in seen[:at])
                                                              for at in range(len(seen))]
-    assert [one.flags for one in seen] == [ACK] * 3 + [ACK | PSH | FIN]
+    assert [one.flags for one in seen] == [ACK] * 4 + [ACK | PSH | FIN]
     unchanged = answer(flags=ACK, payload=b"short")
     assert splicing.divided(unchanged, frames.parse(unchanged)) == [unchanged]
     whole = answer(flags=ACK, seq=7, payload=payload)
@@ -451,6 +451,14 @@ def test_whether_a_member_has_said_anything_and_what(here: Relay) -> None:
     here.packet(WIRE, request(payload=b"GET /again HTTP/1.1"))
     here.packet(WIRE, answer(payload=b"HTTP/1.1 503 Service Unavailable"))
     assert here.errors() == [(SERIAL, SERVICE, MEMBER, 503)] and here.errors() == []
+
+
+def test_a_member_that_does_not_scale_windows_stays(here: Relay) -> None:
+    """A fast path is not told how to translate the client's."""
+    here.install(entries(pair()))
+    here.set_splices({SERIAL: Splice(7, -7, 3)})
+    assert here.hand_over(SERIAL) is None and here.holds(SERIAL)
+    assert [read(one).window for one in walked(here, request(payload=b"more"))] == [4000]
 
 
 def test_a_fast_path_takes_over(here: Relay, clock: Clock) -> None:

@@ -149,7 +149,7 @@ struct fp_service {
 	__u32 next;             /* FP_TURN: whose turn it is */
 	__u16 idle_seconds;
 	__u16 slot_count;
-	__u16 mss;              /* FP_PROXY: what its members support, offered to clients */
+	__u16 mss;              /* FP_PROXY: what all its members take, offered to clients */
 	__u8 window_scale;      /* 15: none */
 	__u8 sack;
 	__u64 cost;             /* of its bucket (bucket.bpf.h); 0: as many new connections as there are */
@@ -281,7 +281,8 @@ struct fp_request {
 	__u16 length;
 	__u8 scale;             /* the window scale that the client was told; 15: none */
 	__u8 flags;
-	__u16 pad;
+	__u8 own;               /* the client's window scale */
+	__u8 pad;
 	__u8 payload[FP_REQUEST];
 };
 

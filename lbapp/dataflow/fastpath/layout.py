@@ -450,7 +450,7 @@ class QueryRecord(Value, frozen=True):
 COOKIES = struct.Struct("=16s16sII")
 PENDING = struct.Struct("=II")
 SPLICE_VALUE = struct.Struct("=IIbbH")
-REQUEST = struct.Struct("=IIIIIHHBBxx")
+REQUEST = struct.Struct("=IIIIIHHBBBx")
 REQUEST_SIZE = REQUEST.size + REQUEST_DATA
 
 

@@ -28,6 +28,7 @@ class State(enum.IntEnum):
 
 _STRIDE = REQUEST_SIZE // 4
 _NONE, _WAITING, _TAKEN, _GIVEN = map(int, State)
+_NO_SCALES = NO_SCALE, 0
 
 
 class Requests:
@@ -44,14 +45,14 @@ class Requests:
         self._revoke = revoke
         self._free = list(range(len(memory) // REQUEST_SIZE, 0, -1))
 
-    def keep(self, serial: int, isn: int, cookie: int, scale: int | None, window: int, flags: int,
+    def keep(self, serial: int, isn: int, cookie: int, scales: tuple[int, int] | None, window: int, flags: int,
              data: bytes) -> int:
         """Keep a client's first data for its member.
 
         Args:
             serial: of the connection, which is to be installed with the state ``SPLICE`` and this request.
             isn, cookie: the two initial sequence numbers of the client's side.
-            scale: the window scale that the client was told; None: none.
+            scales: the window scale that the client was told, and the client's own; None: there are none.
             window, flags: of the segment, as on the wire.
             data: all that the client said.
 
@@ -63,8 +64,8 @@ class Requests:
             return 0
         number = self._free.pop()
         at = (number - 1) * REQUEST_SIZE
-        REQUEST.pack_into(self._memory, at, _NONE, serial, isn, cookie, _sum(data), window, size,
-                          NO_SCALE if scale is None else scale, flags)
+        told, own = scales or _NO_SCALES
+        REQUEST.pack_into(self._memory, at, _NONE, serial, isn, cookie, _sum(data), window, size, told, flags, own)
         self._memory[at + REQUEST.size:at + REQUEST.size + size] = data
         self._words[(number - 1) * _STRIDE] = _WAITING  # last: from now on a program may take it
         return number

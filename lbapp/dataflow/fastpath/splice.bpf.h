@@ -141,13 +141,20 @@ static __noinline int give(struct __sk_buff *skb, const struct packet *packet, c
 	if (length < 1 || length > FP_REQUEST || !read_offer(skb, l4, &tcp))
 		goto out;
 	ready.offset = bpf_ntohl(tcp.seq) - kept->cookie;
-	if (kept->scale != COOKIE_NO_SCALE)
-		ready.shift = (here->offer.scale == COOKIE_NO_SCALE ? 0 : here->offer.scale) - kept->scale;
+	if (kept->scale != COOKIE_NO_SCALE) {
+		if (here->offer.scale == COOKIE_NO_SCALE) {
+			ready.shift = -kept->scale;
+			ready.shift_in = kept->own; /* the member takes windows literally */
+		} else {
+			ready.shift = here->offer.scale - kept->scale;
+		}
+	}
 	ready.ready = 1;
 	/* Replaced, or not at all: the memory of one that was looked up may be another connection's by now. */
 	if (bpf_map_update_elem(&splices, &ready.serial, &ready, BPF_EXIST))
 		goto out;
-	plain(here, kept->isn + 1, bpf_ntohl(tcp.seq) + 1, kept->flags, kept->window);
+	plain(here, kept->isn + 1, bpf_ntohl(tcp.seq) + 1, kept->flags,
+	      bpf_ntohs(scaled(bpf_htons(kept->window), ready.shift_in)));
 	here->answer.data = length;
 	here->answer.sum = kept->sum;
 	/* From here on it is given: should this packet be lost, the client repeats it, and that is translated. */
