@@ -69,7 +69,7 @@ NUMBERS = {
     "FP_HISTOGRAM": layout.HISTOGRAM, "FP_SWEEPS": layout.SWEEPS,
     "FP_TARGET_ROUTED": layout.TARGET_ROUTED, "FP_COUNTERS": len(layout.Counter),
     **{f"FP_{name}": getattr(layout, name) for name in
-       words("OUTBOUND ROUTED ESTABLISHED FIN PEER_FIN RST CLOSED REPORTED DECIDED TRACKED SPLICE ANSWERED HELD")},
+       words("OUTBOUND ROUTED ESTABLISHED FIN PEER_FIN RST CLOSED REPORTED DECIDED TRACKED SPLICE ANSWERED HELD ANEW")},
     **{f"FP_MATCH_{name}": getattr(layout, f"MATCH_{name}") for name in words("VIRTUAL_SERVER MEMBER IFINDEX ALL")},
     **{f"FP_{one.name}": one.value for kind in (layout.Mode, layout.Hash, layout.Reason, layout.Result)
        for one in kind},

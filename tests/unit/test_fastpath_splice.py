@@ -15,7 +15,7 @@ import pytest
 
 from lbapp.dataflow.fastpath import kernel, layout
 from lbapp.dataflow.fastpath import tables as tables_module
-from lbapp.dataflow.fastpath.layout import Ask, FlowKey, Reason, Result, Splice
+from lbapp.dataflow.fastpath.layout import Ask, FlowKey, Hash, Mode, Reason, Result, Service, ServiceKey, Splice
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 from lbapp.values import astuple
 from tests.fastpath_packets import (
@@ -287,6 +287,47 @@ def test_what_was_lost_is_not_waited_for(tables: Bench, family: int) -> None:
     hold(tables, family)
     tables.age(there(family), 150 - A_MOMENT_AGO)
     assert tables.walk(request(family, payload=b"first")).payload == b"first"
+
+
+def established(tables: Bench, family: int, mode: Mode, splice: Splice | None) -> None:
+    """A connection that both have used."""
+    if splice is not None:
+        open_one(tables, splice, family)
+    else:
+        tables.connect(*FAMILIES[family])
+    tables.set_services({ServiceKey(packed(FAMILIES[family][1]), 80, TCP): Service(5, mode, Hash.TURN, 100, ())})
+    for data in (request(family, payload=b"GET /"), answer(family, payload=b"200")):
+        tables.walk(data)
+
+
+@BOTH
+@pytest.mark.parametrize("splice", [Splice(9), None], ids=["splice", "handoff"])
+def test_a_member_that_has_forgotten_begins_no_connection_unread(tables: Bench, family: int,
+                                                                 splice: Splice | None) -> None:
+    established(tables, family, Mode.PROXY, splice)
+    assert tables.walk(request(family, SYN, seq=77)).flags == SYN, "the member may know"
+    assert tables.drop(answer(family, SYN | ACK, ack=78)) == {"closed_count": 1}
+    assert [one.serial for one in tables.closed()] == [SERIAL if splice else 1]
+    assert tables.drop(answer(family, SYN | ACK, ack=78)) == {}
+    tables.set_cookies((bytes(16), None), 0)
+    assert tables.answered(request(family, SYN, seq=77)).flags == SYN | ACK, "its client repeats it, and is asked"
+    assert tables.flows(10) == []
+
+
+@BOTH
+def test_a_member_that_remembers_says_so(tables: Bench, family: int) -> None:
+    established(tables, family, Mode.PROXY, Splice(9))
+    tables.walk(request(family, SYN, seq=77))
+    assert tables.walk(answer(family, payload=b"more")).payload == b"more"
+    assert tables.walk(request(family, RST)).flags == RST
+    assert len(tables.closed()) == 1
+
+
+@BOTH
+def test_where_nobody_is_read_a_connection_may_begin_anew(tables: Bench, family: int) -> None:
+    established(tables, family, Mode.DECIDE, None)
+    assert tables.walk(request(family, SYN, seq=77)).flags == SYN
+    assert tables.walk(answer(family, SYN | ACK, ack=78)).flags == SYN | ACK
 
 
 def test_a_fragment_does_not_wait(tables: Bench) -> None:

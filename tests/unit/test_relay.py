@@ -453,6 +453,14 @@ def test_whether_a_member_has_said_anything_and_what(here: Relay) -> None:
     assert here.errors() == [(SERIAL, SERVICE, MEMBER, 503)] and here.errors() == []
 
 
+def test_a_member_that_has_forgotten_begins_no_connection_unread(here: Relay) -> None:
+    here.install(entries(pair()))
+    here.set_splices({SERIAL: Splice(7)})
+    for data in (request(payload=b"GET /"), answer(payload=b"200"), request(flags=SYN)):
+        assert len(walked(here, data)) == 1
+    assert walked(here, answer(flags=SYN | ACK)) == [] and len(here.closed()) == 1
+
+
 def test_a_member_that_does_not_scale_windows_stays(here: Relay) -> None:
     """A fast path is not told how to translate the client's."""
     here.install(entries(pair()))

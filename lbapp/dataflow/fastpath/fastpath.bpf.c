@@ -186,6 +186,36 @@ static __always_inline int begin(struct __sk_buff *skb, const struct fp_key *key
 
 /* ------------------------------------------------------------------ the walk */
 
+/*
+ * A SYN for a connection that is not over: its client has vanished, and its port is used again. A member that still has
+ * the connection says so, and the client ends it. One that has forgotten it begins another one: where a client has to be
+ * read before it has a member, that must not be. Then the connection is over, and the client, who repeats its SYN, is
+ * shaken hands with. 0: the packet goes on.
+ */
+static __noinline int anew(const struct fp_key *key, struct fp_flow *flow, __u32 flags)
+{
+	struct fp_service_key where = {.port = key->destination_port, .protocol = key->protocol};
+	struct fp_service *service;
+	struct fp_flow *other;
+	struct fp_key back;
+
+	if (flow->state & FP_OUTBOUND) {
+		if (!(flow->state & FP_ANEW) || !(flags & TCP_ACK))
+			return 0;
+		follow(key, flow, FP_RST, ticks());
+		return TC_ACT_SHOT;
+	}
+	copy16(where.address, key->destination);
+	service = bpf_map_lookup_elem(&services, &where);
+	if (flags & TCP_ACK || !service || service->mode != FP_PROXY)
+		return 0;
+	turn_round(&back, flow, key->protocol);
+	other = other_of(flow, &back);
+	if (other)
+		__sync_fetch_and_or(&other->state, FP_ANEW);
+	return 0;
+}
+
 /* A TC action, or the negative counter of why the packet is a miss. */
 static __always_inline int forward(struct __sk_buff *skb, __u32 ifindex)
 {
@@ -234,6 +264,11 @@ static __always_inline int forward(struct __sk_buff *skb, __u32 ifindex)
 	if (to.state & FP_ROUTED && !hops_left(skb, &packet)) {
 		dismiss(&key, &packet);
 		return -FP_MISS_TTL;
+	}
+	if (packet.tcp_flags & TCP_SYN && flow->state & (FP_ESTABLISHED | FP_ANEW)) {
+		reason = anew(&key, flow, packet.tcp_flags);
+		if (reason)
+			return reason;
 	}
 	if (to.state & (FP_SPLICE | FP_HELD)) {
 		reason = splice(skb, &key, &packet, flow, to.state & FP_OUTBOUND);

@@ -45,6 +45,7 @@ enum fp_state {
 	FP_SPLICE = 1024,    /* the member counts its bytes from elsewhere: see fp_splice */
 	FP_ANSWERED = 2048,  /* of member to client: a segment had data */
 	FP_HELD = 4096,      /* handed over, and its member has said nothing yet: see splice() */
+	FP_ANEW = 8192,      /* of member to client: its client has sent a SYN since, see anew() */
 };
 
 enum fp_mode { FP_PASS, FP_DECIDE, FP_PUNT, FP_PROXY };

@@ -41,8 +41,8 @@ SWEEPS = 2
 REQUESTS, REQUEST_DATA = 4096, 1460
 """How many clients' first data is kept for members' SYN-ACKs, and how many bytes of it."""
 
-OUTBOUND, ROUTED, ESTABLISHED, FIN, PEER_FIN, RST, CLOSED, REPORTED, DECIDED, TRACKED, SPLICE, ANSWERED, HELD = (
-    1 << bit for bit in range(13))
+OUTBOUND, ROUTED, ESTABLISHED, FIN, PEER_FIN, RST, CLOSED, REPORTED, DECIDED, TRACKED, SPLICE, ANSWERED, HELD, ANEW = (
+    1 << bit for bit in range(14))
 """Bits of :attr:`Flow.state`."""
 TARGET_ROUTED = 1
 MATCH_VIRTUAL_SERVER, MATCH_MEMBER, MATCH_IFINDEX, MATCH_ALL = 1, 2, 4, 8
