@@ -196,6 +196,10 @@ class Relay:
                 self._counts["greeted_ack"] += 1
                 return
             kind = Ask.DATA if (isn, cookie) == known else Ask.LATER
+            if kind is Ask.DATA and not flags & RST and cookies.check(
+                    self._keys, key.source, key.source_port, isn, cookie) is None:
+                self._doubt(port, key, packet, part)  # it may be left of a connection that has gone
+                return
             if flags & RST:
                 del self._pending[key]
             self._ask(port, service.number, frame, kind, known[1] >> 23)

@@ -532,3 +532,58 @@ def test_a_new_connection_where_one_has_ended(proxied: Bench) -> None:
     proxied.walk(frame("10.0.1.7", CLIENT, TCP, 8080, 40000, flags=RST))
     assert proxied.answered(frame(CLIENT, VIRTUAL, seq=ISN)).seq == cookie()
     assert proxied.flows(10) == [] and proxied.splice(9) is None
+
+
+# ------------------------------------------------------------------ what is said once more
+
+
+@BOTH
+@pytest.mark.parametrize("state", [layout.SPLICE, layout.HELD])
+def test_who_replays_a_handshake_begins_nothing_until_its_connection_has_gone(proxied: Bench, family: int,
+                                                                              state: int) -> None:
+    """A cookie is good for as long as its key, and nothing is remembered of who used it: what a replay meets is the
+    connection, then its remains, and only then it is as good as the first time, until the key has gone."""
+    client, virtual = FAMILIES[family]
+    member = {4: "10.0.1.7", 6: "fd00:1::7"}[family]
+    made = proxied.answered(frame(client, virtual, seq=ISN, tcp_options=LINUX)).seq
+    ack, first = (said(payload, flags, by=made, client=client, virtual=virtual)
+                  for payload, flags in ((b"", ACK), (b"GET / HTTP/1.1\r\n\r\n", ACK | PSH)))
+    asked = layout.QueryRecord(WIRE, 12, first, Ask.DATA, made >> 23)
+    for _ in range(2):
+        assert (proxied.drop(ack), proxied.drop(first)) == ({"greeted_ack": 1}, {"asked_data": 1})
+        assert proxied.queries() == [asked], "it is being read: one connection, as the agent knows by its numbers"
+    proxied.connect(client, virtual, member, state=state, serial=9, number=12)
+    if state == layout.SPLICE:
+        proxied.set_splices({9: layout.Splice(5)})
+    else:
+        proxied.walk(frame(member, client, TCP, 8080, 40000, flags=ACK, payload=b"x"))
+    for _ in range(2):
+        assert {proxied.walk(one).destination for one in (ack, first)} == {member}, "it lives: its member knows better"
+    proxied.walk(frame(member, client, TCP, 8080, 40000, flags=RST | ACK))
+    proxied.walk(first)
+    assert len(proxied.closed()) == 1 and not proxied.queries(), "its remains take it"
+    proxied.sweep(linger_ms=0)
+    for remembered in (True, False):
+        assert proxied.flows(10) == [] and bool(pending(proxied)) is remembered
+        assert (proxied.drop(ack), proxied.drop(first)) == ({"greeted_ack": 1}, {"asked_data": 1})
+        assert proxied.queries() == [asked], "nothing is left that knew it"
+        proxied.forget_pending(list(pending(proxied)))
+    proxied.drop(first)
+    assert proxied.queries() == [asked]
+    proxied.set_cookies((b"another".ljust(16), KEYS[1]), 1)
+    for remembered in (True, False):
+        assert bool(pending(proxied)) is remembered
+        assert proxied.drop(first) == {"cookie_bad": 1}
+        assert proxied.drop(ack) == {"greeted_ack" if remembered else "cookie_bad": 1}
+        proxied.forget_pending(list(pending(proxied)))
+    assert proxied.flows(10) == [] and proxied.queries() == [] and not pending(proxied)
+
+
+def test_a_replay_takes_the_place_of_what_is_being_read(proxied: Bench) -> None:
+    """Of a later connection of the same port. Its client's first data, repeated, has the place again."""
+    key = FlowKey(packed(CLIENT), packed(VIRTUAL), 40000, 80, TCP)
+    earlier, later = said(b"earlier", isn=5, by=cookie(isn=5)), said(b"later")
+    for data, isn in ((later, ISN), (earlier, 5), (later, ISN)):
+        assert proxied.drop(data) == {"asked_data": 1}
+        assert pending(proxied) == {key: (isn, cookie(isn=isn))}
+    assert [record.kind for record in proxied.queries()] == [Ask.DATA] * 3

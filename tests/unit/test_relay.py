@@ -232,6 +232,31 @@ def test_what_clients_say_next_is_taken_alike(twins: Twins, family: int) -> None
 
 
 @BOTH
+def test_what_is_replayed_is_taken_alike(twins: Twins, clock: Clock, family: int) -> None:
+    """While its connection lives, when it has ended, when nothing is left of it, and when its key has gone."""
+    by = cookie(family)
+    ack = request(family, ACK, seq=ISN + 1 & WORD, ack=by + 1)
+    first = request(family, ACK | PSH, seq=ISN + 1 & WORD, ack=by + 1, payload=b"GET / HTTP/1.1")
+    assert twins.kept(first) == twins.kept(first) == [(Ask.DATA, by >> 23)]
+    twins.install(pair(family))
+    twins.splice({SERIAL: Splice(5)})
+    for end in ((), (answer(family, ACK | RST),)):
+        for data in (*end, ack, first):
+            twins.forwarded(data)
+    assert len(twins.ended()) == 1
+    clock.now += 6
+    for paths in (twins.tables, twins.here):
+        assert paths.sweep(linger_ms=0).shutdown == 1
+    assert twins.kept(ack) == [] and twins.kept(first) == [(Ask.DATA, by >> 23)], "as good as the first time"
+    for paths in (twins.tables, twins.here):
+        paths.set_cookies((b"another".ljust(16), KEYS[1]), 1)
+    assert twins.kept(first) == [], "though it is known what was said"
+    for paths in (twins.tables, twins.here):
+        paths.forget_pending([pair(family)[0][0]])
+    assert twins.kept(ack) == twins.kept(first) == []
+
+
+@BOTH
 def test_until_the_member_is_there_all_goes_to_the_agent_alike(twins: Twins, family: int) -> None:
     twins.install(pair(family))
     top = cookie(family) >> 23

@@ -266,6 +266,9 @@ static __noinline int listen(struct __sk_buff *skb, const struct fp_key *key, co
 			}
 			__u32 kind = isn == entry.isn && cookie == entry.cookie ? FP_ASK_DATA : FP_ASK_LATER;
 
+			/* The entry may be left of a connection that has gone: it begins none when the cookie is void. */
+			if (kind == FP_ASK_DATA && !(flags & TCP_RST) && checked(keys, key, isn, cookie) < 0)
+				return doubt(skb, key, packet, cookie + 1);
 			if (ask_or_drop(skb, packet, service->number, kind, entry.cookie >> COOKIE_SHIFT)
 			    && flags & TCP_RST)
 				bpf_map_delete_elem(&pending, key);
