@@ -99,8 +99,8 @@ class ConnectionView(msgspec.Struct, frozen=True, kw_only=True):
         packets, bytes: both directions; null where the switch does not count them.
         decided_by: ``switch`` or ``controller``.
         policy: where what the client said decided, the L7 policy that matched; empty: none did.
-        key: what was read of it.
-        binding: how its member got the connection, ``splice`` or ``handoff``.
+        key: what was read of it, such as ``GET shop.example/img/a.png`` or ``sni shop.example``.
+        binding: how its member has the connection: ``splice``, ``handoff``, ``hybrid`` or ``relay``.
     """
 
     id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]+$")]
@@ -176,7 +176,7 @@ class FastPathStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """Counters of a switch's fast path and of the messages of its agent.
 
     Attributes:
-        connections: those it holds now; null where its agent runs on another host.
+        connections: those it holds now; null until an agent that is a process of its own has told.
         hits: packets that it translated itself.
         misses: packets that it left to Open vSwitch, by reason.
         handshakes: of virtual servers that read what clients say: SYNs answered with a cookie, and what came of them.

@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.integration.support import VIP, VIP6, configure, members, pool, server
+from topologies.controller import RestError
 from topologies.hosts import LabHost
 from topologies.lab import Lab
 from topologies.namespace import end, wait_until
@@ -121,6 +123,48 @@ def connect(host: LabHost, vip: str, port: int, timeout: float = 5.0) -> socket.
     made.settimeout(timeout)
     made.connect((vip, port))
     return made
+
+
+def shown(lab: Lab, end_of: socket.socket, binding: str) -> dict[str, Any]:
+    """A client's connection, as REST lists it, once, with this binding, and shows it by its id."""
+    host, port = end_of.getsockname()[:2]
+    client = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def listed() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = lab.rest.get(f"/v1/connections?client={client}")["connections"]
+        return found
+
+    wait_until(lambda: [one["binding"] for one in listed()] == [binding], 5, f"a connection of {client}, by {binding}")
+    (one,) = listed()
+    by_id: dict[str, Any] = lab.rest.get(f"/v1/connections/{one['id']}")
+    moving = {"idle_seconds", "age_seconds", "packets", "bytes"}
+    assert by_id.items() - {(key, by_id[key]) for key in moving} == one.items() - {(key, one[key]) for key in moving}
+    return by_id
+
+
+def shows_why(lab: Lab, vip: str, binding: str) -> None:
+    """REST says of a connection why it went where it went: one that a policy led to s2, and one that none did."""
+    for host, policy in (("two.example", named(vip, "to-s2")), ("other.example", "")):
+        with connect(lab.client(), vip, 80) as it:
+            it.sendall(f"GET /about HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            name = it.recv(4096).partition(b"X-Server: ")[2][:2].decode()
+            one = shown(lab, it, binding)
+            assert (one["policy"], one["key"]) == (policy, f"GET {host}/about")
+            assert (one["virtual_server"], one["decided_by"]) == (named(vip, "web"), "controller")
+            it_has = lab.server(name)
+            assert one["member"] == (f"[{it_has.address6}]:80" if ":" in vip else f"{it_has.address}:80")
+            assert name == "s2" or not policy
+        wait_until(partial(unknown, lab, one["id"]), 5, "REST does not know it any more")
+
+
+def unknown(lab: Lab, identifier: str) -> bool:
+    """Whether REST has no such connection."""
+    try:
+        lab.rest.get(f"/v1/connections/{identifier}")
+    except RestError as error:
+        assert " 404" in str(error)
+        return True
+    return False
 
 
 def everything(end_of: socket.socket) -> bytes:

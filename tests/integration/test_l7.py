@@ -26,6 +26,7 @@ from tests.integration.l7_site import (
     laboratory,
     named,
     rule,
+    shows_why,
     to_pool,
     url,
 )
@@ -120,6 +121,11 @@ def test_answers_of_our_own(site: Lab, vip: str) -> None:
     assert done.returncode == 56, "reset"
     # Nothing of it stays with the client's port.
     assert client.who(url(vip), 3).total() == 3
+
+
+@both
+def test_why_a_connection_went_where_it_went(site: Lab, vip: str) -> None:
+    shows_why(site, vip, "splice")
 
 
 @both

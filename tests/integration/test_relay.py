@@ -17,7 +17,7 @@ import pytest
 
 from tests.integration.bad_wire import bad_wire
 from tests.integration.handed_over import Site
-from tests.integration.l7_site import both, configured, connect, everything, laboratory, named, url
+from tests.integration.l7_site import both, configured, connect, everything, laboratory, named, shows_why, url
 from tests.integration.support import VIP, configure, members, pool, server, settle, statistics
 from topologies.lab import Lab, unavailable
 from topologies.namespace import wait_until
@@ -110,6 +110,11 @@ def test_who_has_a_connection(lab: Lab, request: pytest.FixtureRequest) -> None:
         assert (one["policy"], one["virtual_server"]) == ("to-s1-four", "web-four")
         it.sendall(b"GET /one/x HTTP/1.1\r\nHost: a\r\n\r\n")
         assert b"X-Server: s1" in it.recv(4096)
+
+
+@both
+def test_why_a_connection_went_where_it_went(lab: Lab, vip: str, request: pytest.FixtureRequest) -> None:
+    shows_why(lab, vip, request.node.callspec.params["lab"])
 
 
 def test_messages_for_each_connection(lab: Lab, request: pytest.FixtureRequest) -> None:
