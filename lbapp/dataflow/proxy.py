@@ -129,15 +129,15 @@ class Proxy:
             self._abandon(known)  # its client has begun anew
             known = None
         if known is None:
+            how = self._passed.get(hash(signature))
+            if how is not None and self._fastpath.lookup(_key(signature)) is not None:
+                # It is translated now. Without its flow it would be handed back, again and again.
+                self._later(record.ifindex, how, frame)
+                return
             if record.kind != _DATA or not part.payload:
-                how = self._passed.get(hash(signature))
-                if how is not None and self._fastpath.lookup(_key(signature)) is not None:
-                    # It is translated now. Without its flow it would be handed back, again and again.
-                    self._later(record.ifindex, how, frame)
-                else:
-                    # Of a connection that has ended: who goes on with that is reset by the fast path.
-                    self._counters["proxy_stray"] += 1
-                    self._fastpath.forget_pending([_key(signature)])
+                # Of a connection that has ended: who goes on with that is reset by the fast path.
+                self._counters["proxy_stray"] += 1
+                self._fastpath.forget_pending([_key(signature)])
                 return
             known = fresh = self._begin(record, frame, packet, part, now)
             if known is None:

@@ -16,7 +16,9 @@ import pytest
 
 from tests.integration.bad_wire import bad_wire
 from tests.integration.handed_over import Site
-from tests.integration.support import VIP, VIP6, configure, family_of, members, pool, server
+from tests.integration.l7_site import connect, everything, rule, shows_why, to_pool
+from tests.integration.said_again import Echo
+from tests.integration.support import VIP, VIP6, configure, family_of, members, pool, server, statistics
 from topologies.lab import Lab, unavailable
 from topologies.namespace import wait_until
 from topologies.single import SingleTopo
@@ -36,9 +38,13 @@ def _site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         lab.start_servers()
         lab.start_controller()
         wait_until(lambda: lab.rest.get("/v1/stats")["switches"][0].get("fastpath"), 10, "a fast path")
-        configure(lab, [pool("four", "ROUND_ROBIN", members(lab)), pool("six", "ROUND_ROBIN", members(lab, six=True))],
-                  [server("web-four", 80, "four", VIP, application="http"),
-                   server("web-six", 80, "six", VIP6, application="http")])
+        pools, servers = [], []
+        for word, vip, six in (("four", VIP, False), ("six", VIP6, True)):
+            pools += [pool(word, "ROUND_ROBIN", members(lab, six=six)),
+                      pool(f"s2-{word}", "ROUND_ROBIN", members(lab, six=six, names=["s2"]))]
+            servers.append(server(f"web-{word}", 80, word, vip, application="http", l7_policies=[
+                to_pool(f"s2-{word}", rule("HOST_NAME", "EQUAL_TO", "two.example"))]))
+        configure(lab, pools, servers)
         running.callback(made.stop_agents)
         yield made
 
@@ -58,6 +64,11 @@ def test_connections_are_handed_over(site: Site, vip: str) -> None:
     since = site.shaken()
     assert set(site.lab.client().who(url(vip), 30)) == {"s1", "s2", "s3"}
     wait_until(lambda: since() == (30, 0), 5, "30 handshakes with the client, none with a member")
+
+
+@both
+def test_why_a_connection_went_where_it_went(site: Site, vip: str) -> None:
+    shows_why(site.lab, vip, "handoff")
 
 
 @both
@@ -102,6 +113,26 @@ def test_requests_over_a_bad_wire(site: Site, vip: str, more: int, tmp_path: Pat
                               f"X-More: {'x' * more}", url(vip)).stdout == "200"
     greeted, spliced = since()
     assert greeted >= 12 and (spliced == 0 or more > 1400)
+
+
+def test_first_data_that_comes_twice_is_one_connection(site: Site) -> None:
+    """The second time at any moment of its being handed over, from before it is read until its member has answered."""
+    lab, client = site.lab, site.lab.client()
+    before, since = statistics(lab, "web-four"), site.shaken()
+    with contextlib.closing(Echo(client)) as wire:
+        for turn in range(400):
+            with connect(client, VIP, 80) as it:
+                wire.forget()
+                it.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                frame, until = wire.heard(b"GET / "), time.perf_counter() + turn * 5e-6
+                while time.perf_counter() < until:
+                    pass
+                wire.say(frame)
+                assert everything(it).startswith(b"HTTP/1.1 200 "), "it is not reset"
+    wait_until(lambda: statistics(lab, "web-four")["closed"] - before["closed"] >= 400, 10, "the ends of all")
+    after = statistics(lab, "web-four")
+    assert (after["opened"] - before["opened"], after["refused"]) == (400, before["refused"])
+    wait_until(lambda: since() == (400, 0), 5, "400 handshakes with the client, none with a member")
 
 
 def test_what_is_said_right_behind_the_first_does_not_overtake_it(site: Site) -> None:

@@ -123,6 +123,54 @@ def test_a_request_in_pieces_is_acknowledged_and_then_repeated_until_it_has_arri
     assert not len(world.proxy)
 
 
+def sending(world: World) -> list[Segment]:
+    """A client that was told that a part of its request has arrived, and a member that is being sent all of it."""
+    asked = world.client(0, REQUEST[:5], now=-1.0)
+    assert asked is not None
+    world.more(asked.query, now=-1.0)
+    again = world.client(5, REQUEST[5:])
+    assert again is not None
+    world.answer(again.query)
+    world.member(1, SYN | ACK, options=SYN_ACK)
+    assert world.to_client()[-1].flags == ACK
+    return world.to_member()
+
+
+def test_a_member_that_resets_while_it_is_sent_the_request_is_the_last(world: World) -> None:
+    """It may have begun with it: the client hears of that, and the next member of nothing."""
+    assert [part.payload for part in sending(world)[1:]] == [REQUEST]
+    assert world.member(0, RST, seq=MEMBER_ISN + 1) is None
+    assert world.to_client() == [Segment(COOKIE + 1, ISN + 1 + len(REQUEST) & 0xFFFFFFFF, RST | ACK, 0, b"", b"")]
+    assert not world.counters["proxy_member_failed"] and world.counters["refused"] == 1
+    assert len(world.fast.closed) == 1 and not len(world.proxy) and not world.proxy._bytes
+    assert world.proxy.tick(20.0) == []
+
+
+def test_a_member_that_does_not_acknowledge_what_it_is_sent_is_the_last(world: World) -> None:
+    sent = sending(world)[1:]
+    for tenth in range(1, 93):
+        assert world.proxy.tick(tenth / 10) == []
+    assert world.to_member() == sent * (proxy.REPEATS - 1) and not world.to_client()
+    assert world.proxy.tick(9.4) == []
+    assert [part.flags for part in world.to_client()] == [RST | ACK]
+    assert [part.flags for part in world.to_member()] == [RST], "it is told as well"
+    assert world.counters["proxy_unanswered"] == 1 and not world.counters["proxy_member_failed"]
+    assert len(world.fast.closed) == 1 and not len(world.proxy) and not world.proxy._bytes
+
+
+def test_an_acknowledgment_of_what_was_not_sent_or_was_acknowledged_before_is_none(world: World) -> None:
+    sent = sending(world)[-1]
+    world.member(11)
+    left = sent._replace(seq=ISN + 11 & 0xFFFFFFFF, payload=REQUEST[10:])
+    assert world.to_member() == [left]
+    for ack in (-500, 0, 1, 5, 11, 2 + len(REQUEST), 70_000):
+        assert world.member(ack, payload=b"nobody's") is None
+        assert not world.to_member() and not world.fast.splices and not world.fast.injected
+    assert world.proxy.tick(0.4) == [] and world.to_member() == [left], "it is repeated in its time"
+    world.member(1 + len(REQUEST))
+    assert world.fast.splices and not len(world.proxy)
+
+
 def test_a_large_request_goes_in_segments_the_member_can_take(world: World) -> None:
     data = bytes(range(256)) * 100
     asked = world.client(0, data[:1000])
@@ -349,6 +397,26 @@ def test_late_segments_of_a_connection_that_is_ready_are_passed_on_once(world: W
         world.proxy._passed.put(port, going(1000))
     assert world.client(len(REQUEST), b"body") is None
     assert len(world.fast.injected) == 2 and world.counters["proxy_stray"] == 1
+
+
+@pytest.mark.parametrize("binding", list(Binding))
+def test_first_data_that_was_doubled_is_no_second_connection(world: World, binding: Binding) -> None:
+    """The other copy was in the ring already when the connection was entered. Only where its flow has gone, it is of a
+    client that has begun anew on that port."""
+    asked = world.client(0, REQUEST)
+    assert asked is not None
+    world.answer(asked.query, binding=binding)
+    if binding is Binding.SPLICE:
+        world.member(1, SYN | ACK)
+    assert len(world.fast.injected) == 1
+    world.fast.room = layout.Result.EXISTS
+    assert world.client(0, REQUEST) is None, "nobody is asked, and nobody is refused"
+    assert world.fast.injected[1:] == world.fast.injected[:1], "its member knows it"
+    assert not len(world.proxy) and not world.to_client() and not world.fast.pending_forgotten
+    world.fast.closed.append(world.fast.installed[0].key)
+    again = world.client(0, REQUEST)
+    assert again is not None
+    assert again.query.serial != asked.query.serial
 
 
 @pytest.mark.parametrize(("binding", "flags", "size", "soon"), [
