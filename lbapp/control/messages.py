@@ -79,9 +79,10 @@ class Query(Value, frozen=True):
 class AppQuery(Value, frozen=True):
     """A flow whose client was shaken hands with, and what it sent (APP_QUERY).
 
-    ``seq`` and ``ack`` are those of the client's first data, ``options`` the TCP options that the handshake fixed
-    (as on the wire), ``data`` what the client sent so far, from its first byte. ``failed``: members that were
-    selected before and refused, or did not answer. ``timed_out``: no more will come.
+    ``seq`` and ``ack`` are those of the client's first data; ``ack`` less one is the cookie, which holds what the
+    client offered. ``options``: TCP options as on the wire, none so far, for nobody needs them. ``data``: what the
+    client sent so far, from its first byte. ``failed``: members that were selected before and refused, or did not
+    answer. ``timed_out``: no more will come.
     """
 
     query: Query

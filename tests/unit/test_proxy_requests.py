@@ -115,6 +115,18 @@ def test_a_member_that_came_at_the_last_moment_is_not_given_up(world: World) -> 
     assert world.counters["proxy_member_failed"] == 0
 
 
+def test_a_syn_ack_that_comes_up_after_another_one_took_what_was_kept(world: World) -> None:
+    """Both came before the agent looked: the fast path has the connection already, with the first one's offset."""
+    number = opened(world)
+    world.fast.give(number)
+    assert world.member(1, SYN | ACK, seq=MEMBER_ISN + 7, options=SYN_ACK) is None
+    assert not len(world.proxy) and not world.fast.splices and not world.fast.injected
+    assert not world.to_client() and not world.to_member() and not world.fast.closed
+    assert world.client(len(REQUEST), b"more") is None
+    assert [frames.segment(frame, frames.parse(frame)).payload for _, frame in world.fast.injected] == [b"more"]
+    assert world.fast.requests.keep(1, 2, 3, None, 4, ACK, b"another's") == number, "its place is free"
+
+
 def test_a_client_that_repeats_itself_changes_nothing(world: World) -> None:
     number = opened(world)
     assert world.client(0, REQUEST, kind=layout.Ask.LATER) is None
