@@ -143,16 +143,22 @@ class LabHost(Namespace):
 
     # ------------------------------------------------------------------ servers
 
-    def nginx(self, root: Path | None = None, ports: tuple[int, ...] = HTTP_PORTS) -> subprocess.Popen[Any]:
+    def nginx(self, root: Path | None = None, ports: tuple[int, ...] = HTTP_PORTS,
+              http2: bool = False) -> subprocess.Popen[Any]:
         """Start nginx and wait until it listens, on all addresses.
 
         ``/`` answers with the server's name, ``/about`` with JSON that tells server, addresses
         and ports; anything else is a file of ``root``. All answers carry ``X-Server``.
+
+        Args:
+            root: the directory of the files; one of its own unless given.
+            ports: where it listens.
+            http2: it speaks HTTP/2 with prior knowledge there, and nothing else.
         """
         prefix = self.directory / f"nginx-{ports[0]}"
         prefix.mkdir(parents=True, exist_ok=True)
-        listen = "\n".join(f"        listen {port} backlog=8192; listen [::]:{port} ipv6only=on backlog=8192;"
-                           for port in ports)
+        how = "http2 backlog=8192" if http2 else "backlog=8192"
+        listen = "\n".join(f"        listen {port} {how}; listen [::]:{port} ipv6only=on {how};" for port in ports)
         configuration = prefix / "nginx.conf"
         configuration.write_text(_NGINX.format(prefix=prefix, listen=listen, root=root or prefix, name=self.name))
         process = self.popen("nginx", "-p", str(prefix), "-c", str(configuration), "-e", str(prefix / "error.log"),

@@ -62,7 +62,7 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory, *options: str, fastpath
 
 
 def configured(lab: Lab, **more: Any) -> Lab:
-    """Three pools by path and host; by SNI; by the first bytes. Both families."""
+    """Three pools by path and host; by SNI and ALPN; by the first bytes. Both families."""
     pools, servers = [], []
     for six, vip in ((False, VIP), (True, VIP6)):
         word = "six" if six else "four"
@@ -89,7 +89,8 @@ def configured(lab: Lab, **more: Any) -> Lab:
                 {"name": "never", "action": "REJECT", "rules": [rule("METHOD", "EQUAL_TO", "TRACE")]}]),
             server(f"tls-{word}", 443, f"tls3-{word}", vip, application="tls", **more, l7_policies=[
                 to_pool(f"tls1-{word}", rule("SNI", "EQUAL_TO", "one.example")),
-                to_pool(f"tls2-{word}", rule("SNI", "ENDS_WITH", ".two.example"))]),
+                to_pool(f"tls2-{word}", rule("SNI", "ENDS_WITH", ".two.example")),
+                {**to_pool(f"tls1-{word}", rule("ALPN", "EQUAL_TO", "acme-tls/1")), "name": "by-protocol"}]),
             server(f"raw-{word}", 7000, f"s3-{word}", vip, application="raw", **more, inspect_bytes=8, l7_policies=[
                 to_pool(f"s1-{word}", rule("DATA", "STARTS_WITH", "GET /one")),
                 to_pool(f"s2-{word}", rule("DATA", "EQUAL_TO", "hex:474554202f74776f"))])]
@@ -173,3 +174,14 @@ def everything(end_of: socket.socket) -> bytes:
     while part := end_of.recv(65536):
         found += part
     return found
+
+
+def is_reset(host: LabHost, vip: str, port: int, said: bytes) -> bool:
+    """Whether a client who says this is reset, and told nothing before."""
+    with connect(host, vip, port) as it:
+        it.sendall(said)
+        try:
+            it.recv(65536)
+        except ConnectionResetError:
+            return True
+    return False

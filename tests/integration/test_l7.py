@@ -13,9 +13,11 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from tests.hellos import hello, server_name
 from tests.integration.bad_wire import bad_wire
 from tests.integration.l7_site import (
     both,
@@ -23,6 +25,7 @@ from tests.integration.l7_site import (
     connect,
     counters,
     everything,
+    is_reset,
     laboratory,
     named,
     rule,
@@ -30,7 +33,7 @@ from tests.integration.l7_site import (
     to_pool,
     url,
 )
-from tests.integration.support import VIP, VIP6, configure, members, pool, server, statistics
+from tests.integration.support import VIP, VIP6, configure, members, pool, server, settle, statistics
 from topologies.lab import Lab, unavailable
 from topologies.namespace import end, wait_until
 
@@ -45,6 +48,15 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 @pytest.fixture
 def site(lab: Lab) -> Lab:
     return configured(lab)
+
+
+every = pytest.mark.parametrize("binding", ["splice", "handoff", "hybrid", "relay"])
+
+
+def bound(site: Lab, binding: str, **more: Any) -> None:
+    """Give one virtual server a binding."""
+    site.rest.patch("/v1/virtual-servers/web-four", {"binding": binding, **more})
+    settle(site)
 
 
 # ------------------------------------------------------------------ choosing
@@ -89,13 +101,43 @@ def test_tls_goes_where_its_server_name_says(site: Lab, vip: str, version: str) 
         assert found.strip() == expected
 
 
+@both
+def test_tls_without_a_server_name_is_the_default_pool_s(site: Lab, vip: str) -> None:
+    """As of whoever asks by address."""
+    assert site.client().curl(url(vip, "/", 443, "https"), "-k").strip() == "s3"
+
+
+def tls(site: Lab, vip: str, *options: str) -> str:
+    """What openssl is answered."""
+    return site.client().run("openssl", "s_client", "-connect", f"[{vip}]:443", *options, "-quiet", "-ign_eof",
+                             stdin="GET / HTTP/1.0\r\n\r\n", timeout=15, check=False).stdout
+
+
+@both
+def test_tls_goes_where_its_protocol_says(site: Lab, vip: str) -> None:
+    """With and without a server name; the first policy that holds decides."""
+    for options, expected in (("-noservername -alpn acme-tls/1", "s1"),
+                              ("-servername other.example -alpn http/1.1,acme-tls/1", "s1"),
+                              ("-servername a.two.example -alpn acme-tls/1", "s2"),
+                              ("-noservername -alpn http/1.1", "s3")):
+        assert f"X-Server: {expected}" in tls(site, vip, *options.split())
+
+
 def test_a_client_hello_of_two_segments(site: Lab) -> None:
     """As post-quantum key shares make them."""
-    found = site.client().run(
-        "openssl", "s_client", "-connect", f"{VIP}:443", "-servername", "a.two.example", "-alpn",
-        ",".join(f"protocol-{number:03}-{'x' * 200}" for number in range(9)), "-quiet", "-ign_eof",
-        stdin="GET / HTTP/1.0\r\n\r\n", timeout=15, check=False).stdout
-    assert "X-Server: s2" in found
+    assert "X-Server: s2" in tls(site, VIP, "-servername", "a.two.example", "-alpn",
+                                 ",".join(f"protocol-{number:03}-{'x' * 200}" for number in range(9)))
+
+
+@both
+def test_what_is_no_client_hello_is_reset(site: Lab, vip: str) -> None:
+    """And no member hears of it."""
+    before = statistics(site, named(vip, "tls"))["opened"]
+    name = server_name(b"one.example")
+    for said in (hello(name, name), hello(name, version=b"\2\0"), b"GET / HTTP/1.1\r\nHost: one.example\r\n\r\n"):
+        assert is_reset(site.client(), vip, 443, said)
+    assert site.client().curl(url(vip, "/", 443, "https"), "-k").strip() == "s3"
+    wait_until(lambda: statistics(site, named(vip, "tls"))["opened"] - before == 1, 5, "the good one")
 
 
 @both
@@ -171,11 +213,16 @@ def test_requests_in_any_pieces(site: Lab, vip: str) -> None:
             assert b"X-Server: s1" in everything(it)
 
 
-def test_headers_beyond_all_bounds_are_431(site: Lab) -> None:
-    with connect(site.client(), VIP, 80) as it, contextlib.suppress(ConnectionResetError, BrokenPipeError):
-        it.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n" + b"".join(b"X-%d: %s\r\n" % (n, b"z" * 1000) for n in range(70)))
+@every
+@pytest.mark.parametrize(("number", "size"), [(70, 1000), (101, 1)], ids=["bytes", "fields"])
+def test_headers_beyond_all_bounds_are_431(site: Lab, binding: str, number: int, size: int) -> None:
+    """The whole answer, and an end in order: no reset, which could take the answer with it."""
+    bound(site, binding)
+    with connect(site.client(), VIP, 80) as it:
+        it.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n" + b"".join(b"X-%d: %s\r\n" % (n, b"z" * size)
+                                                              for n in range(number)))
         found = everything(it)
-        assert found.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 "))
+    assert found.startswith(b"HTTP/1.1 431 ") and found.endswith(b"\r\n\r\n431 Request Header Fields Too Large\n")
 
 
 def test_a_client_that_says_nothing_costs_nothing(site: Lab) -> None:
@@ -188,12 +235,15 @@ def test_a_client_that_says_nothing_costs_nothing(site: Lab) -> None:
         one.close()
 
 
-def test_half_a_request_is_408(site: Lab) -> None:
-    site.rest.patch("/v1/virtual-servers/web-four", {"inspect_timeout": 1})
-    time.sleep(0.5)
+@every
+def test_half_a_request_is_408(site: Lab, binding: str) -> None:
+    bound(site, binding, inspect_timeout=1)
     with connect(site.client(), VIP, 80) as it:
+        began = time.monotonic()
         it.sendall(b"GET / HTTP/1.1\r\n")
-        assert everything(it).startswith(b"HTTP/1.1 408 ")
+        found = everything(it)
+    assert found.startswith(b"HTTP/1.1 408 ") and found.endswith(b"\r\n\r\n408 Request Timeout\n")
+    assert time.monotonic() - began >= 1, "not before its time"
 
 
 # ------------------------------------------------------------------ carrying

@@ -15,9 +15,20 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.hellos import hello, server_name
 from tests.integration.bad_wire import bad_wire
 from tests.integration.handed_over import Site
-from tests.integration.l7_site import both, configured, connect, everything, laboratory, named, shows_why, url
+from tests.integration.l7_site import (
+    both,
+    configured,
+    connect,
+    everything,
+    is_reset,
+    laboratory,
+    named,
+    shows_why,
+    url,
+)
 from tests.integration.support import VIP, configure, members, pool, server, settle, statistics
 from topologies.lab import Lab, unavailable
 from topologies.namespace import wait_until
@@ -85,6 +96,8 @@ def test_tls_goes_where_its_server_name_says(lab: Lab, vip: str) -> None:
     for name, expected in (("one.example", "s1"), ("a.two.example", "s2"), ("other.example", "s3")):
         found = lab.client().curl(url(name, "/", 443, "https"), "-k", "--resolve", f"{name}:443:{vip}")
         assert found.strip() == expected
+    assert lab.client().curl(url(vip, "/", 443, "https"), "-k").strip() == "s3", "no name"
+    assert is_reset(lab.client(), vip, 443, hello(*[server_name(b"one.example")] * 2)), "no hello"
 
 
 @both
