@@ -59,6 +59,7 @@ from lbapp.dataflow.pipeline import ANY_CONNECTION, COOKIE_MAGIC, EVERY_CONNECTI
 from lbapp.dataflow.session import SwitchSession
 from lbapp.fastpaths import FastPaths
 from lbapp.handoffs import Handoffs
+from lbapp.jobs import Jobs
 from lbapp.relays import RelayLink
 from lbapp.reports import Reports
 
@@ -108,7 +109,7 @@ class Switch:
         self.session = SwitchSession(self.id, Hosts(control, self.id), datapath.send,
                                      lambda server: relayed(self.id, server))
         self.encoder = carrier.ReplyEncoder(self.id, configuration, Routes(configuration.networks.values()))
-        self.work: hub.Queue = hub.Queue(WORK_QUEUE)
+        self.work = Jobs(WORK_QUEUE)
         self.worker: Any = None
         self.reconciling = False
         self.counters: Counter[str] = Counter()
@@ -243,7 +244,12 @@ class LoadBalancer(app_manager.RyuApp):
         if answer is None:
             return b""
         switch.counters["packet_outs"] += 1
-        if reply.install and switch.encoder.is_rules(reply.query.virtual_server) and not reply.error:
+        rules = switch.encoder.is_rules(reply.query.virtual_server)
+        if switch.work and not (rules or reply.error or switch.session.program.leads_to(
+                reply.member, switch.work.moving)):
+            self._queue(switch, ("packet", answer))  # behind the rules that it needs
+            return b""
+        if reply.install and rules and not reply.error:
             switch.counters["flow_mods"] += 2
             switch.recent[reply.query.serial] = punted, packet
             if len(switch.recent) > RECENT_RULES:
@@ -427,18 +433,17 @@ class LoadBalancer(app_manager.RyuApp):
             carrier.refuse(*known) or b"")
 
     def _queue(self, switch: Switch, job: tuple[str, Any]) -> None:
-        if switch.work.full():
+        if not switch.work.put(*job):
             LOG.error("switch %016x: too much work queued; it is disconnected to be read again", switch.id)
             switch.datapath.close()
-        else:
-            switch.work.put(job)
 
     def _work(self, switch: Switch) -> None:
         """A switch's jobs, one at a time, so that no change overtakes another."""
         while True:
-            job, argument = switch.work.get()
+            job, argument = switch.work.next()
             try:
                 self._do(switch, job, argument)
+                switch.work.done(job, argument)
             except Exception:
                 LOG.exception("switch %016x: %s failed; it is disconnected to be read again", switch.id, job)
                 switch.datapath.close()
@@ -472,6 +477,8 @@ class LoadBalancer(app_manager.RyuApp):
         elif job == "host" and session.ready:
             session.host_changed(argument)
             self._refresh(switch.id, self.control.users(argument))
+        elif job == "packet":
+            switch.datapath.send(argument)
         elif job == "repair":
             self.repairs[switch.id] += 1
             hub.sleep(min(LAST_REPAIR_SECONDS, 2.0 ** (self.repairs[switch.id] - 1)))

@@ -10,7 +10,7 @@ caller sends the changes, as one bundle each.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from lbapp.config.model import Configuration, Member, Pool, VirtualServer
@@ -170,6 +170,11 @@ class SwitchProgram:
             self._routed_hosts[address] = host
             return Change(add=[host_route(address, host)])
         return Change(delete=[host_route(address, known)] if known is not None else [])
+
+    def leads_to(self, member: int, moving: Collection[str]) -> bool:
+        """Whether there are rules to a member, none of them to a host that is somewhere else meanwhile."""
+        ways = self._by_member.get(member)
+        return ways is not None and not any(way.next_hop in moving for way in ways)
 
     # -------------------------------------------------------------- the whole
 

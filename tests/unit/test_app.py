@@ -21,12 +21,13 @@ from ryu.lib import hub
 
 from lbapp import app as module
 from lbapp.app import LoadBalancer, Switch
-from lbapp.config.model import Algorithm, Application, Binding, Configuration, State
+from lbapp.config.model import Algorithm, Application, Binding, Configuration, Decision, State
 from lbapp.control.messages import Host, HostChanged, NeighbourSeen, NewFlow, Reap, SwitchDown, SwitchUp
 from lbapp.dataflow import ryu_shim
 from lbapp.dataflow.openflow import message
 from lbapp.dataflow.pipeline import ANY_CONNECTION, VIRTUAL_MAC, Kind, connection_cookie, cookie
 from lbapp.fastpaths import Reading
+from lbapp.jobs import Jobs
 from tests import fastpath_packets as packets
 from tests import sites
 from tests.fake_frames import build, frame, packet_in, parse
@@ -95,6 +96,44 @@ def test_a_query_is_answered_with_one_packet_out():
     assert [action[0] for action in actions] == ["load", "ct"] and packet["tcp_flags"] == 2
     assert (bench.switch.counters["packet_ins"], bench.switch.counters["packet_outs"]) == (1, 1)
     assert bench.switch.punts == {1: 1}
+
+
+def work(bench: Bench) -> None:
+    """What is queued."""
+    while bench.switch.work:
+        job = bench.switch.work.next()
+        bench.app._do(bench.switch, *job)
+        bench.switch.work.done(*job)
+
+
+def test_no_packet_comes_before_the_rules_of_its_member():
+    """A new member is selected at once; the worker that sends its rules may be busy."""
+    server = sites.server(decision=Decision.CONTROLLER)
+    bench = Bench(sites.configuration([server], [sites.pool(of=sites.members(1))]))
+    more = sites.configuration([server], [sites.pool(of=sites.members(2))])
+    bench.app.configure(more)
+    for address, host in sites.reachable(more).items():
+        bench.app.perform(bench.app.control.handle(NeighbourSeen(1, address, host), time.monotonic()))
+    clients = [frame("10.0.0.1", "10.0.0.100", sport=5000 + port) for port in range(2)]
+    bench.sent.clear()
+    assert sorted(bool(bench.punt(data)) for data in clients) == [False, True], "one of them is for the new member"
+    assert bench.sent == []
+    work(bench)
+    kinds = [data[1] for sent in bench.sent for data in messages(sent)]
+    assert kinds.index(13) > max(at for at, kind in enumerate(kinds) if kind == 4), "behind the bundle"
+    assert kinds.count(13) == 1 and all(bench.punt(data) for data in clients)
+
+
+def test_no_packet_comes_before_the_rules_of_a_member_that_moves():
+    site = sites.configuration([sites.server(decision=Decision.CONTROLLER)], [sites.pool(of=sites.members(1))])
+    bench = Bench(site)
+    ((address, host),) = sites.reachable(site).items()
+    assert bench.punt()
+    bench.app.perform(bench.app.control.handle(
+        NeighbourSeen(1, address, Host(host.mac, host.port + 1)), time.monotonic()))
+    assert bench.switch.work.moving and bench.punt() == b"" and bench.sent == []
+    work(bench)
+    assert [data[1] for sent in bench.sent for data in messages(sent)][-1] == 13 and bench.punt()
 
 
 def test_a_query_of_a_rules_virtual_server_installs_a_pair():
@@ -259,13 +298,15 @@ def test_a_failing_bundle_queues_a_repair():
     bench = Bench(sites.configuration([sites.server()], [sites.pool()]))
     (xid,) = bench.switch.session._open.values()
     assert bench.receive(message(1, struct.pack("!HH", 5, 1) + bytes(64), xid)) == b""
-    assert bench.switch.work.get(block=False) == ("repair", None)
+    assert bench.switch.work.next() == ("repair", None)
     assert bench.switch.session.needs_repair
 
 
 def test_a_queue_of_work_that_is_full_disconnects(monkeypatch):
     bench = Bench(sites.configuration())
-    monkeypatch.setattr(bench.switch, "work", types.SimpleNamespace(full=lambda: True))
+    monkeypatch.setattr(bench.switch, "work", Jobs(1))
+    bench.app._queue(bench.switch, ("host", "10.0.0.1"))
+    assert not bench.closed
     bench.app._queue(bench.switch, ("host", "10.0.0.1"))
     assert bench.closed == 1
 
@@ -354,7 +395,7 @@ def test_setting_up_a_fast_path_holds_up_no_rules():
     bench.app.on_connect = lambda switch: None
     bench.app._do(bench.switch, "reconcile", None)
     hub.sleep(0)
-    job, argument = bench.switch.work.get(timeout=1)
+    job, argument = bench.switch.work.next()
     bench.app._do(bench.switch, job, argument)
     order.append((job, bench.switch.session.ready))
     hub.sleep(0.4)
@@ -421,10 +462,10 @@ def test_who_relays():
     assert bench.app.relayed(1, server) and bench.app.relays.serves(1, server.number)
     has(bench, Proxying(proxies=False))
     assert bench.app.relayed(1, server), "nobody else can"
-    queued = bench.switch.work.qsize()
+    queued = len(bench.switch.work)
     has(bench, Proxying())
     assert not bench.app.relayed(1, server)
-    assert bench.switch.work.qsize() == queued + 1, "the switch's rules follow"
+    assert len(bench.switch.work) == queued + 1, "the switch's rules follow"
     bench.app._do(bench.switch, "configure", bench.app.configuration)
     assert not bench.app.relays.serves(1, server.number) and bench.app.fastpaths.serves(1, server.number)
     for binding in (Binding.RELAY, Binding.HYBRID):

@@ -266,9 +266,10 @@ SITE = sites.configuration([sites.server(), sites.server("r", 2, port=81, state=
 def queued(bench: Bench) -> Configuration:
     """Do all that is queued for the switch; returns the last configuration of it."""
     last = None
-    while not bench.switch.work.empty():
-        job, argument = bench.switch.work.get()
+    while bench.switch.work:
+        job, argument = bench.switch.work.next()
         bench.app._do(bench.switch, job, argument)
+        bench.switch.work.done(job, argument)
         last = argument if job == "configure" else last
     assert last is not None
     return last
@@ -295,8 +296,8 @@ def test_the_application_gives_a_switch_what_is_in_force_there() -> None:
 def test_a_switch_that_comes_back_is_held_against_its_own() -> None:
     bench = Bench(SITE, ready=False)
     bench.app.configure(draining(SITE))
-    while not bench.switch.work.empty():
-        bench.switch.work.get()
+    while bench.switch.work:
+        bench.switch.work.done(*bench.switch.work.next())
     bench.app._do(bench.switch, "reconcile", None)
     wanted = bench.switch.session.program._configuration
     assert wanted is bench.app.in_force(1) and wanted.virtual_servers["v"].maintenance
