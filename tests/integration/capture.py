@@ -34,18 +34,18 @@ class Capture:
         self._socket.setblocking(False)
         self.lost = 0
 
-    def read(self) -> list[Segment]:
-        """The TCP segments since the last time."""
-        found = []
+    def frames(self) -> Iterator[tuple[bytes, bool]]:
+        """All frames since the last time, and whether the host sent them."""
         with contextlib.suppress(BlockingIOError):
             while True:
                 frame, where = self._socket.recvfrom(1 << 17)
-                one = parse(frame, where[2] == PACKET_OUTGOING)
-                if one is not None:
-                    found.append(one)
+                yield frame, where[2] == PACKET_OUTGOING
         # Reading them sets them back.
         self.lost += struct.unpack("II", self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))[1]
-        return found
+
+    def read(self) -> list[Segment]:
+        """The TCP segments since the last time."""
+        return [one for frame, sent in self.frames() if (one := parse(frame, sent)) is not None]
 
     def close(self) -> None:
         """Stop."""

@@ -13,8 +13,6 @@ import contextlib
 import hashlib
 import json
 import os
-import socket
-import struct
 import subprocess
 import sys
 import time
@@ -25,12 +23,25 @@ from typing import Any
 
 import pytest
 
-from lbapp.dataflow.frames import RST
+from lbapp.dataflow.frames import ACK, FIN, PSH, RST, SYN
+from lbapp.dataflow.pipeline import VIRTUAL_MAC
 from tests.integration.bad_wire import bad_wire
-from tests.integration.capture import Capture, captures
+from tests.integration.capture import captures
+from tests.integration.forger import MORE, Forger
 from tests.integration.handed_over import Site
-from tests.integration.l7_site import PYTHON_PORT, WEB_SERVER, connect, rule, to_pool, url
-from tests.integration.support import VIP, VIP6, configure, held, members, pool, server
+from tests.integration.l7_site import (
+    PYTHON_PORT,
+    WEB_SERVER,
+    connect,
+    everything,
+    named,
+    rule,
+    to_pool,
+    url,
+)
+from tests.integration.probing import probing
+from tests.integration.support import VIP, VIP6, configure, held, members, pool, server, tcp
+from tests.segments import parse
 from topologies.hosts import LabHost
 from topologies.lab import Lab, unavailable
 from topologies.namespace import end, wait_until
@@ -45,6 +56,14 @@ CLOSING = {"splice": 91, "auto": 92, "hybrid": 93, "relay": 94}
 NAMES = ["s1", "s2", "s3"]
 ALL = set(NAMES)
 every = pytest.mark.parametrize("binding", list(BINDINGS))
+both = pytest.mark.parametrize("vip", [VIP, VIP6], ids=["ipv4", "ipv6"])
+FAST = ("splice", "handoff")
+"""Their clients are shaken hands with by the fast path; the controller does it for the others."""
+URG = 32
+FLOOD6 = Path(__file__).with_name("flood6.py")
+NETWORKS = [{"name": "lan", "cidr": "10.0.0.0/24", "address": "10.0.0.254", "monitor_address": "10.0.0.250"},
+            {"name": "lan6", "cidr": "fd00::/64", "address": "fd00::254", "monitor_address": "fd00::250"}]
+CHECK = {"type": "TCP", "interval": 1, "fast_interval": 0.25, "timeout": 1, "rise": 2, "fall": 2}
 FAULT = "table inet fault {{\n chain in {{\n type filter hook input priority -10; policy accept;\n {}\n }}\n}}\n"
 
 
@@ -75,20 +94,23 @@ class Place:
     def url(self, binding: str, path: str = "/", vip: str = VIP) -> str:
         return url(vip, path, BINDINGS[binding])
 
-    def who(self, binding: str, count: int) -> Counter[str]:
-        return self.client.who(self.url(binding), count)
+    def who(self, binding: str, count: int, vip: str = VIP, timeout: float = 30.0) -> Counter[str]:
+        return self.client.who(self.url(binding, vip=vip), count, timeout)
 
     def stats(self, binding: str) -> dict[str, Any]:
         """Of whoever shakes hands with its clients."""
         told = self.lab.rest.get("/v1/stats")["switches"][0]
-        return dict(told["fastpath" if binding in ("splice", "handoff") else "relay"] or {})
+        return dict(told["fastpath" if binding in FAST else "relay"] or {})
 
-    def at_rest(self, binding: str) -> None:
+    def at_rest(self, binding: str, vip: str = VIP) -> None:
         """Nothing is left half-way, and no connection."""
-        name = f"{binding}-four"
-        wait_until(lambda: not self.stats(binding).get("handshakes_held") and not [
-            one for one in self.lab.rest.get(f"/v1/connections?virtual_server={name}&limit=1000")["connections"]
-            if one["state"] not in ("TIME_WAIT", "CLOSED")], 15, "nothing is held")
+        wait_until(lambda: not self.stats(binding).get("handshakes_held") and not self.whose(binding, vip), 15,
+                   "nothing is held")
+
+    def whose(self, binding: str, vip: str) -> Counter[str]:
+        """The members of the connections that go on."""
+        found = self.lab.rest.get(f"/v1/connections?virtual_server={named(vip, binding)}&limit=1000")["connections"]
+        return Counter(one["member"] for one in found if one["state"] not in ("TIME_WAIT", "CLOSED"))
 
 
 @contextlib.contextmanager
@@ -126,7 +148,7 @@ def _place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
                 servers.append(server(
                     name, port, name, vip, application="http", binding=binding, close_after_first=closes,
                     l7_policies=[to_pool(f"bodies-{name}", rule("METHOD", "EQUAL_TO", "PUT"))]))
-        configure(lab, pools, servers)
+        configure(lab, pools, servers, NETWORKS)
         made.agents = Site(lab, (BINDINGS["handoff"], PYTHON_PORT + BINDINGS["handoff"], CLOSING["auto"]))
         running.callback(made.agents.stop_agents)
         made.agents.start_agents()
@@ -136,44 +158,48 @@ def _place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 @pytest.fixture
 def place(_place: Place, request: pytest.FixtureRequest) -> Place:
     """All servers of the test's binding serve."""
-    binding = request.node.callspec.params["binding"]
+    binding, vip = (request.node.callspec.params[name] for name in ("binding", "vip"))
     _place.start(binding)
-    wait_until(lambda: set(_place.who(binding, 6)) == ALL, 15, "all of them serve")
+    wait_until(lambda: set(_place.who(binding, 6, vip)) == ALL, 15, "all of them serve")
     return _place
 
 
 # ------------------------------------------------------------------ members
 
 
+@both
 @every
-def test_a_member_dies(place: Place, binding: str, told: Callable[[str], None]) -> None:
+def test_a_member_dies(place: Place, binding: str, vip: str, told: Callable[[str], None]) -> None:
     """Row 1: others are not touched, new connections are soon the others' altogether; it is found when it is back."""
-    with held(place.client, VIP, BINDINGS[binding], 3) as three:
+    with held(place.client, vip, BINDINGS[binding], 3) as three:
         assert {one.server for one in three} == ALL
         place.kill(binding, "s1")
         begun = time.monotonic()
-        wait_until(lambda: set(place.who(binding, 12)) == {"s2", "s3"}, 3, "the others have all of it")
+        wait_until(lambda: set(place.who(binding, 12, vip)) == {"s2", "s3"}, 3, "the others have all of it")
         moved = time.monotonic() - begun
         for one in three:
             if one.server != "s1":
                 assert one.ask() == one.server
     place.start(binding)
     begun = time.monotonic()
-    wait_until(lambda: set(place.who(binding, 6)) == ALL, 10, "it serves again")
+    wait_until(lambda: set(place.who(binding, 6, vip)) == ALL, 10, "it serves again")
     told(f"12 new connections are the others' {moved:.2f} s after its death; "
          f"it serves {time.monotonic() - begun:.2f} s after it is back")
 
 
-@every
-def test_a_member_is_silent(place: Place, binding: str, told: Callable[[str], None]) -> None:
-    """Row 2: another one answers within 6 s. Who was handed over waits until it speaks again, as without us."""
-    def asked() -> list[subprocess.Popen[str]]:
-        return [place.client.popen("curl", "-gsS", "--max-time", "20" if binding == "handoff" else "6",
-                                   place.url(binding), stdout=subprocess.PIPE, text=True) for _ in range(3)]
+def _asked(place: Place, binding: str, vip: str, most: int) -> list[subprocess.Popen[str]]:
+    """Three requests at once, each on a connection of its own."""
+    return [place.client.popen("curl", "-gsS", "--max-time", str(most), place.url(binding, vip=vip),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(3)]
 
-    with held(place.client, VIP, BINDINGS[binding], 3) as three:
+
+@both
+@every
+def test_a_member_is_silent(place: Place, binding: str, vip: str, told: Callable[[str], None]) -> None:
+    """Row 2: another one answers within 6 s. Who was handed over waits until it speaks again, as without us."""
+    with held(place.client, vip, BINDINGS[binding], 3) as three:
         with fault(place.lab.server("s1"), f"tcp dport {BINDINGS[binding]} drop"):
-            begun, asking = time.monotonic(), asked()
+            begun, asking = time.monotonic(), _asked(place, binding, vip, 20 if binding == "handoff" else 6)
             if binding == "handoff":
                 time.sleep(0.5)
                 assert [one.poll() for one in asking].count(None) == 1, "one of them waits"
@@ -190,12 +216,55 @@ def test_a_member_is_silent(place: Place, binding: str, told: Callable[[str], No
         assert [one.ask() for one in three] == [one.server for one in three], "s1's goes on"
 
 
+@pytest.mark.parametrize(("binding", "vip", "on_down"), [("handoff", VIP, "keep"), ("handoff", VIP6, "reset")],
+                         ids=["ipv4-keep", "ipv6-reset"])
+def test_a_silent_member_that_is_watched(place: Place, binding: str, vip: str, on_down: str,
+                                         told: Callable[[str], None]) -> None:
+    """Row 2 of handoff as operators have it, with a monitor: within 6 s nobody new is handed to a silent member, though
+    its agent announces it all the time. Who was before waits for it; where the pool says ``reset``, another one has it
+    as soon as it says its first data again."""
+    lab, path, host, port = place.lab, f"/v1/pools/{named(vip, binding)}", place.lab.server("s1"), BINDINGS[binding]
+    endpoint = f"[{host.address6}]:{port}" if vip == VIP6 else f"{host.address}:{port}"
+
+    def states() -> set[str]:
+        listed = lab.rest.get(f"{path}/members")["members"]
+        return {(one["health_status"] or {"state": "not watched"})["state"] for one in listed}
+
+    lab.rest.patch(path, {"monitors": [CHECK], "on_down": on_down})
+    try:
+        wait_until(lambda: states() == {"up"}, 15, "all of them are watched, and well")
+        with held(place.client, vip, port, 3) as three:
+            (silent,), others = ([one for one in three if (one.server == "s1") == it] for it in (True, False))
+            with fault(host, f"tcp dport {port} drop"):
+                begun, asking = time.monotonic(), _asked(place, binding, vip, 20)
+                wait_until(lambda: place.whose(binding, vip)[endpoint] == 2, 2, "one of them was handed to it")
+                wait_until(lambda: place.who(binding, 6, vip, 0.5).keys() == {"s2", "s3"}, 6,
+                           "the others have all of it")
+                moved = time.monotonic() - begun
+                assert place.agents.announced() == 3, "its agent has not withdrawn it"
+                assert place.who(binding, 12, vip).keys() == {"s2", "s3"}
+                assert [one.ask() for one in others] == [one.server for one in others]
+                if on_down == "reset":
+                    assert {one.communicate()[0].strip() for one in asking} == {"s2", "s3"}
+                    told(f"who was handed to it has another one's answer after {time.monotonic() - begun:.2f} s")
+                else:
+                    assert [one.poll() for one in asking].count(None) == 1, "it goes on waiting"
+            if on_down == "keep":
+                assert {one.communicate()[0].strip() for one in asking} == ALL and silent.ask() == "s1"
+        wait_until(lambda: set(place.who(binding, 6, vip)) == ALL, 10, "it serves again")
+        told(f"nobody new is handed to it {moved:.2f} s after its silence began")
+    finally:
+        lab.rest.patch(path, {"monitors": [], "on_down": "keep"})
+        wait_until(lambda: states() == {"not watched"}, 10, "nobody is watched any more")
+
+
+@both
 @every
-def test_a_member_refuses(place: Place, binding: str, told: Callable[[str], None]) -> None:
+def test_a_member_refuses(place: Place, binding: str, vip: str, told: Callable[[str], None]) -> None:
     """Row 3, after the client's handshake: another member has it. Who was handed over is reset by the member itself."""
     with fault(place.lab.server("s1"), f"tcp dport {BINDINGS[binding]} reject with tcp reset"):
         began = time.monotonic()
-        found = place.who(binding, 12)
+        found = place.who(binding, 12, vip)
         took = time.monotonic() - began
         assert took < 12, "a second at most for each of them"
         told(f"12 requests took {took:.2f} s")
@@ -205,12 +274,13 @@ def test_a_member_refuses(place: Place, binding: str, told: Callable[[str], None
             assert set(found) == {"s2", "s3"} and found.total() == 12
 
 
+@both
 @every
-def test_all_members_are_down(place: Place, binding: str, told: Callable[[str], None]) -> None:
+def test_all_members_are_down(place: Place, binding: str, vip: str, told: Callable[[str], None]) -> None:
     """Row 4: refused quickly, and it heals by itself."""
     def answered() -> str:
         return place.client.run("curl", "-gsS", "--max-time", "5", "-o", "/dev/null", "-w", "%{http_code}",
-                                place.url(binding), check=False).stdout
+                                place.url(binding, vip=vip), check=False).stdout
 
     place.kill(binding, *NAMES)
     wait_until(lambda: answered() == "503", 3, "503")
@@ -220,125 +290,108 @@ def test_all_members_are_down(place: Place, binding: str, told: Callable[[str], 
     assert took < 1.5
     place.start(binding)
     began = time.monotonic()
-    wait_until(lambda: set(place.who(binding, 6)) == ALL, 10, "they serve again")
+    wait_until(lambda: set(place.who(binding, 6, vip)) == ALL, 10, "they serve again")
     told(f"refused after {took:.2f} s; healed in {time.monotonic() - began:.2f} s")
 
 
 # ------------------------------------------------------------------ strangers
 
 
+def flood(host: LabHost, vip: str, port: int, flags: int, every: int, *, size: int = 0, count: int = 0,
+          forged: bool = False) -> subprocess.Popen[Any]:
+    """Segments to a virtual server, one in so many microseconds; ``forged``: from everywhere."""
+    if vip == VIP6:
+        words = [sys.executable, "-S", str(FLOOD6), host.interface, "any" if forged else host.address6,
+                 VIRTUAL_MAC.hex(), vip, *map(str, (port, flags, size, every, count))]
+    else:
+        letters = zip("FSRPAU", (FIN, SYN, RST, PSH, ACK, URG), strict=True)
+        words = ["hping3", "-q", "-p", str(port), "-i", f"u{every}", "-d", str(size), vip,
+                 *(f"-{letter}" for letter, flag in letters if flags & flag)]
+        words += [*(("-c", str(count)) if count else ()), *(("--rand-source",) if forged else ())]
+    return host.popen(*words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@both
 @every
-def test_a_flood_of_syns(place: Place, binding: str, told: Callable[[str], None]) -> None:
-    """Row 12: nothing of it reaches a member, nothing is held, and who means it is served."""
-    place.at_rest(binding)
-    before = place.stats(binding)
-    foreign = "ip saddr != 10.0.0.0/8 tcp flags & (syn | ack) == syn counter drop"
-    with contextlib.ExitStack() as counting:
-        lists = [counting.enter_context(fault(host, foreign)) for host in place.lab.servers]
+def test_a_flood_of_forged_segments(place: Place, binding: str, vip: str, told: Callable[[str], None]) -> None:
+    """Row 12, SYNs, and data with cookies that nobody was given: nothing of it reaches a member, nothing is held, who
+    means it is served all the time. A fast path asks nobody about it, from wherever it says to come (one address in
+    eight is a group's)."""
+    place.at_rest(binding, vip)
+    before, port, fast = place.stats(binding)["handshakes"], BINDINGS[binding], binding in FAST
+
+    def since(name: str) -> int:
+        return int(place.stats(binding)["handshakes"][name] - before[name])
+
+    def punted() -> int:
+        return int(place.lab.rest.get("/v1/stats")["switches"][0]["packet_ins"])
+
+    foreign = f"ip saddr != 10.0.0.0/8 tcp dport {port} counter drop", \
+        f"ip6 saddr != fd00::/64 tcp dport {port} counter drop"
+    asked = punted()
+    with contextlib.ExitStack() as running:
+        lists = [running.enter_context(fault(host, *foreign)) for host in place.lab.servers]
+        probe = running.enter_context(probing(place.client, vip, port, rate=50 if fast else 20))
         # Ten thousand a second are the fast path's; a controller that answers each of them by itself has fewer.
-        fast = binding in ("splice", "handoff")
-        flood = place.lab.client("c2").popen(
-            "hping3", "-q", "-S", "-p", str(BINDINGS[binding]), "-i", "u50" if fast else "u1000", "--rand-source", VIP,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            wait_until(lambda: place.stats(binding)["handshakes"]["greeted"] - before["handshakes"]["greeted"] > 500,
-                       10, "a flood")
-            began = time.monotonic()
-            found = place.who(binding, 60)
-            took = time.monotonic() - began
-            assert found.total() == 60 and sum(found[name] for name in NAMES) >= 59, found
-            greeted = place.stats(binding)["handshakes"]["greeted"] - before["handshakes"]["greeted"]
-        finally:
-            end(flood)
-        assert all("packets 0 bytes 0" in listed() for listed in lists), "not one of them"
-    after = place.stats(binding)
-    assert after["handshakes"]["asked_data"] - before["handshakes"]["asked_data"] <= 120, "no message for it"
+        floods = [flood(place.lab.client("c2"), vip, port, SYN, 50 if fast else 1000, forged=True),
+                  flood(place.lab.client("c3"), vip, port, ACK, 500 if fast else 2000, size=100, forged=True)]
+        for one in floods:
+            running.callback(end, one)
+        wait_until(lambda: since("greeted") > 500, 10, "a flood")
+        begun = time.monotonic()
+        probe.quiet(60 if fast else 30, 10)
+        assert [one.poll() for one in floods] == [None, None], "it went on all the time"
+        greeted = since("greeted")
+        seen = [one for one in probe.stop() if one.at >= begun]
+        assert sum(one.error is None and one.name in ALL for one in seen) >= 0.99 * len(seen), [
+            one for one in seen if one.error]
+        for one in floods:
+            end(one)
+        assert all(listed().count("packets 0 bytes 0") == 2 for listed in lists), "not one of them"
+        assert since("asked_data") <= 2 * len(probe.seen), "no message for it"
+        assert not fast or punted() - asked < 100, "nor by the switch"
     began = time.monotonic()
-    place.at_rest(binding)
-    told(f"60 requests in {took:.2f} s beside {greeted} forged SYNs so far; "
-         f"at rest {time.monotonic() - began:.2f} s after the last")
+    place.at_rest(binding, vip)
+    told(f"{len(seen)} requests beside {greeted} forged SYNs so far, the slowest took "
+         f"{max(one.seconds for one in seen):.2f} s; at rest {time.monotonic() - began:.2f} s after the last")
 
 
+@both
 @every
-def test_floods_of_other_segments(place: Place, binding: str, told: Callable[[str], None]) -> None:
+def test_floods_of_other_segments(place: Place, binding: str, vip: str, told: Callable[[str], None]) -> None:
     """Row 13: ACK, with data and without, RST, FIN, Xmas and null. No more comes back than was sent."""
-    place.at_rest(binding)
-    stranger = place.lab.client("c3")
+    place.at_rest(binding, vip)
+    stranger, port = place.lab.client("c3"), BINDINGS[binding]
 
     def passed() -> tuple[int, int]:
         (link,) = json.loads(stranger.run("ip", "-j", "-s", "link", "show", stranger.interface).stdout)
         return link["stats64"]["tx"]["bytes"], link["stats64"]["rx"]["bytes"]
 
-    before, served = passed(), f"ip saddr {stranger.address} tcp dport {BINDINGS[binding]} counter"
+    before = passed()
+    served = f"{f'ip6 saddr {stranger.address6}' if vip == VIP6 else f'ip saddr {stranger.address}'} tcp dport {port}"
     with contextlib.ExitStack() as counting:
-        lists = [counting.enter_context(fault(host, served)) for host in place.lab.servers]
-        floods = [stranger.popen("hping3", "-q", *flags, "-p", str(BINDINGS[binding]), "-c", "150", "-i", "u2000", VIP,
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                  for flags in (("-A",), ("-A", "-d", "100"), ("-R",), ("-F",), ("-F", "-P", "-U"), ())]
-        for flood in floods:
-            flood.wait(20)
-        assert place.who(binding, 12).keys() <= ALL
+        lists = [counting.enter_context(fault(host, f"{served} counter")) for host in place.lab.servers]
+        floods = [flood(stranger, vip, port, flags, 2000, size=size, count=150) for flags, size in (
+            (ACK, 0), (ACK, 100), (RST, 0), (FIN, 0), (FIN | PSH | URG, 0), (0, 0))]
+        for one in floods:
+            one.wait(20)
+        assert place.who(binding, 12, vip).keys() <= ALL
         assert all("packets 0 bytes 0" in listed() for listed in lists), "no member hears of it"
     sent, back = (now - then for now, then in zip(passed(), before, strict=True))
     assert sent >= 6 * 150 * 40 and back <= sent, "no amplifier"
     began = time.monotonic()
-    place.at_rest(binding)
+    place.at_rest(binding, vip)
     told(f"{sent} bytes came, {back} went back; at rest after {time.monotonic() - began:.2f} s")
 
 
-def _sum(data: bytes) -> int:
-    total = int.from_bytes(data + bytes(len(data) % 2), "big") % 0xFFFF
-    return 0xFFFF - total
-
-
-class Forger:
-    """Makes frames of somebody's connection, whole but for what is asked for.
-
-    Args:
-        host: the client.
-        wire: what it sent so far.
-    """
-
-    def __init__(self, host: LabHost, wire: Capture, port: int) -> None:
-        last = [one for one in wire.read() if one.sent and one.dport == port][-1]
-        self.sport, self.dport, self.ack = last.sport, last.dport, last.ack
-        self.seq = last.seq + len(last.payload)
-        self.source, self.destination = last.source, last.destination
-        self._number = 0
-        neighbour = host.run("ip", "neigh", "show", VIP).stdout.split("lladdr ")[1].split()[0]
-        (link,) = json.loads(host.run("ip", "-j", "link", "show", host.interface).stdout)
-        self.ethernet = bytes.fromhex((neighbour + link["address"]).replace(":", "")) + b"\x08\x00"
-        with host.entered():
-            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
-            self._socket.bind((host.interface, 0x0800))
-
-    def tcp(self, *, doff: int = 5, sport: int | None = None, dport: int | None = None, spoil: int = 0,
-            source: bytes | None = None) -> bytes:
-        self._number += 1
-        said = b"GET /forged-%d HTTP/1.1\r\nHost: a\r\n\r\n" % self._number
-        head = struct.pack("!HHIIBBHHH", self.sport if sport is None else sport, self.dport if dport is None else dport,
-                           self.seq & 0xFFFFFFFF, self.ack, doff << 4, 0x18, 500, 0, 0)
-        pseudo = (source or self.source) + self.destination + struct.pack("!HH", 6, len(head + said))
-        check = _sum(pseudo + head + said) ^ spoil
-        return head[:16] + check.to_bytes(2, "big") + head[18:] + said
-
-    def send(self, body: bytes, *, options: bytes = b"", source: bytes | None = None, more: int = 0, version: int = 4,
-             fragment: int = 0, spoil: int = 0) -> None:
-        words = 5 + len(options) // 4
-        head = struct.pack("!BBHHHBBH", version << 4 | words, 0, 4 * words + len(body) + more, 77, fragment, 64, 6,
-                           0) + (source or self.source) + self.destination + options
-        self._socket.send(self.ethernet + head[:10] + (_sum(head) ^ spoil).to_bytes(2, "big") + head[12:] + body)
-
-    def close(self) -> None:
-        self._socket.close()
-
-
+@both
 @every
-def test_frames_that_are_none(place: Place, binding: str) -> None:
+def test_frames_that_are_none(place: Place, binding: str, vip: str) -> None:
     """Row 18, in the middle of a connection: no member gets any of it as valid, and the connection goes on."""
-    client, port, virtual = place.client, BINDINGS[binding], socket.inet_aton(VIP)
-    with captures(client) as (wire,), held(client, VIP, port, 1) as (one,):
+    client, port = place.client, BINDINGS[binding]
+    with captures(client) as (wire,), held(client, vip, port, 1) as (one,):
         forger = Forger(client, wire, port)
+        virtual = forger.destination
         try:
             with captures(place.lab.server(one.server)) as (behind,):
                 forger.send(forger.tcp(spoil=0x55))
@@ -349,26 +402,57 @@ def test_frames_that_are_none(place: Place, binding: str) -> None:
                 forger.send(forger.tcp(source=virtual), source=virtual)
                 forger.send(forger.tcp(), more=400)
                 forger.send(forger.tcp(), version=5)
-                forger.send(forger.tcp(), spoil=0x55)
-                forger.send(forger.tcp(), options=bytes((7, 3, 4, 0)))
+                if vip == VIP:
+                    forger.send(forger.tcp(), spoil=0x55)
+                forger.send(forger.tcp(), options=True)
                 # A header in two pieces (RFC 1858), and a piece that would write over another one's ports.
                 whole = forger.tcp()
-                forger.send(whole[:8], fragment=0x2000)
-                forger.send(whole[8:], fragment=0x0001)
-                forger.send(whole[:24], fragment=0x2000)
-                forger.send(whole[8:], fragment=0x0001)
+                forger.send(whole[:8], fragment=MORE)
+                forger.send(whole[8:], fragment=1)
+                forger.send(whole[:24], fragment=MORE)
+                forger.send(whole[8:], fragment=1)
                 time.sleep(0.3)  # what is still on its way through the controller
                 assert not [got for got in wire.read() if got.dport == forger.sport and got.sport == port
                             and got.destination == forger.source and got.flags & RST], "nobody takes it for the client"
                 with contextlib.suppress(TimeoutError):
                     one.ask()
                 time.sleep(0.2)
-                seen = behind.read()
+                seen = [(frame, parse(frame, sent)) for frame, sent in behind.frames()]
         finally:
             forger.close()
-        assert any(b"GET / " in got.payload for got in seen), "there was something to see"
-        assert not [got.payload for got in seen if b"forged" in got.payload and not got.wrong]
+        assert any(b"GET / " in frame for frame, _ in seen), "there was something to see"
+        assert not [frame for frame, got in seen if b"forged" in frame and not (got and got.wrong)]
         assert one.ask() == one.server
+
+
+@pytest.mark.parametrize("how", ["checksum", "fragments", "options"])
+@both
+@every
+def test_first_data_that_is_none(place: Place, binding: str, vip: str, how: str) -> None:
+    """Row 18, where a connection begins: nobody decides by it, no member gets any of it, the client's own data is
+    answered as if nothing had been, and nothing is left."""
+    client, port = place.client, BINDINGS[binding]
+    with captures(client, *place.lab.servers) as (wire, *behind), tcp(client, vip, port, timeout=5) as it:
+        forger = Forger(client, wire, port)
+        try:
+            # What it asks for is another pool's.
+            whole = forger.tcp(method=b"PUT", spoil=0x55 * (how == "checksum"))
+            if how == "fragments":
+                forger.send(whole[:24], fragment=MORE)
+                forger.send(whole[24:], fragment=3)
+            else:
+                forger.send(whole, options=how == "options")
+            time.sleep(0.2)  # it may be on its way through the controller
+            it.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            answer = everything(it)
+        finally:
+            forger.close()
+        assert answer.startswith(b"HTTP/1.1 200 ") and answer[-3:-1].decode() in ALL
+        seen = [(frame, parse(frame, sent)) for one in behind for frame, sent in one.frames()]
+    assert any(b"GET / " in frame for frame, _ in seen), "there was something to see"
+    assert not [frame for frame, _ in seen if b"forged" in frame]
+    assert not [got for _, got in seen if got and got.dport == PYTHON_PORT + port], "nobody read it"
+    place.at_rest(binding, vip)
 
 
 # ------------------------------------------------------------------ wires
@@ -411,7 +495,6 @@ def test_bodies_arrive_whole_both_ways(place: Place, binding: str, how: str, vip
 
 
 closing = pytest.mark.parametrize("binding", list(CLOSING))
-both = pytest.mark.parametrize("vip", [VIP, VIP6], ids=["ipv4", "ipv6"])
 TOLD = "%{num_connects} %header{x-server}\\n"
 
 

@@ -285,11 +285,19 @@ def test_what_a_card_summed_up_stays_true(proxied: Bench, family: int, offered: 
     assert proxied.counted() == {"greeted": 1}
 
 
+@pytest.mark.parametrize("flags", [SYN, ACK])
+@pytest.mark.parametrize(("client", "virtual", "mac"), [
+    (CLIENT, VIRTUAL, b"\x03" + CLIENT_MAC[1:]), ("224.0.0.1", VIRTUAL, CLIENT_MAC),
+    ("255.255.255.255", VIRTUAL, CLIENT_MAC), ("0.0.0.0", VIRTUAL, CLIENT_MAC), ("ff02::1", "fd00::100", CLIENT_MAC),
+    ("::", "fd00::100", CLIENT_MAC)])
+def test_what_nobody_can_have_sent_is_dropped(proxied: Bench, client: str, virtual: str, mac: bytes,
+                                              flags: int) -> None:
+    """The switch would ask the controller about each of them."""
+    assert proxied.drop(frame(client, virtual, flags=flags, eth_src=mac)) == {"shot": 1}
+
+
 @pytest.mark.parametrize(("data", "reason"), [
-    (frame(CLIENT, VIRTUAL, eth_src=b"\x03" + CLIENT_MAC[1:]), "malformed"),
-    (frame("224.0.0.1", VIRTUAL), "malformed"), (frame("255.255.255.255", VIRTUAL), "malformed"),
-    (frame("0.0.0.0", VIRTUAL), "malformed"), (frame("ff02::1", "fd00::100"), "malformed"),
-    (frame("::", "fd00::100"), "malformed"), (frame(VIRTUAL, VIRTUAL), "malformed"),
+    (frame(VIRTUAL, VIRTUAL), "malformed"),
     (frame(CLIENT, VIRTUAL, options=b"\x94\x04\0\0"), "options"),
     (frame(CLIENT, VIRTUAL, dport=81), "service"), (frame(CLIENT, VIRTUAL, dport=81, flags=ACK), "flow"),
     (frame(CLIENT, VIRTUAL, UDP), "service"),

@@ -5,11 +5,20 @@
 Owns: what is a request, what is too long, and what is refused. Never: waits for a body, or decides
 about a good request.
 
-The judge is httptools (llhttp, strict); what llhttp lets pass and a member could read in another way is refused here,
-as HAProxy does: both ``Content-Length`` and ``Transfer-Encoding``, several ``Content-Length``, any transfer coding but
-one ``chunked``, that one with HTTP/1.0 too, bare CR or LF, NUL and other controls, white space around a header's name,
-folded lines, HTTP/1.1 without exactly one ``Host``, a target whose authority is not that of ``Host``,
-bytes in a target that are no ASCII to be printed, a fragment.
+The judge is httptools (llhttp, strict); what llhttp lets pass and a member could read in another way is refused here:
+both ``Content-Length`` and ``Transfer-Encoding``, several ``Content-Length``, any transfer coding but one ``chunked``,
+that one with HTTP/1.0 too, bare CR or LF, NUL and other controls, white space around a header's name, folded lines,
+HTTP/1.1 without exactly one ``Host``, a target whose authority is not that of ``Host``, bytes in a target that are no
+ASCII to be printed, a fragment.
+
+That is stricter than HAProxy, which writes every head anew and may therefore repair it. Here the client's own bytes go
+on, and what a member would make of them cannot be known. Of the refused cases of tests/unit/test_l7_http.py HAProxy
+2.6.12, as it is unless configured, refuses most too: lengths that differ or are no number, transfer codings (but see
+below), a bare CR, white space or NUL in a header's name, a fragment, other bytes in a target, another authority than
+``Host``. It repairs: ``Content-Length`` beside ``Transfer-Encoding`` (dropped), the same ``Content-Length`` or ``Host``
+twice (once), bare LF, folded lines, empty lines in front, wider gaps in the request line, other versions. It passes on:
+no ``Host`` or one that is no host, odd targets, ``Transfer-Encoding`` with HTTP/1.0, NUL and DEL in a header's value,
+``CONNECT``.
 
 A refusal that does not need the whole head must not depend on what comes later, or on how the bytes were split. Hence
 two ways that agree: :func:`parse` accepts a whole head in few steps; :func:`_fault` goes line by line, and says of any

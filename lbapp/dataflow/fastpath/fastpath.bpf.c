@@ -165,8 +165,9 @@ static __always_inline int begin(struct __sk_buff *skb, const struct fp_key *key
 		/* Later fragments would not wait for the answer. */
 		if (packet->part != WHOLE)
 			return -FP_MISS_FRAGMENT;
+		/* In the switch it would be a message to the controller. */
 		if (strange(skb, key))
-			return -FP_MISS_MALFORMED;
+			return -FP_SHOT;
 		return first ? greet(skb, key, packet, service, keys) : listen(skb, key, packet, service, keys);
 	}
 	if (service->mode != FP_DECIDE && service->mode != FP_PUNT)
