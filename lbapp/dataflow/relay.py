@@ -134,7 +134,8 @@ class Relay:
         if not fit(frame, packet) and (known is not None or service is not None):
             raise frames.MalformedError("nothing that may be translated")
         if known is not None:
-            if not known[0].closed or packet.tcp_flags & (SYN | ACK | RST | FIN) != SYN:
+            if packet.tcp_flags & (SYN | ACK | RST | FIN) != SYN or not _over(
+                    known[0], frames.segment(frame, packet).seq):
                 self._follow(known[0], known[1], port, frame, packet)
                 return known[0].sides[0].virtual_server
             self._remove(known[0], Reason.SHUTDOWN)
@@ -567,6 +568,13 @@ class Relay:
     def service_stats(self) -> dict[tuple[int, int], layout.Traffic]:
         """See :meth:`Tables.service_stats`."""
         return {key: layout.Traffic(*counts) for key, counts in self._traffic.items()}
+
+
+def _over(one: Connection, isn: int) -> bool:
+    """Whether a SYN begins another connection: this one has ended, or a fast path has had it, which would have had the
+    SYN if it still did. One of its own that was long on its way has a number just before what it said."""
+    sent = one.sent[0]
+    return one.closed or (one.taken and sent is not None and not 0 < sent - isn & 0xFFFFFFFF <= REACH)
 
 
 def _relayed(one: Connection) -> Relayed:

@@ -544,6 +544,23 @@ def test_what_has_half_ended_is_handed_over_as_that(here: Relay) -> None:
     assert taken is not None and taken.finished == 1
 
 
+@pytest.mark.parametrize("spliced", [True, False])
+def test_a_port_that_comes_back_after_a_fast_path_had_it(here: Relay, spliced: bool) -> None:
+    """Whose SYN the fast path lets pass has no connection there any more: it is another one."""
+    isn = 0x7FFFFFF0
+    here.install(entries(pair() if spliced else pair(state=0)))
+    if spliced:
+        here.set_splices({SERIAL: Splice(7)})
+    walked(here, request(seq=isn + 1, payload=bytes(100)))
+    assert here.hand_over(SERIAL) is not None
+    (late,) = walked(here, request(flags=SYN, seq=isn))
+    assert read(late).seq == isn and here.serials() == [SERIAL], "its own, which was long on its way"
+    (made,) = walked(here, request(flags=SYN, seq=isn + 200_000))
+    assert read(made).flags == SYN | ACK and read(made).ack == isn + 200_001, "it is greeted"
+    assert here.serials() == [] and here.closed() == [], "who had it tells of the other's end"
+    assert here.service_stats()[SERVICE, MEMBER][:2] == (0, 0)
+
+
 def test_what_is_under_way_is_not_overtaken(here: Relay) -> None:
     """Acknowledgments are kept back; with the last one, before any goes on, a fast path may have it."""
     here.install(entries(pair()))
