@@ -15,7 +15,7 @@ import struct
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ SIGMAS = 5
 """An observed share may be so many standard deviations off: by chance once in a million and a half."""
 REFUSED_WITHIN = 0.5
 """Seconds: a refusal comes at once."""
+FAULT = "table inet fault {{\n chain in {{\n type filter hook input priority -10; policy accept;\n {}\n }}\n}}\n"
 
 # ------------------------------------------------------------------ sites
 
@@ -276,6 +277,16 @@ def addresses(host: LabHost, network: str, first: int, count: int) -> Iterator[l
             host.run("ip", "addr", "del", f"{address}/{128 if six else 32}", "dev", host.interface, check=False)
 
 
+@contextlib.contextmanager
+def fault(host: LabHost, *rules: str) -> Iterator[Callable[[], str]]:
+    """Rules of nftables at what comes in at a host; makes a function that lists them with their counters."""
+    host.run("nft", "-f", "-", stdin=FAULT.format("\n".join(rules)))
+    try:
+        yield lambda: host.run("nft", "list", "table", "inet", "fault").stdout
+    finally:
+        host.run("nft", "delete", "table", "inet", "fault")
+
+
 class Download:
     """A curl that fetches a file slowly enough for things to happen meanwhile.
 
@@ -360,6 +371,7 @@ def packets(flow: str) -> int:
 
 __all__ = [
     "ECHO_PORT", "LAN", "REFUSED_WITHIN", "VIP", "VIP6", "Download", "Held", "addresses", "ask_from", "change_member",
-    "configure", "downloads", "flows", "held", "in_order", "lbapp", "member_path", "members", "packets", "pool",
-    "proportional", "refused", "said", "server", "settle", "statistics", "tcp", "unreachable", "wait_for_statistics",
+    "configure", "downloads", "fault", "flows", "held", "in_order", "lbapp", "member_path", "members", "packets",
+    "pool", "proportional", "refused", "said", "server", "settle", "statistics", "tcp", "unreachable",
+    "wait_for_statistics",
 ]

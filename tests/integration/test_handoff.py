@@ -9,6 +9,7 @@ import hashlib
 import re
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from tests.integration.bad_wire import bad_wire
 from tests.integration.handed_over import Site
 from tests.integration.l7_site import connect, everything, rule, shows_why, to_pool
 from tests.integration.said_again import Echo
-from tests.integration.support import VIP, VIP6, configure, family_of, members, pool, server, statistics
+from tests.integration.support import VIP, VIP6, configure, family_of, members, pool, server, statistics, tcp
 from topologies.lab import Lab, unavailable
 from topologies.namespace import wait_until
 from topologies.single import SingleTopo
@@ -81,25 +82,43 @@ def test_a_large_file_and_many_requests_of_one_connection(site: Site, vip: str, 
     wait_until(lambda: since() == (1, 0), 5, "one handshake")
 
 
+def counted(site: Site) -> Counter[str]:
+    """What the agents counted until now, of all hosts; they are stopped."""
+    site.stop_agents()
+    ends = [site.log(host).read_text().splitlines()[-1].partition("stopped: ")[2] for host in site.lab.servers]
+    return sum((Counter({name: int(number) for name, number in (part.split() for part in end.split(", "))})
+                for end in ends), Counter())
+
+
+@pytest.fixture
+def time_wait(site: Site) -> Iterator[None]:
+    """Servers that finish first remember it, as servers do."""
+    for host in site.lab.servers:
+        host.run("sysctl", "-qw", "net.ipv4.tcp_max_tw_buckets=4096")
+    yield
+    for host in site.lab.servers:
+        host.run("sysctl", "-qw", "net.ipv4.tcp_max_tw_buckets=0")
+
+
 @both
+@pytest.mark.usefixtures("time_wait")
 def test_a_port_that_comes_back_at_once(site: Site, vip: str) -> None:
     """The server ends first, so its TIME_WAIT is there when the port comes back to it two servers later."""
-    client, since = site.lab.client(), site.shaken()
-    for _ in range(9):
+    counted(site)
+    site.start_agents()
+    client, since, port = site.lab.client(), site.shaken(), 33_333 if vip == VIP else 33_336
+    for turn in range(9):
         began = time.monotonic()
-        with client.entered():
-            made = socket.socket(socket.AF_INET6 if ":" in vip else socket.AF_INET)
-        with made:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.bind(("::" if ":" in vip else "0.0.0.0", 33333))
-            made.settimeout(5)
-            made.connect((vip, 80))
+        with tcp(client, vip, 80, source_port=port, timeout=5) as made:
             made.sendall(b"GET / HTTP/1.0\r\n\r\n")
-            said = b""
-            while part := made.recv(4096):
-                said += part
+            said = everything(made)
         assert said.startswith(b"HTTP/1.1 200") and time.monotonic() - began < 1.5
+        waiting = [host.run("ss", "-Htan", "state", "time-wait", "dport", "=", f":{port}").stdout
+                   for host in site.lab.servers]
+        assert len([one for one in waiting if one]) == min(turn + 1, 3), "each server that had it keeps it in mind"
     wait_until(lambda: since() == (9, 0), 5, "9 handshakes with the client")
+    found = counted(site)
+    assert (found["adopted"], found["recycled"], found["time_wait"]) == (9, 6, 0), "all but the first of each"
 
 
 @both

@@ -33,7 +33,7 @@ from tests.integration.l7_site import (
     to_pool,
     url,
 )
-from tests.integration.support import VIP, VIP6, configure, members, pool, server, settle, statistics
+from tests.integration.support import VIP, VIP6, configure, members, pool, server, settle, statistics, tcp
 from topologies.lab import Lab, unavailable
 from topologies.namespace import end, wait_until
 
@@ -288,6 +288,37 @@ def test_many_requests_on_a_bad_wire(site: Lab, vip: str) -> None:
         served = site.client().who(url(vip), 60, timeout=90)
     assert set(served) <= {"s1", "s2", "s3"}, served
     assert served.total() == 60
+
+
+@both
+@pytest.mark.parametrize("first", ["server", "client"])
+@pytest.mark.parametrize("binding", ["splice", "hybrid", "relay"])
+def test_a_port_that_comes_back_at_once(lab: Lab, vip: str, binding: str, first: str) -> None:
+    """Whoever finishes first: what the port was led to before is forgotten, and each request is read anew. A server
+    that finishes first remembers it, and takes the next one all the same."""
+    site, closing = configured(lab, binding=binding), "Connection: close\r\n" if first == "server" else ""
+    # A port for each: that a server remembers it from another virtual address is another matter.
+    port = 30_000 + 100 * len(binding) + 10 * (vip == VIP6) + (first == "client")
+    with contextlib.ExitStack() as settings:
+        for host, most, usually in ((site.client(), 0, 131_072), *((one, 4096, 0) for one in site.servers)):
+            settings.callback(host.run, "sysctl", "-qw", f"net.ipv4.tcp_max_tw_buckets={usually}")
+            host.run("sysctl", "-qw", f"net.ipv4.tcp_max_tw_buckets={most}")
+        for turn in range(12):
+            where, expected = (("/one/x", "s1"), ("/about", "s2"), ("/about", "s3"))[turn % 3]
+            more = ("", "", "Cookie: third=yes\r\n")[turn % 3] + closing
+            name = "two.example" if expected == "s2" else "a.example"
+            began = time.monotonic()
+            with tcp(site.client(), vip, 80, source_port=port, timeout=5) as it:
+                it.sendall(f"GET {where} HTTP/1.1\r\nHost: {name}\r\n{more}\r\n".encode())
+                answer = it.recv(4096)
+                if first == "client":
+                    it.shutdown(socket.SHUT_WR)
+                assert f"X-Server: {expected}".encode() in answer + everything(it)
+            assert time.monotonic() - began < 2
+            wait_until(lambda: not site.client().run("ss", "-Htan", "sport", "=", f":{port}").stdout, 2, "it is free")
+        waiting = [host.run("ss", "-Htan", "state", "time-wait", "dport", "=", f":{port}").stdout
+                   for host in site.servers]
+        assert all(waiting) if first == "server" else not any(waiting), "who finished first remembers it"
 
 
 def test_a_flood_of_syns_costs_nothing(site: Lab) -> None:
