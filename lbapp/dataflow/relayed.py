@@ -51,7 +51,10 @@ class Connection:
             self.under_way[side] += number
         sent, got = self.sent[1 - side], self.got[1 - side]
         ack = part.ack + (self.splice.offset if self.splice and not side else 0) & 0xFFFFFFFF
-        if not part.flags & ACK or sent is None or got is None:
+        if not part.flags & ACK:
+            return False
+        if sent is None or got is None:
+            self.sent[1 - side] = self.got[1 - side] = ack  # so far others have delivered what it said
             return False
         if not 0 < ack - got & 0xFFFFFFFF <= sent - got & 0xFFFFFFFF:
             return False

@@ -309,7 +309,9 @@ def test_a_port_that_comes_back_at_once(lab: Lab, vip: str, binding: str, first:
             name = "two.example" if expected == "s2" else "a.example"
             began = time.monotonic()
             with tcp(site.client(), vip, 80, source_port=port, timeout=5) as it:
-                it.sendall(f"GET {where} HTTP/1.1\r\nHost: {name}\r\n{more}\r\n".encode())
+                for part in (f"GET {where} HTTP/1.1\r\n", f"Host: {name}\r\n{more}\r\n"):
+                    it.sendall(part.encode())
+                    time.sleep(0.005 * (turn % 2))  # in several segments the agent delivers it itself
                 answer = it.recv(4096)
                 if first == "client":
                     it.shutdown(socket.SHUT_WR)
