@@ -246,7 +246,7 @@ class LoadBalancer(app_manager.RyuApp):
         switch.counters["packet_outs"] += 1
         rules = switch.encoder.is_rules(reply.query.virtual_server)
         if switch.work and not (rules or reply.error or switch.session.program.leads_to(
-                reply.member, switch.work.moving)):
+                *switch.encoder.ends(reply), switch.work.moving)):
             self._queue(switch, ("packet", answer))  # behind the rules that it needs
             return b""
         if reply.install and rules and not reply.error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ryu.lib import hub
+from eventlet.queue import LightQueue
 
 
 class Jobs:
@@ -25,7 +25,7 @@ class Jobs:
 
     def __init__(self, most: int) -> None:
         self.moving: Counter[str] = Counter()
-        self._queue: hub.Queue = hub.Queue(most)
+        self._queue = LightQueue(most)
         self._left = 0
 
     def __len__(self) -> int:

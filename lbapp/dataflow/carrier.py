@@ -260,6 +260,11 @@ class ReplyEncoder:
             commit(server, chosen, self._zones, routed=self.routes.routed(server, chosen), tracked=tracked,
                    serial=serial)))
 
+    def ends(self, reply: Reply) -> tuple[VirtualServer, Member]:
+        """What a connection goes from and to."""
+        number = reply.query.virtual_server
+        return self._servers[number], self._member(number, reply.member)
+
     def is_rules(self, virtual_server: int) -> bool:
         """Whether a virtual server's connections are rule pairs."""
         server = self._servers.get(virtual_server)

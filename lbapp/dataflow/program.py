@@ -171,10 +171,12 @@ class SwitchProgram:
             return Change(add=[host_route(address, host)])
         return Change(delete=[host_route(address, known)] if known is not None else [])
 
-    def leads_to(self, member: int, moving: Collection[str]) -> bool:
-        """Whether there are rules to a member, none of them to a host that is somewhere else meanwhile."""
-        ways = self._by_member.get(member)
-        return ways is not None and not any(way.next_hop in moving for way in ways)
+    def leads_to(self, server: VirtualServer, member: Member, moving: Collection[str]) -> bool:
+        """Whether all rules are there that lead from a virtual server to a member and back, and none of these hosts is
+        on the way."""
+        needed = facts_of(server, (member,), self._routes, self._wildcards, self._relays(server))
+        return all(fact in self._facts and not (isinstance(fact, Forward) and fact.next_hop in moving)
+                   for fact in needed)
 
     # -------------------------------------------------------------- the whole
 

@@ -16,7 +16,7 @@ from lbapp.control.limits import DEFAULTS
 from lbapp.control.messages import AppQuery, Closed, Delete, Error, Failed, Reap, Reason, Stats
 from lbapp.dataflow.relayed import Connection
 from tests.playbook import member, query, seen, up
-from tests.unit.test_relay import pair
+from tests.relay_world import pair
 
 UP = {1}
 PATIENCE = 2.0
