@@ -247,7 +247,8 @@ class LoadBalancer(app_manager.RyuApp):
         rules = switch.encoder.is_rules(reply.query.virtual_server)
         if switch.work and not (rules or reply.error or switch.session.program.leads_to(
                 *switch.encoder.ends(reply), switch.work.moving)):
-            self._queue(switch, ("packet", answer))  # behind the rules that it needs
+            if not switch.work.hold(answer):  # behind the rules that it needs
+                switch.counters["queries_before_ready"] += 1
             return b""
         if reply.install and rules and not reply.error:
             switch.counters["flow_mods"] += 2

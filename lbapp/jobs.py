@@ -12,6 +12,9 @@ from typing import Any
 
 from eventlet.queue import LightQueue
 
+MOST_PACKETS = 1024
+"""That wait for other jobs; who sent more repeats it."""
+
 
 class Jobs:
     """Jobs in their order: what kind, and about what.
@@ -26,7 +29,7 @@ class Jobs:
     def __init__(self, most: int) -> None:
         self.moving: Counter[str] = Counter()
         self._queue = LightQueue(most)
-        self._left = 0
+        self._left = self._packets = 0
 
     def __len__(self) -> int:
         """How many are left, the one that is being done among them."""
@@ -42,6 +45,13 @@ class Jobs:
         self._queue.put((job, argument))
         return True
 
+    def hold(self, packet: bytes) -> bool:
+        """Have a message sent behind all jobs; false where too many wait."""
+        if self._packets >= MOST_PACKETS or not self.put("packet", packet):
+            return False
+        self._packets += 1
+        return True
+
     def next(self) -> tuple[str, Any]:
         """The next job; waits for one."""
         job, argument = self._queue.get()
@@ -50,8 +60,12 @@ class Jobs:
     def done(self, job: str, argument: Any) -> None:
         """It is done."""
         self._left -= 1
-        if job == "host":
-            self.moving -= Counter((argument,))
+        if job == "packet":
+            self._packets -= 1
+        elif job == "host":
+            self.moving[argument] -= 1
+            if not self.moving[argument]:
+                del self.moving[argument]
 
 
 __all__ = ["Jobs"]

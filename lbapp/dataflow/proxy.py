@@ -528,9 +528,9 @@ class Proxy:
         one.due = now + REPEAT_SECONDS * 2 ** one.tries
         one.tries += 1
         end = min(len(one.data), one.una + WINDOW)
-        for at in range(one.una, end, one.mss):
+        for at in range(one.una, end, one.segment_most):
             self._to_member(one, Segment(one.isn + 1 + at, one.member_isn + 1, ACK | PSH, one.window_in, b"",
-                                         bytes(one.data[at:min(at + one.mss, end)])))
+                                         bytes(one.data[at:min(at + one.segment_most, end)])))
 
     # -------------------------------------------------------------- ends
 

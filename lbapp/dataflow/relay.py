@@ -271,7 +271,9 @@ class Relay:
         if flow.state & layout.ROUTED and hops(frame) <= 1:
             self._counts["shot"] += 1
             return
-        if part.flags & SYN and one.begun_anew(side, part):
+        if not part.flags & SYN:
+            one.met = one.met or bool(side)
+        elif one.begun_anew(side, part):
             self._close(one)
             return
         self._counts["hits"] += 1

@@ -12,8 +12,8 @@ from lbapp.dataflow.frames import ACK, FIN, Segment
 class Connection:
     """A relayed connection; ``sides`` are its flows as the agent gave them, the client's first."""
 
-    __slots__ = ("anew", "answered", "asked", "closed", "fins", "got", "kept", "keys", "octets", "opened", "packets",
-                 "parting", "sent", "sides", "splice", "taken", "told", "under_way", "used")
+    __slots__ = ("anew", "answered", "asked", "closed", "fins", "got", "kept", "keys", "met", "octets", "opened",
+                 "packets", "parting", "sent", "sides", "splice", "taken", "told", "under_way", "used")
 
     def __init__(self, keys: tuple[FlowKey, FlowKey], sides: tuple[Flow, Flow], now: float) -> None:
         self.keys = keys
@@ -26,6 +26,7 @@ class Connection:
         self.fins = 0
         self.closed = self.told = self.taken = False
         self.answered = False  # its member has said something
+        self.met = False  # its member has got beyond its SYN-ACK
         self.anew = False  # its client has sent a SYN since
         self.asked = True  # nothing behind what the client said last
         self.parting = 0  # packets since it was to be taken over; 0: it is not
@@ -67,7 +68,7 @@ class Connection:
         """Whether a member that has forgotten the connection begins another one (``anew`` of the fast path). Part is a
         SYN or SYN-ACK."""
         if not side:
-            self.anew = self.anew or (self.answered and not part.flags & ACK)
+            self.anew = self.anew or (self.met and not part.flags & ACK)
             return False
         return self.anew and bool(part.flags & ACK)
 

@@ -301,17 +301,30 @@ def established(tables: Bench, family: int, mode: Mode, splice: Splice | None) -
 
 
 @BOTH
-@pytest.mark.parametrize("splice", [Splice(9), None], ids=["splice", "handoff"])
-def test_a_member_that_has_forgotten_begins_no_connection_unread(tables: Bench, family: int,
-                                                                 splice: Splice | None) -> None:
-    established(tables, family, Mode.PROXY, splice)
+@pytest.mark.parametrize(("splice", "mode"), [(Splice(9), Mode.PROXY), (None, Mode.PROXY), (Splice(9), Mode.PASS)],
+                         ids=["splice", "handoff", "hybrid"])
+def test_a_member_that_has_forgotten_begins_no_connection_unread(tables: Bench, family: int, splice: Splice | None,
+                                                                 mode: Mode) -> None:
+    established(tables, family, mode, splice)
     assert tables.walk(request(family, SYN, seq=77)).flags == SYN, "the member may know"
     assert tables.drop(answer(family, SYN | ACK, ack=78)) == {"closed_count": 1}
     assert [one.serial for one in tables.closed()] == [SERIAL if splice else 1]
     assert tables.drop(answer(family, SYN | ACK, ack=78)) == {}
+    if mode is Mode.PASS:
+        return  # the switch has it from here
     tables.set_cookies((bytes(16), None), 0)
     assert tables.answered(request(family, SYN, seq=77)).flags == SYN | ACK, "its client repeats it, and is asked"
     assert tables.flows(10) == []
+
+
+@BOTH
+def test_a_member_that_repeats_its_syn_ack_has_forgotten_nothing(tables: Bench, family: int) -> None:
+    """Of the first data, and of a SYN of the client's that was long on its way, it may not have heard."""
+    open_one(tables, Splice(9), family)
+    tables.set_services({ServiceKey(packed(FAMILIES[family][1]), 80, TCP): Service(5, Mode.PROXY, Hash.TURN, 100, ())})
+    for data in (request(family, payload=b"GET /"), request(family, SYN), answer(family, SYN | ACK)):
+        tables.walk(data)
+    assert tables.closed() == []
 
 
 @BOTH

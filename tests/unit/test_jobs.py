@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from lbapp import jobs as module
 from lbapp.jobs import Jobs
 
 
@@ -24,3 +25,13 @@ def test_there_is_room_for_so_many() -> None:
     jobs = Jobs(2)
     assert [jobs.put("configure", number) for number in range(3)] == [True, True, False]
     assert jobs.next() == ("configure", 0)
+
+
+def test_so_many_packets_wait() -> None:
+    jobs = Jobs(10_000)
+    assert jobs.put("configure", None)
+    assert [jobs.hold(b"packet") for _ in range(module.MOST_PACKETS + 1)] == [True] * module.MOST_PACKETS + [False]
+    assert jobs.put("host", "10.0.0.1"), "they take no other job's place"
+    for _ in range(2):
+        jobs.done(*jobs.next())
+    assert jobs.hold(b"packet") and not jobs.hold(b"packet")

@@ -9,6 +9,7 @@ import pytest
 
 from lbapp.control.messages import AppReply, Binding, Error, Host, Refused, Reply, Translation
 from lbapp.dataflow import frames, handshake, proxy
+from lbapp.dataflow.distribution import Greeting
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.cookies import Options
 from lbapp.dataflow.frames import ACK, FIN, PSH, RST, SYN, Segment
@@ -80,6 +81,21 @@ def test_a_member_without_window_scaling_is_told_whole_windows(world: World) -> 
     assert [(part.window, part.payload) for part in world.to_member()] == [(500 << 5, REQUEST)]
     world.member(1 + len(REQUEST), payload=b"HTTP/1.1 200 OK")
     assert world.fast.splices == {101: layout.Splice(MEMBER_ISN - COOKIE & 0xFFFFFFFF, -7, 5)}
+
+
+def test_what_is_delivered_from_here_fits_the_way_to_the_member(world: World) -> None:
+    """The pool's mss, though the member itself would take more."""
+    world.greeting = Greeting(1220, seconds=10.0)
+    said = REQUEST.ljust(3000, b"x")
+    asked = world.client(0, said[:1000])
+    assert asked is not None
+    world.more(asked.query)
+    again = world.client(1000, said[1000:], now=0.2)
+    assert again is not None
+    world.answer(again.query)
+    world.to_member()
+    world.member(1, SYN | ACK, options=SYN_ACK)
+    assert [part.payload for part in world.to_member()] == [said[:1220], said[1220:2440], said[2440:]]
 
 
 def test_handoff_has_no_handshake(world: World) -> None:

@@ -432,8 +432,8 @@ def test_whether_a_member_has_said_anything_and_what(here: Relay) -> None:
 def test_a_member_that_has_forgotten_begins_no_connection_unread(here: Relay) -> None:
     here.install(entries(pair()))
     here.set_splices({SERIAL: Splice(7)})
-    for data in (request(payload=b"GET /"), answer(payload=b"200"), request(flags=SYN)):
-        assert len(walked(here, data)) == 1
+    for data in (request(payload=b"GET /"), request(flags=SYN), answer(flags=SYN | ACK), answer(), request(flags=SYN)):
+        assert len(walked(here, data)) == 1 and here.closed() == []
     assert walked(here, answer(flags=SYN | ACK)) == [] and len(here.closed()) == 1
 
 

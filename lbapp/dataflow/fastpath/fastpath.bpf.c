@@ -208,11 +208,13 @@ static __noinline int anew(const struct fp_key *key, struct fp_flow *flow, __u32
 	}
 	copy16(where.address, key->destination);
 	service = bpf_map_lookup_elem(&services, &where);
-	if (flags & TCP_ACK || !service || service->mode != FP_PROXY)
+	/* Of what the controller has shaken hands for (hybrid), the virtual server is not ours. */
+	if (flags & TCP_ACK || !((service && service->mode == FP_PROXY) || flow->state & FP_SPLICE))
 		return 0;
 	turn_round(&back, flow, key->protocol);
 	other = other_of(flow, &back);
-	if (other)
+	/* A member that has not got beyond its SYN-ACK may repeat that. */
+	if (other && other->state & FP_ESTABLISHED)
 		__sync_fetch_and_or(&other->state, FP_ANEW);
 	return 0;
 }

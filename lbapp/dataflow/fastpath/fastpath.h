@@ -90,8 +90,8 @@ enum fp_counter {
 	FP_QUERIES,
 	FP_CLOSED_COUNT,
 	FP_CLOSED_LOST,      /* closed connections of which nobody was told: the ring was full */
-	FP_SHOT,             /* dropped: an interface without a counterpart, a frame that could not be rewritten, a SYN
-				of nobody who could be answered */
+	FP_SHOT,             /* dropped: an interface without a counterpart, a frame that could not be rewritten, what
+				nobody sent who could be answered */
 	FP_GREETED,          /* a SYN was answered with a cookie */
 	FP_GREETED_ACK,      /* a segment without data of a client that has said nothing yet: it stayed here */
 	FP_COOKIE_BAD,       /* to a proxied virtual server, of no connection, and without a cookie of ours */
