@@ -30,6 +30,9 @@ from lbapp.dataflow.pipeline import VIRTUAL_MAC
 TCP, UDP = 6, 17
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 SHOT, REDIRECT, PASS = 2, 7, 0
+FAMILIES = {4: ("10.0.0.1", "10.0.0.100", "10.0.1.7"), 6: ("fd00::1", "fd00::100", "fd00:1::7")}
+"""A client, a virtual server, a member."""
+BOTH = pytest.mark.parametrize("family", [4, 6])
 CLIENT_MAC, MEMBER_MAC = bytes.fromhex("020000000001"), bytes.fromhex("020000000007")
 WIRE = 1
 """Test runs come in on the loopback interface."""
@@ -118,6 +121,18 @@ def frame(source: str, destination: str, protocol: int = TCP, sport: int = 40000
                                                        payload=payload, doff=doff, udp_length=udp_length,
                                                        checksum=checksum, seq=seq, ack=ack, window=window,
                                                        tcp_options=tcp_options), **ip)
+
+
+def request(family: int = 4, flags: int = ACK, **more: Any) -> bytes:
+    """A client's segment; see :func:`frame`."""
+    client, virtual, _ = FAMILIES[family]
+    return frame(client, virtual, flags=flags, **more)
+
+
+def answer(family: int = 4, flags: int = ACK, **more: Any) -> bytes:
+    """A member's; see :func:`frame`."""
+    client, _, member = FAMILIES[family]
+    return frame(member, client, TCP, 8080, 40000, flags=flags, eth_dst=VIRTUAL_MAC, eth_src=MEMBER_MAC, **more)
 
 
 class Seen(NamedTuple):

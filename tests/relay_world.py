@@ -10,13 +10,10 @@ import pytest
 
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.layout import Flow, FlowKey, Hash, Mode, Service, ServiceKey
-from lbapp.dataflow.frames import ACK
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
 from lbapp.dataflow.relay import Relay
-from tests.fastpath_packets import CLIENT_MAC, MEMBER_MAC, TCP, WIRE, frame, packed
+from tests.fastpath_packets import CLIENT_MAC, FAMILIES, MEMBER_MAC, TCP, WIRE, packed
 
-FAMILIES = {4: ("10.0.0.1", "10.0.0.100", "10.0.1.7"), 6: ("fd00::1", "fd00::100", "fd00:1::7")}
-BOTH = pytest.mark.parametrize("family", [4, 6])
 KEYS = (bytes(range(16)), bytes(range(100, 116)))
 SERIAL, SERVICE, MEMBER = 9, 12, 3
 ISN = 0xFFFFFFF0
@@ -60,16 +57,6 @@ def pair(family: int = 4, state: int = layout.SPLICE, serial: int = SERIAL, port
             (FlowKey(member, client, 8080, port, TCP),
              Flow(virtual, client, 80, port, CLIENT_MAC, VIRTUAL_MAC, WIRE, state | layout.OUTBOUND, serial, SERVICE,
                   MEMBER, 100))]
-
-
-def request(family: int = 4, flags: int = ACK, **more: Any) -> bytes:
-    client, virtual, _ = FAMILIES[family]
-    return frame(client, virtual, flags=flags, **more)
-
-
-def answer(family: int = 4, flags: int = ACK, **more: Any) -> bytes:
-    client, _, member = FAMILIES[family]
-    return frame(member, client, TCP, 8080, 40000, flags=flags, eth_dst=VIRTUAL_MAC, eth_src=MEMBER_MAC, **more)
 
 
 def walked(here: Relay, data: bytes) -> list[bytes]:

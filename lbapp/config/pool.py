@@ -44,7 +44,7 @@ class Algorithm(enum.Enum):
 
 
 LEAST_MSS = 1220
-"""What every path takes that takes IPv6 (RFC 8200, 5)."""
+"""What every path takes that takes IPv6 (RFC 8200, 5): what is too long for a frame is cut into pieces of so much."""
 WEIGHTED = frozenset(Algorithm) - {Algorithm.ROUND_ROBIN}
 """Algorithms that look at weights."""
 

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from lbapp.config.pool import LEAST_MSS
 from lbapp.dataflow import frames
 from lbapp.dataflow.frames import ACK, FIN, PSH
 
 LARGEST = 60_000
 """Bytes of a joined frame: its length has to fit 16 bits."""
 LONGEST_SEGMENT = 1460
-"""Bytes of data beyond which a frame is cut up when it is sent (``fastpath/injector.py``)."""
-LEAST_MSS = 1220
-"""It is cut into pieces of so much; whoever takes less gets the segments as they were."""
+"""Bytes of data beyond which a frame is cut up when it is sent (``fastpath/injector.py``), into pieces of
+``LEAST_MSS``; whoever takes less gets the segments as they were."""
 
 
 class Going(NamedTuple):

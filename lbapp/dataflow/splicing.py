@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import struct
 
+from lbapp.config.pool import LEAST_MSS
 from lbapp.dataflow import frames
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.layout import Flow, Splice
 from lbapp.dataflow.frames import ACK, FIN, PSH, SYN, Packet, Segment
-from lbapp.dataflow.joining import LEAST_MSS
 
 FRAME = 1514
 """The longest frame that goes out; what came in longer (offload) is divided."""

@@ -22,14 +22,27 @@ from lbapp.dataflow.fastpath.layout import Ask, Flow, FlowKey, Hash, Mode, Servi
 from lbapp.dataflow.fastpath.netlink import Netlink
 from lbapp.dataflow.fastpath.removal import HANDLE, PRIORITY
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
-from tests.fastpath_packets import ACK, CLIENT_MAC, MEMBER_MAC, RST, SYN, TCP, Bench, Seen, entries, frame, packed, read
+from tests.fastpath_packets import (
+    ACK,
+    BOTH,
+    CLIENT_MAC,
+    FAMILIES,
+    MEMBER_MAC,
+    RST,
+    SYN,
+    TCP,
+    Bench,
+    Seen,
+    entries,
+    frame,
+    packed,
+    read,
+)
 from topologies.namespace import Namespace, wait_until
 
 pytest_plugins = ["tests.fastpath_packets", "tests.namespaces"]
 pytestmark = pytest.mark.integration
 
-FAMILIES = {4: ("10.0.0.1", "10.0.0.100", "10.0.1.7"), 6: ("fd00::1", "fd00::100", "fd00:1::7")}
-BOTH = pytest.mark.parametrize("family", [4, 6])
 SOL_PACKET, PACKET_VNET_HDR, PACKET_OUTGOING = 263, 15, 4
 VIRTIO = struct.Struct("=BBHHHH")
 NEEDS_CHECKSUM, DATA_VALID = 1, 2

@@ -19,6 +19,7 @@ from tests.fastpath_packets import (
     ACK,
     CHECKSUM_COMPLETE,
     CLIENT_MAC,
+    FAMILIES,
     FIN,
     MEMBER_MAC,
     PASS,
@@ -38,7 +39,6 @@ from tests.fastpath_packets import (
 
 pytest_plugins = ["tests.fastpath_packets"]
 
-FAMILIES = {4: ("10.0.0.1", "10.0.0.100", "10.0.1.7"), 6: ("fd00::1", "fd00::100", "fd00:1::7")}
 EVERY = pytest.mark.parametrize(("family", "protocol"), [(4, TCP), (4, UDP), (6, TCP), (6, UDP)],
                                 ids=["tcp4", "udp4", "tcp6", "udp6"])
 HOSTS: dict[str, Any] = {"eth_dst": VIRTUAL_MAC, "eth_src": MEMBER_MAC}

@@ -16,13 +16,11 @@ from lbapp.dataflow.fastpath.layout import FlowKey, Result, Splice
 from lbapp.dataflow.fastpath.requests import Requests, State
 from lbapp.dataflow.frames import ACK, FIN, PSH, RST, SYN
 from lbapp.dataflow.pipeline import VIRTUAL_MAC
-from tests.fastpath_packets import MEMBER_MAC, TCP, Bench, Seen, frame, packed
+from tests.fastpath_packets import BOTH, FAMILIES, MEMBER_MAC, TCP, Bench, Seen, frame, packed
 from tests.proxy_world import places
 
 pytest_plugins = ["tests.fastpath_packets"]
 
-FAMILIES = {4: ("10.0.0.1", "10.0.0.100", "10.0.1.7"), 6: ("fd00::1", "fd00::100", "fd00:1::7")}
-BOTH = pytest.mark.parametrize("family", [4, 6])
 WORD = 0xFFFFFFFF
 SERIAL, ISN, COOKIE, MEMBER_ISN = 9, 0xFFFFFFF0, 0x9A000001, 0xFFFFFFFF
 SAID = b"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n"

@@ -16,13 +16,13 @@ import pytest
 from lbapp.dataflow.fastpath import kernel, layout
 from lbapp.dataflow.fastpath import tables as tables_module
 from lbapp.dataflow.fastpath.layout import Ask, FlowKey, Hash, Mode, Reason, Result, Service, ServiceKey, Splice
-from lbapp.dataflow.pipeline import VIRTUAL_MAC
 from lbapp.values import astuple
 from tests.fastpath_packets import (
     ACK,
+    BOTH,
     CHECKSUM_COMPLETE,
+    FAMILIES,
     FIN,
-    MEMBER_MAC,
     REDIRECT,
     RST,
     SHOT,
@@ -32,8 +32,10 @@ from tests.fastpath_packets import (
     WIRE,
     Bench,
     Seen,
+    answer,
     frame,
     packed,
+    request,
     require_programs,
     run_marked,
     segment,
@@ -42,9 +44,7 @@ from tests.fastpath_packets import (
 
 pytest_plugins = ["tests.fastpath_packets"]
 
-FAMILIES = {4: ("10.0.0.1", "10.0.0.100", "10.0.1.7"), 6: ("fd00::1", "fd00::100", "fd00:1::7")}
 CLIENT, VIRTUAL, MEMBER = FAMILIES[4]
-BOTH = pytest.mark.parametrize("family", [4, 6])
 OFFSETS = [0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x12345678]
 WORD = 0xFFFFFFFF
 SERIAL = 9
@@ -60,16 +60,6 @@ def open_one(tables: Bench, splice: Splice | None, family: int = 4, state: int =
     assert tables.connect(client, virtual, member, state=state | layout.SPLICE, serial=serial) is Result.OPENED
     if splice is not None:
         assert tables.set_splices({serial: splice}) == set()
-
-
-def request(family: int = 4, flags: int = ACK, **more: Any) -> bytes:
-    client, virtual, _ = FAMILIES[family]
-    return frame(client, virtual, flags=flags, **more)
-
-
-def answer(family: int = 4, flags: int = ACK, **more: Any) -> bytes:
-    client, _, member = FAMILIES[family]
-    return frame(member, client, TCP, 8080, 40000, flags=flags, eth_dst=VIRTUAL_MAC, eth_src=MEMBER_MAC, **more)
 
 
 def counts(seen: Seen) -> tuple[int, int, int]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from lbapp.dataflow import frames, joining
+from lbapp.config.pool import LEAST_MSS
+from lbapp.dataflow import frames
 from lbapp.dataflow.joining import LARGEST, join
 from tests.fastpath_packets import ACK, FIN, RST, TCP, frame, read
 
@@ -57,7 +58,7 @@ def test_who_takes_little_gets_the_segments_as_they_were() -> None:
     small = [said(700 * index, 700) for index in range(2)]
     assert join(small, 1300) == small and len(join(small, 1400)) == 1
     many = [said(536 * index, 536) for index in range(20)]
-    assert join(many, 536) == many and join(many, 1219) == many and len(join(many, joining.LEAST_MSS)) == 1
+    assert join(many, 536) == many and join(many, 1219) == many and len(join(many, LEAST_MSS)) == 1
 
 
 def test_a_frame_has_a_length_of_16_bits() -> None:

@@ -69,14 +69,19 @@ def test_what_the_client_did_not_offer_is_not_offered(world: World) -> None:
     assert world.fast.splices[101].shift == 0
 
 
-def test_a_member_without_window_scaling_is_told_whole_windows(world: World) -> None:
-    asked = world.client(0, REQUEST[:5], options=OPTIONS._replace(window_scale=5))
+def acknowledged(world: World, said: bytes, at: int, options: Options = OPTIONS) -> None:
+    """A client says it in two segments, the first of which it is told has arrived; its member is sent a SYN."""
+    asked = world.client(0, said[:at], options=options)
     assert asked is not None
     world.more(asked.query)
-    again = world.client(5, REQUEST[5:], now=0.2)
+    again = world.client(at, said[at:], now=0.2)
     assert again is not None
     world.answer(again.query)
     world.to_member()
+
+
+def test_a_member_without_window_scaling_is_told_whole_windows(world: World) -> None:
+    acknowledged(world, REQUEST, 5, OPTIONS._replace(window_scale=5))
     world.member(1, SYN | ACK, options=b"\x02\x04\x05\xb4")
     assert [(part.window, part.payload) for part in world.to_member()] == [(500 << 5, REQUEST)]
     world.member(1 + len(REQUEST), payload=b"HTTP/1.1 200 OK")
@@ -87,13 +92,7 @@ def test_what_is_delivered_from_here_fits_the_way_to_the_member(world: World) ->
     """The pool's mss, though the member itself would take more."""
     world.greeting = Greeting(1220, seconds=10.0)
     said = REQUEST.ljust(3000, b"x")
-    asked = world.client(0, said[:1000])
-    assert asked is not None
-    world.more(asked.query)
-    again = world.client(1000, said[1000:], now=0.2)
-    assert again is not None
-    world.answer(again.query)
-    world.to_member()
+    acknowledged(world, said, 1000)
     world.member(1, SYN | ACK, options=SYN_ACK)
     assert [part.payload for part in world.to_member()] == [said[:1220], said[1220:2440], said[2440:]]
 

@@ -18,19 +18,21 @@ from lbapp.dataflow.fastpath.layout import Ask, Flow, FlowKey, Reason, Result, S
 from lbapp.dataflow.frames import ACK, FIN, PSH, RST, SYN
 from lbapp.dataflow.relay import Relay
 from tests.fastpath_packets import (
+    BOTH,
+    FAMILIES,
     REDIRECT,
     SHOT,
     TCP,
     WIRE,
     Bench,
+    answer,
     entries,
     frame,
     packed,
     read,
+    request,
 )
 from tests.relay_world import (
-    BOTH,
-    FAMILIES,
     ISN,
     KEYS,
     LINUX,
@@ -39,10 +41,8 @@ from tests.relay_world import (
     SERVICE,
     WORD,
     Clock,
-    answer,
     offer,
     pair,
-    request,
     walked,
 )
 

@@ -12,17 +12,17 @@ from lbapp.dataflow.frames import ACK, FIN, RST, SYN
 from lbapp.dataflow.relay import Relay
 from tests.fastpath_packets import (
     WIRE,
+    answer,
     entries,
     read,
+    request,
 )
 from tests.relay_world import (
     MEMBER,
     SERIAL,
     SERVICE,
     Clock,
-    answer,
     pair,
-    request,
     walked,
 )
 

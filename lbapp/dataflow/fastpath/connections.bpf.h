@@ -35,11 +35,13 @@ static __always_inline void turn_round(struct fp_key *back, const struct fp_flow
 	back->pad[0] = back->pad[1] = back->pad[2] = 0;
 }
 
-/* The other direction of a connection, under the key back; not what has taken its place since. */
-static __always_inline struct fp_flow *other_of(const struct fp_flow *flow, const struct fp_key *back)
+/* The other direction of a connection, and its key; not what has taken its place since. */
+static __always_inline struct fp_flow *other_of(const struct fp_flow *flow, __u8 protocol, struct fp_key *back)
 {
-	struct fp_flow *other = bpf_map_lookup_elem(&flows, back);
+	struct fp_flow *other;
 
+	turn_round(back, flow, protocol);
+	other = bpf_map_lookup_elem(&flows, back);
 	return other && other->serial == flow->serial && (other->state ^ flow->state) & FP_OUTBOUND ? other : 0;
 }
 
@@ -117,8 +119,7 @@ static __noinline void forget(const struct fp_key *key, struct fp_flow *flow, __
 	struct fp_key back;
 	struct fp_flow *other;
 
-	turn_round(&back, flow, key->protocol);
-	other = other_of(flow, &back);
+	other = other_of(flow, key->protocol, &back);
 	if (flow->state & FP_OUTBOUND) {
 		if (other && !report(&back, other, flow, FP_SHUTDOWN, now))
 			count_at_once(FP_CLOSED_LOST, 1);
@@ -139,8 +140,7 @@ static __noinline void follow(const struct fp_key *key, struct fp_flow *flow, __
 	__u32 state;
 	int over;
 
-	turn_round(&back, flow, key->protocol);
-	other = other_of(flow, &back);
+	other = other_of(flow, key->protocol, &back);
 	state = __sync_fetch_and_or(&flow->state, bits);
 	over = bits & FP_RST || state & FP_PEER_FIN;
 	if (other && bits & FP_FIN && __sync_fetch_and_or(&other->state, FP_PEER_FIN) & FP_FIN)

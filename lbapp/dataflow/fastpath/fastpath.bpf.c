@@ -211,8 +211,7 @@ static __noinline int anew(const struct fp_key *key, struct fp_flow *flow, __u32
 	/* Of what the controller has shaken hands for (hybrid), the virtual server is not ours. */
 	if (flags & TCP_ACK || !((service && service->mode == FP_PROXY) || flow->state & FP_SPLICE))
 		return 0;
-	turn_round(&back, flow, key->protocol);
-	other = other_of(flow, &back);
+	other = other_of(flow, key->protocol, &back);
 	/* A member that has not got beyond its SYN-ACK may repeat that. */
 	if (other && other->state & FP_ESTABLISHED)
 		__sync_fetch_and_or(&other->state, FP_ANEW);
@@ -268,7 +267,7 @@ static __always_inline int forward(struct __sk_buff *skb, __u32 ifindex)
 		dismiss(&key, &packet);
 		return -FP_MISS_TTL;
 	}
-	if (packet.tcp_flags & TCP_SYN && flow->state & (FP_ESTABLISHED | FP_ANEW)) {
+	if (packet.tcp_flags & TCP_SYN && flow->state & FP_ESTABLISHED) {
 		reason = anew(&key, flow, packet.tcp_flags);
 		if (reason)
 			return reason;
@@ -365,8 +364,7 @@ static __noinline int finish_sides(const struct fp_install *one, __u32 finished)
 
 	if (!flow || flow->serial != one->flow.serial || flow->state & FP_OUTBOUND)
 		return 0;
-	turn_round(&back, flow, one->key.protocol);
-	other = other_of(flow, &back);
+	other = other_of(flow, one->key.protocol, &back);
 	if (finished & FP_FIN)
 		follow(&one->key, flow, FP_FIN, one->flow.opened);
 	if (finished & FP_PEER_FIN && other)
@@ -428,8 +426,7 @@ int finish(struct fp_key *context)
 
 	if (!flow || flow->state & (FP_OUTBOUND | FP_CLOSED))
 		return 0;
-	turn_round(&back, flow, key.protocol);
-	other = other_of(flow, &back);
+	other = other_of(flow, key.protocol, &back);
 	if (other)
 		__sync_fetch_and_or(&other->state, FP_CLOSED);
 	if (!(__sync_fetch_and_or(&flow->state, FP_CLOSED) & FP_CLOSED))

@@ -26,11 +26,11 @@ import subprocess
 import zlib
 from collections.abc import Collection, Iterator
 
+from lbapp.config.pool import LEAST_MSS
 from lbapp.dataflow import frames, splicing
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.netlink import Netlink, NetlinkError
 from lbapp.dataflow.fastpath.removal import HANDLE, PRIORITY
-from lbapp.dataflow.joining import LEAST_MSS
 
 LOG = logging.getLogger("lbapp.fastpath")
 

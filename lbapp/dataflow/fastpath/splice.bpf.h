@@ -186,8 +186,7 @@ static __noinline int let_go(const struct fp_key *key, struct fp_flow *flow)
 	struct fp_flow *other;
 	struct fp_key back;
 
-	turn_round(&back, flow, key->protocol);
-	other = other_of(flow, &back);
+	other = other_of(flow, key->protocol, &back);
 	if (other)
 		__sync_fetch_and_and(&other->state, ~FP_HELD);
 	__sync_fetch_and_and(&flow->state, ~FP_HELD);

@@ -72,8 +72,7 @@ static long sweep_one(void *map, const struct fp_key *key, struct fp_flow *flow,
 	/* Nearly all are left alone, without a look at their other direction. */
 	if (!asked && !sweep->match && idle <= limit && (!sweep->evict || idle <= sweep->evict))
 		goto live;
-	turn_round(&back, flow, key->protocol);
-	other = other_of(flow, &back);
+	other = other_of(flow, key->protocol, &back);
 	if (other && silence(now, other->used) < idle)
 		idle = silence(now, other->used);
 	if (asked) {
