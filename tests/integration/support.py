@@ -127,6 +127,16 @@ def wait_for_statistics(lab: Lab, name: str, within: float = 5.0, **wanted: Any)
         time.sleep(0.1)
 
 
+def at_rest(lab: Lab, name: str, active: int = 0) -> dict[str, Any]:
+    """The counters of a virtual server once all ends of connections before are counted: they are told in batches, and
+    what is told later would count for what a test does next. ``active``: connections that the test holds open."""
+    def found() -> dict[str, Any] | None:
+        now = statistics(lab, name)
+        return now if now["opened"] - now["closed"] == active else None
+    answer: dict[str, Any] = wait_until(found, 10, f"the ends of earlier connections of {name}")
+    return answer
+
+
 def wait_for_both_rules(lab: Lab, name: str, within: float = 15.0) -> None:
     """Wait until a virtual server with ``state: rules`` has no connection and all is counted.
 

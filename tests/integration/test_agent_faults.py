@@ -15,7 +15,7 @@ import pytest
 from lbapp.bus import keyfile
 from tests.integration import beside
 from tests.integration.beside import ONE, WAYS, Agent, url
-from tests.integration.support import VIP, Held, statistics, wait_for_statistics
+from tests.integration.support import VIP, Held, at_rest, statistics, wait_for_statistics
 from topologies.controller import ControllerProcess
 from topologies.lab import Lab, unavailable
 from topologies.namespace import wait_until
@@ -71,7 +71,7 @@ table inet loss {
 """
     site.root.run("nft", "-f", "-", stdin=rules)
     try:
-        before = {name: statistics(site, name)["closed"] for name in ("round-four", "fast-four")}
+        before = {name: at_rest(site, name)["closed"] for name in ("round-four", "fast-four")}
         assert answered(site, 8080, 60) == 60
         assert site.client("c1").who(url(VIP, 80), 200).total() == 200
         for name, number in (("round-four", 60), ("fast-four", 200)):
@@ -99,7 +99,7 @@ table inet loss {
   }
 }
 """)
-        before = {name: statistics(site, name) for name in ("round-four", "least-four", "fast-four")}
+        before = {name: at_rest(site, name) for name in ("round-four", "least-four", "fast-four")}
         for port in (8080, 8081, 80):
             assert answered(site, port, 50) == 50
         for name, was in before.items():
@@ -118,7 +118,7 @@ def test_a_partition_between_controller_and_agent(site: Lab) -> None:
     """Row 6: the bus is cut for 20 s, dead after 3 missed HELLOs. From then on first packets are packet-ins."""
     held = {way: Held(site.client("c1"), VIP, port) for way, port in WAYS.items()}
     ending = [Held(site.client("c1"), VIP, WAYS["least"]) for _ in range(3)]
-    closed = statistics(site, "fast-four")["closed"]
+    closed = at_rest(site, "fast-four", active=1)["closed"]
     rules = f"""
 table inet cut {{
   chain in {{

@@ -24,6 +24,7 @@ from tests.integration.support import (
     VIP,
     VIP6,
     Held,
+    at_rest,
     configure,
     members,
     pool,
@@ -96,7 +97,7 @@ def conntrack(lab: Lab) -> int:
 @pytest.mark.parametrize("way", WAYS)
 def test_connections_go_by_the_fast_path_from_their_second_packet_on(site: Lab, vip: str, way: str) -> None:
     client, name = site.client("c1"), f"{way}-{'six' if ':' in vip else 'four'}"
-    before, opened, held_by_ovs = hits(site), statistics(site, name)["opened"], conntrack(site)
+    opened, before, held_by_ovs = at_rest(site, name)["opened"], hits(site), conntrack(site)
     served = client.who(url(vip, WAYS[way]), 30)
     assert served == Counter({host.name: 10 for host in site.servers})
     # SYN (but for one that climbed), ACK, request, FIN, last ACK; and as many back.

@@ -19,7 +19,18 @@ from tests.integration.bad_wire import bad_wire
 from tests.integration.handed_over import Site
 from tests.integration.l7_site import connect, everything, rule, shows_why, to_pool
 from tests.integration.said_again import Echo
-from tests.integration.support import VIP, VIP6, configure, family_of, members, pool, server, statistics, tcp
+from tests.integration.support import (
+    VIP,
+    VIP6,
+    at_rest,
+    configure,
+    family_of,
+    members,
+    pool,
+    server,
+    statistics,
+    tcp,
+)
 from topologies.lab import Lab, unavailable
 from topologies.namespace import wait_until
 from topologies.single import SingleTopo
@@ -137,7 +148,7 @@ def test_requests_over_a_bad_wire(site: Site, vip: str, more: int, tmp_path: Pat
 def test_first_data_that_comes_twice_is_one_connection(site: Site) -> None:
     """The second time at any moment of its being handed over, from before it is read until its member has answered."""
     lab, client = site.lab, site.lab.client()
-    before, since = statistics(lab, "web-four"), site.shaken()
+    before, since = at_rest(lab, "web-four"), site.shaken()
     with contextlib.closing(Echo(client)) as wire:
         for turn in range(400):
             with connect(client, VIP, 80) as it:

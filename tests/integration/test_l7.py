@@ -33,7 +33,7 @@ from tests.integration.l7_site import (
     to_pool,
     url,
 )
-from tests.integration.support import VIP, VIP6, configure, members, pool, server, settle, statistics, tcp
+from tests.integration.support import VIP, VIP6, at_rest, configure, members, pool, server, settle, statistics, tcp
 from topologies.lab import Lab, unavailable
 from topologies.namespace import end, wait_until
 
@@ -77,7 +77,7 @@ def test_http_goes_where_the_rules_say(site: Lab, vip: str, path: str, options: 
 @both
 def test_what_no_rule_names_goes_to_the_default_pool_in_turns(site: Lab, vip: str) -> None:
     name = named(vip, "web")
-    before, asked = statistics(site, name), counters(site)["queries"]
+    before, asked = at_rest(site, name), counters(site)["queries"]
     assert site.client().who(url(vip), 30) == Counter({"s1": 10, "s2": 10, "s3": 10})
     assert counters(site)["queries"] - asked == 30, "one question a connection"
     wait_until(lambda: statistics(site, name)["closed"] - before["closed"] >= 30, 10, "the ends of all")
@@ -132,7 +132,7 @@ def test_a_client_hello_of_two_segments(site: Lab) -> None:
 @both
 def test_what_is_no_client_hello_is_reset(site: Lab, vip: str) -> None:
     """And no member hears of it."""
-    before = statistics(site, named(vip, "tls"))["opened"]
+    before = at_rest(site, named(vip, "tls"))["opened"]
     name = server_name(b"one.example")
     for said in (hello(name, name), hello(name, version=b"\2\0"), b"GET / HTTP/1.1\r\nHost: one.example\r\n\r\n"):
         assert is_reset(site.client(), vip, 443, said)
@@ -325,7 +325,7 @@ def test_a_port_that_comes_back_at_once(lab: Lab, vip: str, binding: str, first:
 
 def test_a_flood_of_syns_costs_nothing(site: Lab) -> None:
     vip = VIP  # hping3 has no IPv6
-    before, asked = counters(site), statistics(site, named(vip, "web"))["opened"]
+    asked, before = at_rest(site, named(vip, "web"))["opened"], counters(site)
     host = site.client("c2")
     flood = host.popen("hping3", "-q", "-S", "-p", "80", "--flood", "--rand-source", vip, stdout=subprocess.DEVNULL,
                        stderr=subprocess.DEVNULL)

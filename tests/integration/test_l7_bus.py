@@ -19,7 +19,7 @@ from tests.integration import beside
 from tests.integration.beside import ONE, Agent, count, fastpath
 from tests.integration.handed_over import Site as Hosts
 from tests.integration.l7_site import both, configured, connect, counters, everything, laboratory, named, url
-from tests.integration.support import VIP, VIP6, statistics
+from tests.integration.support import VIP, VIP6, at_rest, statistics
 from topologies.lab import Lab, unavailable
 from topologies.namespace import wait_until
 
@@ -88,7 +88,8 @@ def asked(site: Lab, target: str, *options: str, timeout: int = 10) -> str:
 
 @both
 def test_http_goes_where_the_rules_say(site: Lab, vip: str) -> None:
-    before, name = statistics(site, named(vip, "web")), named(vip, "web")
+    name = named(vip, "web")
+    before = at_rest(site, name)
     for _ in range(5):
         assert asked(site, url(vip, "/one/x")) == "s1"
         assert asked(site, url(vip, "/about"), "-H", "Host: two.example") == "s2"
@@ -151,7 +152,7 @@ def test_a_request_of_60_kilobytes_of_headers(site: Lab, vip: str) -> None:
 def test_loss_on_the_bus(site: Lab) -> None:
     """A tenth of all datagrams. A lost question or answer is asked again after half a second; parts are sent again."""
     name = named(VIP, "web")
-    before = statistics(site, name)
+    before = at_rest(site, name)
     site.root.run("nft", "-f", "-", stdin=LOSS)
     try:
         for _ in range(10):
@@ -234,7 +235,7 @@ def test_hybrid_hands_over_to_an_agent_elsewhere(site: Lab) -> None:
     time.sleep(1)
     file = site.make_file("download", 20_000_000)
     target = site.directory / "l7-hybrid"
-    before = count(site, "hits"), statistics(site, "web-four")["closed"]
+    before = count(site, "hits"), at_rest(site, "web-four")["closed"]
     site.client().run("curl", "-gsSf", "--max-time", "30", "-o", str(target), url(VIP, "/download"), timeout=40)
     assert hashlib.sha256(target.read_bytes()).hexdigest() == file
     wait_until(lambda: count(site, "hits") - before[0] > 100, 5, "most of it went by the fast path")

@@ -29,7 +29,7 @@ from tests.integration.l7_site import (
     shows_why,
     url,
 )
-from tests.integration.support import VIP, configure, members, pool, server, settle, statistics
+from tests.integration.support import VIP, at_rest, configure, members, pool, server, settle, statistics
 from topologies.lab import Lab, unavailable
 from topologies.namespace import wait_until
 
@@ -77,8 +77,7 @@ def test_http_goes_where_the_rules_say(lab: Lab, vip: str, path: str, options: t
 @both
 def test_what_no_rule_names_goes_to_the_default_pool_in_turns(lab: Lab, vip: str) -> None:
     name = named(vip, "web")
-    wait_until(lambda: (now := statistics(lab, name))["opened"] == now["closed"], 10, "the ends of those before")
-    before = statistics(lab, name)
+    before = at_rest(lab, name)
     assert lab.client().who(url(vip), 30) == Counter({"s1": 10, "s2": 10, "s3": 10})
     wait_until(lambda: statistics(lab, name)["closed"] - before["closed"] >= 30, 10, "the ends of all")
     after = statistics(lab, name)
