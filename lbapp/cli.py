@@ -274,8 +274,8 @@ def show(access: Access, kind: str | None, name: str | None, output: str, limit:
 
 
 @cli.command()
-@click.argument("virtual_server")
 @click.argument("request", nargs=-1, metavar="[METHOD] [URL]")
+@click.option("--virtual-server", metavar="NAME", help="Where several could be meant.")
 @click.option("--header", "headers", multiple=True, metavar="'NAME: VALUE'",
               help="Of an HTTP request; may be repeated.")
 @click.option("--sni", metavar="NAME", help="The server name of a TLS client.")
@@ -284,15 +284,16 @@ def show(access: Access, kind: str | None, name: str | None, output: str, limit:
 @click.option("--data", metavar="TEXT|hex:DIGITS", help="A client's first bytes.")
 @click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table", show_default=True)
 @click.pass_obj
-def explain(access: Access, virtual_server: str, request: tuple[str, ...], **options: Any) -> None:
+def explain(access: Access, request: tuple[str, ...], **options: Any) -> None:
     """Tell what a virtual server's policies make of a request: which policy, which pool, and why.
 
-    Nothing is sent to anybody.
+    Nothing is sent to anybody. Without --virtual-server it is the one at the URL's address and port, or the only one
+    that reads such requests.
     """
     from lbapp import explaining
 
     with access.client() as client:
-        explaining.explain(client.get("virtual-servers", virtual_server), request, **options)
+        explaining.explain(client, request, **options)
 
 
 class Kinds(click.Group):

@@ -8,12 +8,15 @@ The rules are evaluated here, by the code that the controller runs, on the polic
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
 from lbapp import display
+from lbapp.client import Client
 from lbapp.command_line import Failure
 from lbapp.config.model import Application, VirtualServer
 from lbapp.control.l7 import Answer, ClientHello, Reader, Request, ToPool
@@ -72,18 +75,47 @@ def _session_id(digits: str | None) -> bytes:
                   f"got {digits!r}")
 
 
-def explain(shown: dict[str, Any], words: Sequence[str], headers: Sequence[str], sni: str | None,
+def meant(shown: Iterable[dict[str, Any]], words: Sequence[str], data: str | None) -> dict[str, Any]:
+    """Which virtual server such a request is for, where nobody has named one: the one at the URL's address and port;
+    without an address in it, or without a URL, the only one that reads such requests.
+
+    Args:
+        shown: all of them, as the controller shows them.
+        words, data: see :func:`subject`.
+
+    Raises:
+        Failure: it is none, or may be several.
+    """
+    reads = Application.HTTP if words else Application.RAW if data is not None else Application.TLS
+    found, place = [one for one in shown if one["application"] == reads.value], ""
+    with contextlib.suppress(ValueError):
+        url = urlsplit(words[-1] if words else "")
+        address, port = ip_address(url.hostname or ""), url.port or (443 if url.scheme == "https" else 80)
+        found = [one for one in found if ip_address(one["vip_address"]) == address and one["protocol_port"] == port]
+        place = f" at {address} port {port}"
+    if not found:
+        raise Failure(f"no virtual server{place} reads {reads.value}; --virtual-server NAME says which is meant")
+    if len(found) > 1:
+        names = ", ".join(sorted(one["name"] for one in found))
+        raise Failure(f"--virtual-server: expected one of {names}: they read {reads.value}")
+    return found[0]
+
+
+def explain(client: Client, words: Sequence[str], virtual_server: str | None, headers: Sequence[str], sni: str | None,
             alpn: Sequence[str], session_id: str | None, data: str | None, output: str) -> None:
     """Print what becomes of it.
 
     Args:
-        shown: the virtual server as the controller shows it.
+        client: of the controller.
+        virtual_server: id or name; None: see :func:`meant`.
         words, headers, sni, alpn, session_id, data: see :func:`subject`.
         output: table, json or yaml.
 
     Raises:
         Failure: the virtual server does not read, or reads something else.
     """
+    shown = (client.get("virtual-servers", virtual_server) if virtual_server is not None
+             else meant(client.list("virtual-servers"), words, data))
     server = msgspec.convert({field: shown[field] for field in FIELDS[VirtualServer] if field in shown}, VirtualServer)
     reader = Reader.of(server)
     if reader is None:
@@ -97,7 +129,7 @@ def explain(shown: dict[str, Any], words: Sequence[str], headers: Sequence[str],
             "value": rule.rule.value, "invert": rule.rule.invert, "compared": list(rule.compared), "held": rule.held,
         } for rule in trace.rules]} for trace in reader.explain(said)]
     if output != "table":
-        display.dump({"outcome": _outcome(outcome), "policies": policies}, output)
+        display.dump({"virtual_server": server.name, "outcome": _outcome(outcome), "policies": policies}, output)
         return
     rows: list[tuple[str, ...]] = []
     for one in policies:
@@ -107,7 +139,7 @@ def explain(shown: dict[str, Any], words: Sequence[str], headers: Sequence[str],
             test = f"{'not ' if rule['invert'] else ''}{rule['type']} {rule['key']}".rstrip()
             rows.append(("", "", "holds" if rule["held"] else "no", test, f"{rule['compare_type']} {rule['value']}",
                          ", ".join(rule["compared"]) or "-"))
-    display.table("", ("policy", "action", "result", "rule", "expected", "seen"), rows)
+    display.table(f"virtual server {server.name}", ("policy", "action", "result", "rule", "expected", "seen"), rows)
     display.console().print(_text(outcome), highlight=False, markup=False)
 
 
