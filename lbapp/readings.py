@@ -54,11 +54,11 @@ class Readings:
                     if self._application.control.counting and self.is_local(switch):
                         # Of what the fast path has, conntrack knows nothing, and an agent elsewhere is asked itself.
                         application = self._application
+                        tracked = [(entry.serial, entry.virtual_server, entry.member)
+                                   for entry in self.conntrack(switch) if entry.tracked and entry.state not in CLOSING]
+                        # Others had their turn until here: what has ended meanwhile must not be among these.
                         fast, relayed = application.fastpaths.live(switch), application.relays.live(switch)
-                        self._application.live(switch, (*(fast or ()), *(relayed or ()), *(
-                            (entry.serial, entry.virtual_server, entry.member)
-                            for entry in self.conntrack(switch) if entry.tracked and entry.state not in CLOSING)),
-                            fast is not None)
+                        application.live(switch, (*(fast or ()), *(relayed or ()), *tracked), fast is not None)
                 except OvsError as error:
                     LOG.warning("switch %016x: conntrack cannot be read: %s", switch, error)
                 except Exception:

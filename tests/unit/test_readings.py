@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import cast
 
 import pytest
@@ -27,6 +28,7 @@ class Commands:
                  drops: int = 0) -> None:
         self.bridges, self.dump, self.drops = bridges, dump, drops
         self.asked = 0
+        self.meanwhile: Callable[[], object] = lambda: None
         self.timeouts: list[tuple[int, int]] = []
 
     def bridge_of(self, switch: int) -> str | None:
@@ -34,6 +36,7 @@ class Commands:
         return "br0" if f"{switch:016x}" in self._answer(self.bridges) else None
 
     def appctl(self, *arguments: str) -> str:
+        self.meanwhile()
         assert arguments == ("dpctl/dump-conntrack", f"zone={zones(1).service}")
         return self._answer(self.dump)
 
@@ -197,6 +200,10 @@ def test_what_lives_is_told(monkeypatch):
 def test_what_lives_in_the_fast_path_is_told_with_it(monkeypatch):
     told = watched(Commands(dump=line(1)), monkeypatch, fast=[(7, 5, 3)])
     assert told == [(1, ((7, 5, 3), (1, 5, 3)), True)] * 2
+    held, commands = [(7, 5, 3), (9, 5, 3)], Commands(dump=line(1))
+    commands.meanwhile = held.pop
+    told = watched(commands, monkeypatch, fast=held)
+    assert told == [(1, ((7, 5, 3), (1, 5, 3)), True), (1, ((1, 5, 3),), True)], "not what ended during the dump"
     told = watched(Commands(dump=line(2)), monkeypatch, fast=None)
     assert told == [(1, ((2, 5, 3),), False)] * 2, "an agent elsewhere has to be asked about its own"
 
