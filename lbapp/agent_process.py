@@ -296,10 +296,10 @@ class AgentProcess:
     def _counting(self) -> None:
         """Tell every control segment what was counted, when it has changed."""
         while True:
-            began = time.monotonic()
+            began = time.thread_time()
             self._count(*(peer for peer in self._server.peers.values()
                           if peer.connected and peer.identity not in self._saying))
-            eventlet.sleep(max(COUNT_SECONDS, (time.monotonic() - began) / COUNT_SHARE))
+            eventlet.sleep(max(COUNT_SECONDS, (time.thread_time() - began) / COUNT_SHARE))
 
     def _count(self, *peers: CsPeer) -> None:
         if not peers:
