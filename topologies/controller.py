@@ -182,6 +182,11 @@ class ControllerProcess:
         """Whether it puts a fast path in front of the bridges."""
         return "--fastpath" in self.options or bool(os.environ.get("LBAPP_FASTPATH"))
 
+    @property
+    def has_no_fastpath(self) -> bool:
+        """Whether it has said that this machine lets it have none."""
+        return "has no fast path, Open vSwitch" in self.log.read_text(errors="replace")
+
     def remove_fastpath(self, bridges: Sequence[str]) -> None:
         """Take down the fast paths that it left in front of bridges: a controller that ends leaves them forwarding."""
         for bridge in bridges if self.fastpath else ():

@@ -8,6 +8,7 @@ this module only starts processes in it.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -24,6 +25,10 @@ HTTP_PORTS = (80, 8080, 8081)
 own port for two virtual servers would mean the same connection to the member."""
 
 ECHO_PORT = 5300
+
+OWN_PORTS = itertools.cycle(range(10_000, 30_000))
+"""Ports of clients, the next one whenever one is asked for. Of those that the kernel gives out (32768-60999), one may
+come again while a switch or a server, or a TIME_WAIT of the client itself, still knows its last connection."""
 
 _NGINX = """\
 daemon off;
@@ -113,6 +118,10 @@ class LabHost(Namespace):
         return Counter(line.partition(")")[0] + ")" if line.startswith("curl:") else line
                        for line in text.splitlines() if line)
 
+    def answered(self, url: str, count: int, timeout: float = 30.0) -> int:
+        """How many of so many requests are answered; see :meth:`who`."""
+        return sum(number for name, number in self.who(url, count, timeout).items() if not name.startswith("curl:"))
+
     def udp(self, address: str, port: int, count: int = 1, payload: bytes = b"hello",
             timeout: float = 1.0) -> list[str | None]:
         """Send datagrams, each from a port of its own; the servers' names, None where no answer came.
@@ -128,6 +137,7 @@ class LabHost(Namespace):
                 endpoint = socket.socket(family, socket.SOCK_DGRAM)
             with endpoint:
                 endpoint.settimeout(timeout)
+                endpoint.bind(("::" if ":" in address else "0.0.0.0", next(OWN_PORTS)))
                 endpoint.connect((address, port))
                 endpoint.send(payload)
                 try:

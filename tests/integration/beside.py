@@ -136,9 +136,10 @@ def links(lab: Lab) -> list[str]:
 def downloading(site: Lab) -> Iterator[tuple[subprocess.Popen[bytes], str, Path]]:
     """A transfer of some seconds: the process, the digest of what it is to get, where it puts it."""
     digest, target = site.make_file("big", 60_000_000), site.directory / "downloaded"
+    target.unlink(missing_ok=True)
     process = site.client("c2").popen("curl", "-sSf", "--max-time", "60", "--limit-rate", "12M", "-o", str(target),
                                       url(VIP, 80, "big"))
-    time.sleep(0.7)
+    wait_until(lambda: target.exists() and target.stat().st_size, 10, "it is under way")
     yield process, digest, target
     process.kill()
     process.wait()

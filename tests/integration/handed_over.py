@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lbapp.handoffs import LEASE_SECONDS
 from topologies.hosts import LabHost
 from topologies.lab import Lab
 from topologies.namespace import end, wait_until
@@ -31,6 +32,7 @@ class Site:
         self.lab = lab
         self.ports = ports
         self.agents: dict[str, subprocess.Popen[Any]] = {}
+        self.disturbed = False
 
     def log(self, host: LabHost) -> Path:
         return self.lab.directory / f"{host.name}-agent.log"
@@ -43,15 +45,41 @@ class Site:
                 self.agents[host.name] = controller.namespace.popen(
                     LBAPP, "--token-file", str(controller.state / "token"), "server-agent", "--name", host.name,
                     "--netns", f"/proc/{host.pid}/ns/net", *ports, "--log-file", str(self.log(host)))
-        wait_until(lambda: self.announced() == len(self.lab.servers), 15, "every agent announces its servers")
-        time.sleep(0.5)  # the controller looks at them every tenth of a second
+        self.settled()
 
     def stop_agents(self) -> None:
         while self.agents:
             end(self.agents.popitem()[1])
 
+    def settled(self) -> None:
+        """What the agents announced is so now. One that finds its host's settings changed (a test says so by
+        ``disturbed``) announces nothing, and then all of it again."""
+        began = time.monotonic()
+
+        def is_so(told: dict[str, Any]) -> bool:
+            if self.disturbed and told["listeners"]:
+                return LEASE_SECONDS - told["expires_in"] < time.monotonic() - began - 0.1
+            return bool(told["listeners"])
+
+        wait_until(lambda: sum(map(is_so, self._told())) == len(self.agents), 20, "every agent announces its servers")
+        self.disturbed = False
+        time.sleep(0.3)  # the controller looks at them every tenth of a second
+
+    def announces(self, *ports: int) -> None:
+        """Wait until every host's agent announces servers at these ports."""
+        def all_of_them() -> bool:
+            return all(set(ports) <= {int(where.rpartition(":")[2]) for where in one["listeners"]}
+                       for one in self._told())
+
+        wait_until(all_of_them, 15, f"servers at {ports} are announced")
+        time.sleep(0.3)
+
     def announced(self) -> int:
-        return sum(bool(one["listeners"]) for one in self.lab.rest.get("/v1/server-agents")["server_agents"])
+        return sum(bool(one["listeners"]) for one in self._told())
+
+    def _told(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.lab.rest.get("/v1/server-agents")["server_agents"]
+        return found
 
     def counters(self) -> dict[str, int]:
         """Of handshakes, the fast path's and those that the controller does itself."""

@@ -14,6 +14,7 @@ import pytest
 
 from tests.integration.support import VIP, VIP6, Held, change_member, configure, members, pool, server, settle
 from topologies.hosts import LabHost
+from topologies.namespace import wait_until
 
 if TYPE_CHECKING:
     from topologies.lab import Lab
@@ -107,6 +108,14 @@ def _steps() -> list[tuple[str, dict[str, Any]]]:
             ("s2", {"weight": 0}), ("s1", {"weight": 1}), ("s2", {"weight": 1})]
 
 
+def drained(lab: Lab, name: str) -> None:
+    """Wait until a draining member has no connection, and none that is on its way to it either."""
+    for _ in range(2):
+        time.sleep(0.1)
+        wait_until(lambda: [one["connections"] for one in lab.rest.get("/v1/draining")["draining"]
+                            if one["name"] == name] == [0], 20, f"{name} has no connection left")
+
+
 @pytest.mark.parametrize("decision", ["switch", "controller"])
 def test_no_connection_fails_while_members_are_removed_and_added(lab: Lab, decision: str) -> None:
     """A member drains until its connections have ended, is taken out of the pool, and put in again."""
@@ -115,7 +124,7 @@ def test_no_connection_fails_while_members_are_removed_and_added(lab: Lab, decis
         for round_ in range(CHANGES // 4):
             name = f"s{1 + round_ % 3}"
             change_member(lab, "web", name, draining=True)
-            time.sleep(0.1)  # what it still has is a matter of milliseconds here
+            drained(lab, name)
             listed = lab.rest.get("/v1/pools/web/members")["members"]
             gone = next(one for one in listed if one["name"] == name)
             lab.rest.delete(f"/v1/pools/web/members/{gone['id']}")

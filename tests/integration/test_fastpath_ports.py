@@ -69,6 +69,7 @@ def test_every_port_gets_a_pair_and_keeps_its_number(site, load):
     assert site.everything() == before
 
 
+@pytest.mark.alone
 def test_bulk_transfers_stay_in_large_frames(site, load):
     require("iperf3")
     with site.wires(load()) as wires:
@@ -185,6 +186,7 @@ def test_eight_ports_take_little_time(site, load):
 # -------------------------------------------------------- established connections
 
 
+@pytest.mark.alone
 def test_a_transfer_survives_attaching_adoption_and_taking_down(site, load, stream):
     with site.wires(load()) as wires:
         begun = time.monotonic()
@@ -304,7 +306,9 @@ def test_an_interface_vanishes_and_comes_again(site, load):
         assert "w3" in wires.left_alone
         assert len([link for link in site.links() if link.startswith("lbi")]) == HOSTS - 1
         site.plug("w3", site.hosts[2])
-        wait_until(lambda: wires.follow() and wires.sync().added, 5, "it has a wire again")
+        wait_until(wires.follow, 5, "it is noticed")
+        # Open vSwitch gives it a number after it has begun to use it.
+        wait_until(lambda: wires.sync().added, 5, "it has a wire again")
         assert {wire.name for wire in wires.ports.values()} == {"w1", "w2", "w3"}
         assert site_number(site, wires, "w3") == number
         site.ping()

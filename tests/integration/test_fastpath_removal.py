@@ -24,6 +24,7 @@ NO_PAUSE = 0.3
 # ------------------------------------------------------------------------ crashes
 
 
+@pytest.mark.alone
 def test_forwarding_survives_a_kill_and_repair_leaves_nothing(site, load, stream):
     before, loaded = site.everything(), load()
     process = in_another_process(site, """

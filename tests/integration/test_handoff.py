@@ -31,6 +31,7 @@ from tests.integration.support import (
     statistics,
     tcp,
 )
+from topologies.hosts import OWN_PORTS
 from topologies.lab import Lab, unavailable
 from topologies.namespace import wait_until
 from topologies.single import SingleTopo
@@ -117,7 +118,7 @@ def test_a_port_that_comes_back_at_once(site: Site, vip: str) -> None:
     """The server ends first, so its TIME_WAIT is there when the port comes back to it two servers later."""
     counted(site)
     site.start_agents()
-    client, since, port = site.lab.client(), site.shaken(), 33_333 if vip == VIP else 33_336
+    client, since, port = site.lab.client(), site.shaken(), next(OWN_PORTS)
     for turn in range(9):
         began = time.monotonic()
         with tcp(client, vip, 80, source_port=port, timeout=5) as made:
@@ -165,6 +166,7 @@ def test_first_data_that_comes_twice_is_one_connection(site: Site) -> None:
     wait_until(lambda: since() == (400, 0), 5, "400 handshakes with the client, none with a member")
 
 
+@pytest.mark.alone
 def test_what_is_said_right_behind_the_first_does_not_overtake_it(site: Site) -> None:
     """Most of these are still being handed over when their second request comes: a member that met it first would drop
     it, and hear of it again after a fifth of a second."""

@@ -80,14 +80,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield made
 
 
-def listens(site: Site, *ports: int) -> None:
-    """Every server has begun to listen."""
-    def all_of_them() -> bool:
-        return all(f":{port} " in host.run("ss", "-Hltn").stdout for host in site.lab.servers for port in ports)
-
-    wait_until(all_of_them, 15, f"servers at {ports}")
-
-
 def all_adopted(since: Callable[[], tuple[int, int]], number: int) -> None:
     """So many handshakes with the client, none with a member."""
     with contextlib.suppress(TimeoutError):
@@ -100,7 +92,7 @@ def all_adopted(since: Callable[[], tuple[int, int]], number: int) -> None:
 @pytest.mark.parametrize("hello", ["small", "large"])
 def test_openssl(site: Site, vip: str, version: str, hello: str, tmp_path: Path) -> None:
     """A file over TLS. A ClientHello of two segments is acknowledged here if need be: then it is no handoff."""
-    listens(site, *TLS_PORTS.values())
+    site.announces(*TLS_PORTS.values())
     client, since, got = site.lab.client(), site.shaken(), tmp_path / "got"
     digest = site.lab.make_file("secret", SIZE)
     name = "a.example" if hello == "small" else ".".join(["x" * 60] * 4)
@@ -113,7 +105,7 @@ def test_openssl(site: Site, vip: str, version: str, hello: str, tmp_path: Path)
 
 @both
 def test_openssl_after_a_hello_of_two_segments(site: Site, vip: str) -> None:
-    listens(site, *TLS_PORTS.values())
+    site.announces(*TLS_PORTS.values())
     site.lab.make_file("short", 20)
     done = site.lab.client().run(
         "openssl", "s_client", "-connect", f"{f'[{vip}]' if ':' in vip else vip}:443", "-servername", "a.example",
@@ -126,13 +118,13 @@ def test_openssl_after_a_hello_of_two_segments(site: Site, vip: str) -> None:
 @both
 def test_node(site: Site, vip: str, tmp_path: Path) -> None:
     """Bodies both ways, and several requests of one connection."""
-    listens(site, NODE_PORT)
+    site.announces(NODE_PORT)
     _both_ways(site, vip, 8002, f"/{SIZE}", tmp_path, b"n" * SIZE)
 
 
 @both
 def test_python(site: Site, vip: str, tmp_path: Path) -> None:
-    listens(site, PYTHON_PORT)
+    site.announces(PYTHON_PORT)
     _both_ways(site, vip, 8000, f"/bytes/{SIZE - SIZE % 256}", tmp_path, bytes(range(256)) * (SIZE // 256))
 
 

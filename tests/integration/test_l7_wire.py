@@ -164,6 +164,7 @@ def test_loss(site: Site, way: str, vip: str, sack: bool, isn: int | None, tmp_p
     digest, body = site.lab.make_file("one", 1_000_000), os.urandom(1_000_000)
     with contextlib.ExitStack() as wires:
         # A server agent needs it at its host: there the client alone has none.
+        site.disturbed |= way != "handoff" and not sack
         for host in (client,) if way == "handoff" else (client, member):
             host.run("sysctl", "-qw", f"net.ipv4.tcp_sack={int(sack)}")
             wires.callback(host.run, "sysctl", "-qw", "net.ipv4.tcp_sack=1")

@@ -165,7 +165,7 @@ def test_beside_a_learning_switch_of_ryus(make_lab: Callable[..., Lab]) -> None:
     lab.controller.kill()
     lab.start_controller()
     settle(lab)
-    wait_until(lambda: lab.client("c1").who(f"http://{VIP}/", 3).total() == 3, 10, "it serves after a restart")
+    wait_until(lambda: lab.client("c1").answered(f"http://{VIP}/", 3) == 3, 10, "it serves after a restart")
     _serves(lab)
 
 

@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.integration import beside
 from tests.integration.l7_site import PYTHON_PORT, TLS_PORT, laboratory, url
 from tests.integration.lines import Visitor, line_of, waiting
-from tests.integration.support import VIP, change_member, configure, members, pool, server
+from tests.integration.support import VIP, change_member, configure, members, pool, server, tcp
 from tests.integration.test_persistence import one_after_the_other
 from topologies.lab import Lab, unavailable
 from topologies.namespace import wait_until
@@ -36,15 +37,29 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             yield made
 
 
+def configured(lab: Lab, pool: dict[str, Any], server: dict[str, Any]) -> None:
+    """Wait until it shakes hands, too: an agent elsewhere hears of it a moment after the switch. Who only connects
+    takes no turn, and nobody knows them again."""
+    def shakes_hands() -> bool:
+        try:
+            tcp(lab.client(), VIP, server["protocol_port"]).close()
+        except OSError:
+            return False
+        return True
+
+    configure(lab, [pool], [server])
+    wait_until(shakes_hands, 10, "somebody shakes hands")
+
+
 def asked(lab: Lab, *options: str, port: int = 80) -> str:
     return lab.client().run("curl", "-gsS", "-o", "/dev/null", "-w", "%header{x-server}", "--max-time", "10", *options,
                             url(VIP, port=port)).stdout
 
 
 def test_an_application_cookie(lab: Lab) -> None:
-    configure(lab, [pool("web", "ROUND_ROBIN", members(lab, PYTHON_PORT),
-                         persistence={"type": "APP_COOKIE", "key": "sid"})], [server("web", 80, "web",
-                                                                                     application="http")])
+    configured(lab, pool("web", "ROUND_ROBIN", members(lab, PYTHON_PORT),
+                         persistence={"type": "APP_COOKIE", "key": "sid"}),
+               server("web", 80, "web", application="http"))
     assert {asked(lab) for _ in range(6)} == {"s1", "s2", "s3"}, "who has none takes turns"
     first = {name: asked(lab, "-H", f"Cookie: other=1; sid={name}") for name in ("ann", "bob", "z" * 500)}
     for _ in range(4):
@@ -64,9 +79,9 @@ def test_an_application_cookie(lab: Lab) -> None:
     ("HEADER", "X-User", "http"), ("QUERY", "user", "http"), ("RAW", "5:3", "raw"), ("SNI", "", "tls")])
 def test_whatever_a_client_says(lab: Lab, kind: str, key: str, application: str) -> None:
     tls = application == "tls"
-    configure(lab, [pool("said", "ROUND_ROBIN", members(lab, TLS_PORT if tls else PYTHON_PORT),
-                         persistence={"type": kind, "key": key})],
-              [server("said", 443 if tls else 80, "said", application=application)])
+    configured(lab, pool("said", "ROUND_ROBIN", members(lab, TLS_PORT if tls else PYTHON_PORT),
+                         persistence={"type": kind, "key": key}),
+               server("said", 443 if tls else 80, "said", application=application))
 
     def by(who: str) -> str:
         if tls:
@@ -87,8 +102,8 @@ def test_whatever_a_client_says(lab: Lab, kind: str, key: str, application: str)
 
 
 def test_a_tls_session(lab: Lab, tmp_path: Path) -> None:
-    configure(lab, [pool("tls", "ROUND_ROBIN", members(lab, TLS_PORT), persistence={"type": "TLS_SESSION_ID"})],
-              [server("tls", 443, "tls", application="tls")])
+    configured(lab, pool("tls", "ROUND_ROBIN", members(lab, TLS_PORT), persistence={"type": "TLS_SESSION_ID"}),
+               server("tls", 443, "tls", application="tls"))
     session = tmp_path / "session"
 
     def hello(*options: str) -> str:
@@ -107,7 +122,7 @@ def test_a_tls_session(lab: Lab, tmp_path: Path) -> None:
 
 def limited(lab: Lab, inspect_timeout: int = 10, **line: object) -> None:
     one = pool("one", "ROUND_ROBIN", members(lab, PYTHON_PORT, names=["s1"], connection_limit=1), waiting=line)
-    configure(lab, [one], [server("web", 80, "one", application="http", inspect_timeout=inspect_timeout)])
+    configured(lab, one, server("web", 80, "one", application="http", inspect_timeout=inspect_timeout))
     wait_until(lambda: lab.rest.get("/v1/stats?pool=one")["members"][0]["active"] == 0, 30, "nobody is there")
 
 

@@ -383,7 +383,7 @@ def test_the_fast_path_is_full(make_lab: Callable[..., Lab], told: Callable[[str
     def fast() -> Any:
         return lab.rest.get("/v1/stats")["switches"][0]["fastpath"]
 
-    if fast() is None:
+    if lab.controller.has_no_fastpath:
         pytest.skip("no fast path on this machine")
     site(lab)
     with open_ones(lab) as go_on, contextlib.ExitStack() as stack:

@@ -18,6 +18,7 @@ from tests.integration.support import (
     configure,
     flows,
     held,
+    in_its_cache,
     members,
     pool,
     server,
@@ -123,7 +124,7 @@ def test_messages_per_connection(site: Lab) -> None:
     lab, number, client = site, 20, site.client("c3")
     for way, port in PORTS.items():
         opened = [tcp(client, VIP, port) for _ in range(number)]
-        time.sleep(0.2)  # packets that are quicker than the switch's own cache would climb (state: rules)
+        in_its_cache(lab)  # packets that are quicker would climb (state: rules)
         for one in opened:
             one.sendall(b"GET / HTTP/1.0\r\n\r\n")
             assert one.recv(4096).startswith(b"HTTP/1.1 200")
@@ -180,6 +181,7 @@ def test_statuses_follow_the_members(site: Lab) -> None:
         states = {one["name"]: one["operating_status"] for one in lab.rest.get("/v1/pools/web/members")["members"]}
         assert states == {"s1": "ONLINE", "s2": "ONLINE", "s3": "OFFLINE"}
         assert lab.rest.get("/v1/virtual-servers/switch")["operating_status"] == "DEGRADED"
+        in_its_cache(lab)
         for port in (80, 8080, 8081):
             assert set(lab.client("c1").who(f"http://{VIP}:{port}/", 45)) == {"s1", "s2"}
     finally:

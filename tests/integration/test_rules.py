@@ -20,6 +20,7 @@ from tests.integration.support import (
     configure,
     flows,
     held,
+    in_its_cache,
     members,
     packets,
     pool,
@@ -106,7 +107,7 @@ def test_messages_per_connection(rules: Lab) -> None:
     number = 20
     before, here = lab.rest.get("/v1/stats")["switches"][0], statistics(lab, "web")
     opened = [tcp(client, VIP, 80) for _ in range(number)]
-    time.sleep(0.2)  # the switch's cache follows its rules a moment later; packets that are quicker climb
+    in_its_cache(lab)  # packets that are quicker climb
     for one in opened:
         one.sendall(b"GET / HTTP/1.0\r\n\r\n")
         assert one.recv(4096).startswith(b"HTTP/1.1 200")
