@@ -11,6 +11,7 @@ from typing import Any
 
 import mininet.log  # noqa: F401
 import pytest
+from hypothesis import settings
 
 from tests.machine import Watch
 from topologies.namespace import file_tail
@@ -18,6 +19,10 @@ from topologies.namespace import file_tail
 # Mininet makes all later loggers of a class of its own, which tells its parents nothing: what is logged would be
 # lost to tests by the order in which modules are imported.
 logging.setLoggerClass(logging.Logger)
+
+# No example fails because this machine was busy with something else for 200 ms.
+settings.register_profile("lbapp", deadline=None)
+settings.load_profile("lbapp")
 
 pytest_plugins = ["tests.namespaces"]
 

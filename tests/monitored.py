@@ -124,8 +124,12 @@ def udp_server(answer: Callable[[bytes], bytes | None], address: str = "127.0.0.
 
 
 def closed_port(address: str = "127.0.0.1") -> contextlib.closing[socket.socket]:
-    """A bound socket that does not listen: its port is free for nobody else, and refuses."""
+    """A bound socket that does not listen: its port refuses, and nobody is given it who does not ask for it.
+
+    Who does, with SO_REUSEADDR, can listen there meanwhile.
+    """
     one = socket.socket(family_of(address))
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     one.bind((address, 0))
     return contextlib.closing(one)
 

@@ -39,6 +39,8 @@ class RestProcess:
         scheme = "https" if verify else "http"
         self.client = httpx.Client(base_url=f"{scheme}://127.0.0.1:{self.port}", timeout=SECONDS, trust_env=False,
                                    verify=ssl.create_default_context(cafile=verify),
+                                   # Servers of these tests may close an idle connection after a second.
+                                   limits=httpx.Limits(keepalive_expiry=0.3),
                                    headers={"Authorization": f"Bearer {self.token}"})
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> httpx.Response:

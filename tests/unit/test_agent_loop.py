@@ -67,6 +67,7 @@ def agent(monkeypatch: pytest.MonkeyPatch) -> FakeAgent:
     for name, seconds in (("PORTS_SECONDS", 30.0), ("PORTS_AGAIN_SECONDS", 0.1), ("PORTS_GATHER_SECONDS", 0.01),
                           ("SWEEP_SECONDS", 0.05), ("EMPTY_SECONDS", 30.0)):
         monkeypatch.setattr(agents, name, seconds)
+    monkeypatch.setattr(agents, "SWEEP_SHARE", 1.0)
     return FakeAgent()
 
 
@@ -91,6 +92,7 @@ def test_silent_interfaces_cost_nothing(agent: FakeAgent, work: Any) -> None:
     eventlet.sleep(0.3)
     assert agent.synced == 0
     agent.fastpath.wires.tell.send(b"carrier")
+    until(lambda: agent.synced == 1)
     eventlet.sleep(0.5)
     assert agent.synced == 1, "some change, perhaps of a port that came from elsewhere"
 
@@ -101,8 +103,8 @@ def test_a_port_is_looked_for_at_once_and_once_more(agent: FakeAgent, work: Any)
     work("_ports")
     eventlet.sleep(0)
     agent.fastpath.wires.tell.send(b"promiscuous")
-    eventlet.sleep(0.06)
-    assert agent.synced == 1
+    until(lambda: agent.synced == 1)
+    until(lambda: agent.synced == 2)
     eventlet.sleep(0.4)
     assert agent.synced == 2
 
@@ -113,11 +115,10 @@ def test_a_port_that_fails_is_told_in_a_line_and_tried_again(agent: FakeAgent, w
     work("_ports")
     eventlet.sleep(0)
     agent.fastpath.wires.tell.send(b"x")
-    eventlet.sleep(0.1)
+    until(lambda: agent.synced == 1)
     agent.broken = False
     agent.fastpath.wires.tell.send(b"x")
-    eventlet.sleep(0.3)
-    assert agent.synced >= 2
+    until(lambda: agent.synced == 2)
     (record,) = caplog.records
     assert "a port could not be moved" in record.getMessage()
     assert record.exc_info is None
@@ -125,6 +126,7 @@ def test_a_port_that_fails_is_told_in_a_line_and_tried_again(agent: FakeAgent, w
 
 def test_an_empty_table_is_seldom_swept(agent: FakeAgent, work: Any) -> None:
     work("_sweeps")
+    until(lambda: agent.swept == 1)
     eventlet.sleep(0.3)
     assert agent.swept == 1
     agent.entered = 100

@@ -124,15 +124,16 @@ class Site:
 
     def segment(self, identity: int = 77, *wanted: Distribution) -> tuple[CsClient, list[Any]]:
         """A control segment that wants this, connected; and what it hears."""
-        assert self.process is not None
+        process = self.process
+        assert process is not None
         heard: list[Any] = []
-        client = CsClient(self.process.address, KEY, identity, lambda _, event: heard.append(event),
-                          lambda _, messages: heard.extend(messages), interval=0.2)
+        client = CsClient(process.address, KEY, identity, lambda _, event: heard.append(event),
+                          lambda _, messages: heard.extend(messages))
         self.clients.append(client)
         said = [announce(one) for one in wanted]
         client.replace([server for server, _ in said], {server.number: targets for server, targets in said})
-        until(lambda: any(type(event).__name__ == "Synced" for event in heard))
-        eventlet.sleep(0.05)
+        until(lambda: any(isinstance(event, Synced) for event in heard))
+        until(lambda: process._server.peers[identity].connected and identity not in process._saying)
         return client, heard
 
     def numbers(self) -> dict[int, tuple[int, Mode]]:
@@ -150,7 +151,8 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         one.process.stop()
 
 
-def test_connections_of_an_agent_before_keep_their_numbers(site: Site) -> None:
+def test_connections_of_an_agent_before_keep_their_numbers(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REJOIN_SECONDS", 2.0)
     for number, port in ((4, 80), (9, 81), (6, 82)):
         site.fast.kept_services[ServiceKey(VIP, port, 6)] = layout.Service(number, Mode.DECIDE, Hash.TURN, 600, ())
     site.fast.traffic[12, 3] = layout.Traffic(1, 1, 1, 1)
@@ -161,14 +163,15 @@ def test_connections_of_an_agent_before_keep_their_numbers(site: Site) -> None:
     assert {"virtual_server": 6} in site.fast.did("delete"), "nobody has announced it in all that time"
 
 
-def test_another_control_segment_has_time_to_come_back(site: Site) -> None:
+def test_another_control_segment_has_time_to_come_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REJOIN_SECONDS", 60.0)
     for number, port in ((4, 80), (9, 81)):
         site.fast.kept_services[ServiceKey(VIP, port, 6)] = layout.Service(number, Mode.DECIDE, Hash.TURN, 600, ())
-    site.start()
+    process = site.start()
     site.segment(77, made(1, 80))
     assert 81 in site.numbers()
     site.segment(88, made(1, 81))
-    eventlet.sleep(0.5)
+    process._rejoined()
     assert site.numbers() == {80: (4, Mode.PUNT), 81: (9, Mode.PUNT)}
     assert site.fast.did("delete") == []
 

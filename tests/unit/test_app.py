@@ -32,6 +32,7 @@ from tests import fastpath_packets as packets
 from tests import sites
 from tests.fake_frames import build, frame, packet_in, parse
 from tests.fake_switch import FakeSwitch, decode_actions
+from tests.green import until
 
 SYN = frame("10.0.0.1", "10.0.0.100")
 RULES = sites.configuration([sites.server(state=State.RULES)], [sites.pool()])
@@ -383,11 +384,11 @@ def test_setting_up_a_fast_path_holds_up_no_rules():
     site = sites.configuration([sites.server()], [sites.pool()])
     bench = Bench(site, ready=False)
     bench.app._configured.set()
-    order = []
+    order, configured = [], hub.Event()
 
     def slow(switch):
         order.append(("begun", switch))
-        hub.sleep(0.2)
+        configured.wait()
         order.append(("ready", switch))
         raise RuntimeError("no fast path after all")
 
@@ -398,7 +399,8 @@ def test_setting_up_a_fast_path_holds_up_no_rules():
     job, argument = bench.switch.work.next()
     bench.app._do(bench.switch, job, argument)
     order.append((job, bench.switch.session.ready))
-    hub.sleep(0.4)
+    configured.set()
+    until(lambda: len(order) == 3)
     assert order == [("begun", 1), ("configure", True), ("ready", 1)]
     assert bench.closed == 0
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from statistics import fmean
 
 import pytest
@@ -26,6 +25,7 @@ from bench.queueing import (
 )
 from lbapp.config.model import Algorithm
 from lbapp.config.pool import Synthesis
+from tests.monitored import closed_port
 
 TEN = (Machine(),) * 10
 SLOW = Trace("slow", "", (Machine(speed=0.1), *TEN[1:]), 4000, seconds=20.0)
@@ -168,12 +168,7 @@ async def listening(port: int) -> None:
 
 
 def test_clients_are_served_and_a_slow_server_takes_longer():
-    with socket.socket() as one, socket.socket() as two:
-        for free in (one, two):
-            free.bind(("127.0.0.1", 0))
-        ports = [free.getsockname()[1] for free in (one, two)]
-
-    async def both() -> list[dict[str, object]]:
+    async def both(ports: list[int]) -> list[dict[str, object]]:
         servers = [asyncio.create_task(work_server.serve(port, 50, speed))
                    for port, speed in zip(ports, (1.0, 0.05), strict=True)]
         for port in ports:
@@ -183,7 +178,8 @@ def test_clients_are_served_and_a_slow_server_takes_longer():
             server.cancel()
         return results
 
-    fast, slow = asyncio.run(both())
+    with closed_port() as one, closed_port() as two:
+        fast, slow = asyncio.run(both([kept.getsockname()[1] for kept in (one, two)]))
     assert fast["failures"] == slow["failures"] == 0
     assert len(fast["milliseconds"]) == len(slow["milliseconds"]) > 10  # type: ignore[arg-type]
     assert sum(slow["milliseconds"]) > sum(fast["milliseconds"])  # type: ignore[call-overload]

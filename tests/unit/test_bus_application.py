@@ -80,7 +80,7 @@ def taken(bodies):
 
 
 @given(anything, st.sampled_from([ROOM, ssmb.room(ssmb.LIMITS[0]), ssmb.room(ssmb.LIMITS[1])]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_what_is_packed_comes_back(case, room):
     kind, messages = case
     bodies = ssmb.pack(kind, messages, room)
@@ -90,7 +90,7 @@ def test_what_is_packed_comes_back(case, room):
 
 @given(st.sampled_from([Kind.APP_QUERY, Kind.APP_REPLY, Kind.PART]), st.sampled_from([0, ssmb.SIX]), u8,
        st.binary(max_size=300))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_any_bytes_are_messages_or_a_decode_error(kind, flags, number, records):
     try:
         messages = ssmb.unpack(kind, flags, number, records, SWITCH)
@@ -102,7 +102,7 @@ def test_any_bytes_are_messages_or_a_decode_error(kind, flags, number, records):
 
 @given(st.lists(st.builds(Part, st.sampled_from([2, 20]), st.sampled_from([0, 1]), st.integers(0, 3),
                           st.integers(2, 4), st.binary(min_size=1, max_size=90)), max_size=30))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_parts_are_messages_nothing_or_a_decode_error(parts):
     assembly = Assembly()
     for part in parts:
@@ -115,7 +115,7 @@ def test_any_parts_are_messages_nothing_or_a_decode_error(parts):
 
 
 @given(anything, st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_body_cut_short_or_with_more_behind_is_no_body(case, data):
     kind, messages = case
     body = next((one for one in ssmb.pack(kind, messages, ROOM) if one.kind is kind), None)

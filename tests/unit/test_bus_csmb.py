@@ -75,14 +75,14 @@ messages = st.one_of(
 
 
 @given(messages)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_what_is_encoded_comes_back(message):
     kind, body = csmb.encode(message)
     assert csmb.decode(kind, body) == message
 
 
 @given(st.integers(0, 20), st.binary(max_size=300))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_any_bytes_are_a_message_or_a_decode_error(kind, body):
     try:
         csmb.decode(kind, body)
@@ -91,7 +91,7 @@ def test_any_bytes_are_a_message_or_a_decode_error(kind, body):
 
 
 @given(messages.filter(lambda message: not isinstance(message, Hello)), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_body_cut_short_or_with_more_behind_is_none(message, data):
     kind, body = csmb.encode(message)
     cut = body[:data.draw(st.integers(0, max(len(body) - 1, 0)))]
@@ -208,7 +208,7 @@ def test_what_was_counted_is_cut_into_messages_and_bounded():
 
 
 @given(st.lists(servers, min_size=0, max_size=300))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_the_largest_answers_fit_in_a_message(some):
     for part in csmb.lists([server._replace(app_data=bytes(255)) for server in some]):
         csmb.encode(part)

@@ -101,7 +101,7 @@ def test_hello_challenges_proofs():
 
 
 @given(st.randoms(use_true_random=False))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_it_does_not_matter_where_bytes_are_cut(chance):
     pair = Pair()
     pair.desired.replace([server(number) for number in range(20)], {3: [target(1)]})
@@ -261,7 +261,7 @@ def test_a_bad_message_ends_the_connection_alone(data, fault):
 
 
 @given(st.binary(max_size=400))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_bytes_do_no_harm_before_authentication(data):
     pair = Pair()
     pair.dfs.receive(data, 0)
@@ -271,7 +271,7 @@ def test_any_bytes_do_no_harm_before_authentication(data):
 
 
 @given(st.integers(0, 10**6), st.integers(1, 255))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_changed_bit_after_authentication_is_noticed(place, flip):
     pair = Pair().up()
     pair.desired.put(server(1))

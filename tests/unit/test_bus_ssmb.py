@@ -86,7 +86,7 @@ def there_and_back(kind, messages):
 
 
 @given(anything)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_what_is_packed_comes_back(case):
     kind, messages = case
     found = there_and_back(kind, messages)
@@ -98,7 +98,7 @@ def test_what_is_packed_comes_back(case):
 
 
 @given(st.integers(0, 30), u8, u8, st.binary(max_size=200))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_any_bytes_are_messages_or_a_decode_error(kind, flags, number, records):
     try:
         messages = ssmb.unpack(kind, flags, number, records, SWITCH)
@@ -109,7 +109,7 @@ def test_any_bytes_are_messages_or_a_decode_error(kind, flags, number, records):
 
 
 @given(anything, st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_body_cut_short_or_with_more_behind_is_no_body(case, data):
     kind, messages = case
     body = ssmb.pack(kind, messages, ROOM)[0]

@@ -76,8 +76,7 @@ class Site:
             if answer is not None:
                 answer(peer, some)
 
-        end = CsClient(address or dfs.address, key, identity, lambda peer, event: log.append(event), messages,
-                       interval=0.2, **more)
+        end = CsClient(address or dfs.address, key, identity, lambda peer, event: log.append(event), messages, **more)
         end.log = log  # type: ignore[attr-defined]
         self.ends.append(end)
         return end
@@ -257,18 +256,19 @@ def test_a_cs_reconnects_with_growing_pauses(site):
     dfs = site.dfs()
     address = dfs.address
     dfs.close()
+    began = time.monotonic()
     cs = site.cs(None, address=address)
-    eventlet.sleep(0.8)
-    assert 2 <= cs.complaints.counts["closed"] <= 3 and not cs.log
+    until(lambda: cs.complaints.counts["closed"] == 3)
+    assert time.monotonic() - began >= 3 * transport.BACK_OFF[0] and not cs.log, "once, and twice as long"
     site.dfs(listen=address)
-    until(lambda: cs.connected, seconds=2)
+    until(lambda: cs.connected)
 
 
 def test_a_silent_peer_is_given_up(site, monkeypatch):
-    dfs, cs = site.pair()
+    dfs, cs = site.pair(interval=0.2)
     for greenlet in cs._greenlets[1:]:
         greenlet.kill()  # no HELLO any more
-    until(lambda: not dfs.peers[77].connected, seconds=2)
+    until(lambda: not dfs.peers[77].connected)
     assert dfs.complaints.counts["silent"] >= 1
 
 
@@ -299,7 +299,7 @@ def test_a_handler_that_fails_harms_nobody_else(site, caplog):
         calls.append(messages)
         raise RuntimeError("boom")
 
-    cs = CsClient(dfs.address, KEY, 77, fail, fail, interval=0.2)
+    cs = CsClient(dfs.address, KEY, 77, fail, fail)
     site.ends.append(cs)
     until(lambda: cs.connected and dfs.peers and dfs.peers[77].connected)
     for _ in range(3):
@@ -321,21 +321,22 @@ GOOD_HELLO = csmb.encode(Hello(csmb.VERSIONS[0], Role.CS, 66, 1, 1000, b"", 9, 1
 OTHER_VERSION = csmb.encode(Hello(csmb.Version(9, 9), Role.CS, 66, 1, 1000, b"", 9, 1400))[1]
 
 BAD = {
-    "zero length": message(Kind.HELLO, 0, 0, b"", 0),
-    "zeros": bytes(64),
-    "cut short": message(Kind.HELLO, 0, 0, GOOD_HELLO[:40]),
-    "truncated": message(Kind.HELLO, 0, 0, GOOD_HELLO)[:40],
-    "truncated header": b"\0",
-    "too long": message(Kind.HELLO, 0, 0, GOOD_HELLO, 65535),
-    "no such type": message(99, 0, 0, GOOD_HELLO),
-    "wrong serial": message(Kind.HELLO, 5, 5, GOOD_HELLO),
-    "unauthenticated ADD_VS": message(Kind.HELLO, 0, 0, GOOD_HELLO) + message(
-        Kind.ADD_VS, 1, 0, csmb.encode(csmb.AddVs(server(1)))[1]),
-    "wrong proof": message(Kind.HELLO, 0, 0, GOOD_HELLO) + message(Kind.AUTH, 1, 0, b"\x01" + bytes(32)) + message(
-        Kind.AUTH, 2, 1, b"\x02" + bytes(32)),
-    "wrong version, over and over": b"".join(message(Kind.HELLO, n, n, OTHER_VERSION) for n in range(20)),
-    "HTTP": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-    "TLS": bytes.fromhex("1603010200010001fc0303") + os.urandom(500),
+    "zero length": (message(Kind.HELLO, 0, 0, b"", 0), Fault.SHORT),
+    "zeros": (bytes(64), Fault.SHORT),
+    "cut short": (message(Kind.HELLO, 0, 0, GOOD_HELLO[:40]), Fault.SHORT),
+    "truncated": (message(Kind.HELLO, 0, 0, GOOD_HELLO)[:40], Fault.SLOW),
+    "truncated header": (b"\0", Fault.SLOW),
+    "too long": (message(Kind.HELLO, 0, 0, GOOD_HELLO, 65535), Fault.LONG),
+    "no such type": (message(99, 0, 0, GOOD_HELLO), Fault.KIND),
+    "wrong serial": (message(Kind.HELLO, 5, 5, GOOD_HELLO), Fault.SERIAL),
+    "unauthenticated ADD_VS": (message(Kind.HELLO, 0, 0, GOOD_HELLO) + message(
+        Kind.ADD_VS, 1, 0, csmb.encode(csmb.AddVs(server(1)))[1]), Fault.STATE),
+    "wrong proof": (message(Kind.HELLO, 0, 0, GOOD_HELLO) + message(Kind.AUTH, 1, 0, b"\x01" + bytes(32)) + message(
+        Kind.AUTH, 2, 1, b"\x02" + bytes(32)), Fault.UNAUTHENTICATED),
+    "wrong version, over and over": (b"".join(message(Kind.HELLO, n, n, OTHER_VERSION) for n in range(20)),
+                                     Fault.LIMIT),
+    "HTTP": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", Fault.LONG),
+    "TLS": (bytes.fromhex("1603010200010001fc0303") + os.urandom(500), Fault.SHORT),
 }
 
 
@@ -357,20 +358,20 @@ def busy(site):
     until(lambda: asked[0] > 5)
     running[0] = False
     greenlet.wait()
-    until(lambda: len([one for _, one in dfs.log if isinstance(one, Reply)]) == asked[0], seconds=1)
+    until(lambda: len([one for _, one in dfs.log if isinstance(one, Reply)]) == asked[0])
     assert [type(event) for event in cs.log if isinstance(event, (Up, Down))] == [Up]
     assert set(dfs.peers) == {77} and not dfs.peers[77].held.servers
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_a_bad_peer_is_closed_at_once_and_a_good_one_goes_on(site, what):
+    data, fault = BAD[what]
     with busy(site) as (dfs, _), contextlib.closing(socket.create_connection(dfs.address)) as stream:
-        began = time.monotonic()
-        stream.sendall(BAD[what])
-        with eventlet.Timeout(2), contextlib.suppress(ConnectionResetError):
+        stream.sendall(data)
+        with eventlet.Timeout(10), contextlib.suppress(ConnectionResetError):
             while stream.recv(65536):
                 pass
-        assert time.monotonic() - began < 1
+        assert dfs.complaints.counts == {fault.value: 1}, "by what it said, not because it was late"
         assert dfs.unauthenticated == 0
 
 
@@ -386,6 +387,7 @@ def test_a_whole_connection_cannot_be_replayed(site):
                 if keep:
                     recorded.append(data)
                 sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
 
     def serve():
         stream, _ = relay.accept()
@@ -404,7 +406,7 @@ def test_a_whole_connection_cannot_be_replayed(site):
     until(lambda: not dfs.peers[77].connected)
     with contextlib.closing(socket.create_connection(dfs.address)) as stream:
         stream.sendall(b"".join(recorded))
-        with eventlet.Timeout(1), contextlib.suppress(ConnectionResetError):
+        with eventlet.Timeout(10), contextlib.suppress(ConnectionResetError):
             while stream.recv(65536):
                 pass
     assert not dfs.peers[77].connected and not dfs.peers[77].held.servers
@@ -414,7 +416,7 @@ def test_a_whole_connection_cannot_be_replayed(site):
 def test_who_says_nothing_is_closed_after_five_seconds(site, monkeypatch):
     monkeypatch.setattr("lbapp.bus.sessions.AUTHENTICATE_WITHIN", 0.3)
     dfs = site.dfs()
-    with contextlib.closing(socket.create_connection(dfs.address)) as stream, eventlet.Timeout(1):
+    with contextlib.closing(socket.create_connection(dfs.address)) as stream, eventlet.Timeout(10):
         stream.sendall(b"\0")
         assert stream.recv(1) == b""
     assert dfs.complaints.counts["late"] == 1
@@ -425,7 +427,7 @@ def test_idle_connections_are_bounded_and_keep_nobody_out(site):
     idle = [socket.create_connection(dfs.address) for _ in range(500)]
     until(lambda: dfs.unauthenticated == transport.UNAUTHENTICATED)
     cs = site.cs(dfs)
-    until(lambda: cs.connected, seconds=1)
+    until(lambda: cs.connected)
     assert dfs.unauthenticated <= transport.UNAUTHENTICATED
     for stream in idle:
         stream.close()
@@ -464,8 +466,9 @@ def test_a_wrong_key_never_gets_in_and_does_not_hammer(site):
     dfs = site.dfs()
     cs = site.cs(dfs, key=os.urandom(32))
     eventlet.sleep(1.0)
+    until(lambda: dfs.complaints.counts["unauthenticated"])
     assert not cs.log and not dfs.log and not dfs.peers
-    assert 1 <= dfs.complaints.counts["unauthenticated"] <= 4
+    assert dfs.complaints.counts["unauthenticated"] <= 4
 
 
 def test_a_cs_closes_a_bad_dfs_and_keeps_its_others(site):
@@ -473,29 +476,29 @@ def test_a_cs_closes_a_bad_dfs_and_keeps_its_others(site):
     dfs = site.dfs()
     good = site.cs(dfs)
     until(lambda: good.connected)
-    for data in (BAD["zero length"], BAD["zeros"], BAD["HTTP"], BAD["unauthenticated ADD_VS"], b"\0", b""):
+    # The HELLO before ADD_VS is of another version than was offered.
+    for data, fault in (BAD["zero length"], BAD["zeros"], BAD["HTTP"], BAD["truncated header"], (b"", Fault.CLOSED),
+                        (BAD["unauthenticated ADD_VS"][0], Fault.VERSION)):
         listener = eventlet.listen(("127.0.0.1", 0))
-        closed: list[float] = []
 
-        def serve(listener=listener, data=data, closed=closed):
+        def serve(listener=listener, data=data):
             stream, _ = listener.accept()
             stream.recv(65536)
-            began = time.monotonic()
             if data:
                 stream.sendall(data)
                 with contextlib.suppress(ConnectionResetError):
                     while stream.recv(65536):
                         pass
-            closed.append(time.monotonic() - began)
             stream.close()
 
         greenlet = eventlet.spawn(serve)
         bad = site.cs(None, address=listener.getsockname())
-        until(closed.__len__, seconds=2)
-        assert closed[0] < 1 and not bad.log
+        until(lambda bad=bad: bad.complaints.counts)
+        assert bad.complaints.counts == {fault.value: 1} and not bad.log
+        with eventlet.Timeout(10):
+            greenlet.wait()
         bad.close()
         listener.close()
-        greenlet.wait()
     assert [type(event) for event in good.log if isinstance(event, (Up, Down))] == [Up]
 
 

@@ -491,7 +491,7 @@ _event = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(_event, max_size=40))
 def test_counts_agree_with_the_table_whatever_happens(events):
     """Never negative; active is what the table holds alive; opened less closed is active, where all is followed."""

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from lbapp.config.routing import Routes
 from lbapp.control.messages import Host
 from lbapp.dataflow.distribution import Distribution, Limits, Target, distribution, distributions, idle_seconds, slots
 from lbapp.dataflow.fastpath.layout import SLOTS, Hash, Mode
+from tests.unit.test_selection import maglev_shares
 
 
 def members(*weights: int) -> tuple[Member, ...]:
@@ -156,12 +159,21 @@ def test_turns_are_smooth_and_exact() -> None:
 @given(st.lists(st.integers(1, 256), min_size=1, max_size=40), st.sampled_from(Hash))
 def test_shares_follow_weights(weights: list[int], pick: Hash) -> None:
     table = slots(weighted(pick, *weights))
-    assert 0 < len(table) <= SLOTS
     counted = Counter(table)
-    total = sum(weights)
+    if pick is not Hash.TURN:
+        assert len(table) == SLOTS
+        shares = maglev_shares(dict(enumerate(weights)), SLOTS)
+        assert all(counted[index] in allowed for index, allowed in shares.items())
+        return
+    total, whole = sum(weights), sum(weights) // math.gcd(*weights)
+    assert len(table) == min(SLOTS, whole)
+    # Who has its turn is due something, so nobody gets a whole slot too many. Who has to wait may lack more: the k that
+    # lack most lack, on average, 1/(k+1) at most more than the k+1, and all together nothing.
+    lack = sum(Fraction(1, count) for count in range(2, len(weights) + 1))
     for index, weight in enumerate(weights):
-        # A hash table gives a light member its one slot; all are within a slot or two of their due otherwise.
-        assert abs(counted[index] - weight / total * len(table)) <= max(2.0, 0.02 * len(table))
+        due = Fraction(weight * len(table), total)
+        assert due - lack <= counted[index] < due + 1
+        assert whole > SLOTS or counted[index] == due
 
 
 def test_a_member_that_goes_leaves_other_clients_where_they_were() -> None:

@@ -340,7 +340,7 @@ def twins(loaded: Bench) -> Iterator[Bench]:
 
 @given(STEPS, st.one_of(st.none(), st.integers(0, 6)), st.one_of(st.none(), st.integers(0, 3)),
        st.sampled_from([8, 16, 24, 32]), st.sampled_from([TCP, UDP]))
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 def test_the_control_segment_would_have_said_the_same(twins: Bench, steps: list[tuple[str, int]], server: int | None,
                                                       client: int | None, prefix: int, protocol: int) -> None:
     """Trains of packets with pauses of half hours, which real time does not come near."""

@@ -65,7 +65,7 @@ def test_rules_are_as_declared(name):
 
 
 @given(sites.configurations())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rules_of_any_configuration_are_as_declared(site):
     inspect(site)
 

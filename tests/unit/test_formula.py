@@ -122,7 +122,7 @@ _FORMULAS = st.recursive(st.one_of(st.sampled_from(["cpu", "memory", "clients", 
     0, 1e308, allow_nan=False).map(repr)), _whole, max_leaves=20)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.one_of(st.lists(_PIECES, max_size=40).map("".join), st.text(max_size=600)))
 def test_any_text_is_a_formula_or_refused(text: str) -> None:
     began = time.process_time()
@@ -136,7 +136,7 @@ def test_any_text_is_a_formula_or_refused(text: str) -> None:
     assert time.process_time() - began < 5
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(_FORMULAS, st.dictionaries(st.sampled_from(["cpu", "memory", "clients"]), st.floats()))
 def test_any_formula_of_any_values_is_a_number_or_unknown(text: str, values: dict[str, float]) -> None:
     began = time.process_time()

@@ -160,7 +160,7 @@ SHAPED = st.one_of(st.lists(PIECES, max_size=20).map(b"".join), st.binary(max_si
                              st.integers(0, 3)).map(lambda t: t[0][:t[1]] + t[2] + t[0][t[1] + t[3]:]))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(SHAPED)
 def test_nothing_a_stranger_says_raises_or_depends_on_how_it_comes(data):
     consistent(HTTP.read, data)
@@ -211,7 +211,7 @@ def test_no_control_passes_anywhere_in_a_header(name, byte):
         consistent(HTTP.read, data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from([b"A", b"a", b"Ab", b"b", b"X-Host", b"Cookie", b"cookie"]),
                           st.sampled_from([b"", b"a: b", b"\tx ", b":", b"a=1; b=2", b"\xff", b"cookie: a"])),
                 max_size=8))

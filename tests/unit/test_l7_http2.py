@@ -140,7 +140,7 @@ def test_a_preface_that_goes_wrong_is_a_version_that_is_not_spoken():
     assert all(HTTP.read(PREFACE[:cut]) == More() for cut in range(len(PREFACE)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.one_of(
     st.binary(max_size=80).map(lambda data: PREFACE + SETTINGS + frame(1, 4, 1, data)),
     st.binary(max_size=60).map(lambda data: PREFACE + data),

@@ -74,7 +74,7 @@ def test_an_inverted_rule_holds_where_the_field_is_missing():
     assert inverted.read(b"abc").policy == "x"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=60))
 def test_nothing_a_stranger_says_raises_or_depends_on_how_it_comes(data):
     whole = RAW.read(data)

@@ -139,7 +139,7 @@ def test_the_hello_of_openssl_is_read(version):
     assert bool(found.session_id) == (version is ssl.TLSVersion.TLSv1_3)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.one_of(
     st.binary(max_size=80), st.binary(max_size=80).map(lambda data: records(b"\1" + vector(3, data)) if data else b""),
     st.tuples(st.sampled_from([one for one, _ in READ if len(one) < 400]), st.integers(0, 200),

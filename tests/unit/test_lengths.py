@@ -28,7 +28,7 @@ DATAPATH = types.SimpleNamespace(ofproto=ofproto_v1_3, ofproto_parser=ofproto_v1
 SITE = sites.covering()["snat switch 4"]
 
 
-def ends(data: bytes, seconds: float = 1.0) -> bool:
+def ends(data: bytes, seconds: float = 30.0) -> bool:
     """Whether Ryu's parser comes to an end; in a process of its own, for it catches all exceptions."""
     child = os.fork()
     if not child:
@@ -99,7 +99,7 @@ def test_a_match_must_fit():
 
 
 @given(st.sampled_from([*REPLIES[:6], FEATURES, METER_CONFIG, QUEUES]), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_what_passes_comes_to_an_end(data, draw):
     mangled = bytearray(data)
     for _ in range(draw.draw(st.integers(1, 3))):
@@ -108,4 +108,4 @@ def test_what_passes_comes_to_an_end(data, draw):
         check(bytes(mangled))
     except LengthError:
         return
-    assert ends(bytes(mangled), 3.0)
+    assert ends(bytes(mangled))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bench.monitors import free_port, nginx
+from bench.monitors import nginx
 from lbapp.monitors.http import HEADERS_MOST
 from lbapp.monitors.stream import tls_context
 from tests.monitored import HASTY, closed_port, endless, finds, says, silent, target, tcp_server
@@ -25,18 +26,19 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 def test_nginx(tmp_path: Path) -> None:
     if shutil.which("nginx") is None:
         pytest.skip("nginx is not installed")
-    port = free_port()
-    server = nginx(tmp_path, port)
-    try:
-        assert finds(target(port, type="HTTP", body_regex="^f.ne$")) == "up"
-        assert finds(target(port, type="HTTP", http_method="HEAD", url_path="/x")) == "up"
-        assert finds(target(port, type="HTTP", body_regex="awful")) == "body does not match"
-        assert finds(target(port, type="HTTP", expected_codes="201,300-399")) == (
-            "status 200, expected 201,300-399")
-        assert finds(target(port, type="HTTPS")).startswith("TLS: ")
-    finally:
-        end(server)
-    assert finds(target(port, type="HTTP")) == "connection refused"
+    with closed_port() as kept:
+        port = kept.getsockname()[1]
+        server = nginx(tmp_path, port)
+        try:
+            assert finds(target(port, type="HTTP", body_regex="^f.ne$")) == "up"
+            assert finds(target(port, type="HTTP", http_method="HEAD", url_path="/x")) == "up"
+            assert finds(target(port, type="HTTP", body_regex="awful")) == "body does not match"
+            assert finds(target(port, type="HTTP", expected_codes="201,300-399")) == (
+                "status 200, expected 201,300-399")
+            assert finds(target(port, type="HTTPS")).startswith("TLS: ")
+        finally:
+            end(server)
+        assert finds(target(port, type="HTTP")) == "connection refused"
 
 
 @pytest.mark.parametrize(("serve", "fields", "found"), [
@@ -148,9 +150,9 @@ def certificate(directory: Path, name: str) -> tuple[Path, Path]:
 class TlsServer:
     """``openssl s_server``, and what it says."""
 
-    def __init__(self, directory: Path, name: str) -> None:
+    def __init__(self, directory: Path, name: str, port: int) -> None:
         self.certificate, key = certificate(directory, name)
-        self.port = free_port()
+        self.port = port
         self.process = subprocess.Popen(
             ["openssl", "s_server", "-accept", f"127.0.0.1:{self.port}", "-cert", str(self.certificate), "-key",
              str(key), "-servername", name, "-cert2", str(self.certificate), "-key2", str(key), "-www", "-quiet"],
@@ -167,19 +169,15 @@ class TlsServer:
 def tls(tmp_path: Path) -> Iterator[Callable[[str], TlsServer]]:
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
-    servers: list[TlsServer] = []
+    with contextlib.ExitStack() as cleanup:
+        def make(name: str) -> TlsServer:
+            server = TlsServer(tmp_path, name, cleanup.enter_context(closed_port()).getsockname()[1])
+            cleanup.callback(end, server.process)
+            return server
 
-    def make(name: str) -> TlsServer:
-        servers.append(TlsServer(tmp_path, name))
-        return servers[-1]
-
-    tls_context.cache_clear()
-    try:
-        yield make
-    finally:
         tls_context.cache_clear()
-        for one in servers:
-            end(one.process)
+        cleanup.callback(tls_context.cache_clear)
+        yield make
 
 
 def test_https_whose_certificate_nobody_asks_for(tls: Callable[[str], TlsServer]) -> None:

@@ -113,7 +113,7 @@ class ProgramMachine(RuleBasedStateMachine):
         assert differences(content(self.switch), expected) == []
 
 
-ProgramMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=10, deadline=None)
+ProgramMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=10)
 TestProgram = ProgramMachine.TestCase
 
 

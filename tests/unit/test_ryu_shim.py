@@ -62,7 +62,7 @@ DATAPATH = types.SimpleNamespace(ofproto=ofproto_v1_3, ofproto_parser=ofproto_v1
 
 @given(st.sampled_from([HELLO, PUNT]),
        st.lists(st.tuples(st.integers(8, 60), st.integers(0, 255)), min_size=1, max_size=3))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_what_passes_is_parsed_in_finite_time(data, changes):
     mangled = bytearray(data)
     for at, value in changes:

@@ -90,7 +90,6 @@ def test_no_switch_can_do_what_needs_statistics():
     assert set(ALGORITHMS) == set(Algorithm)
 
 
-@settings(deadline=None)
 @given(st.data(), st.lists(st.integers(1, 256), min_size=1, max_size=12), st.sampled_from(NEW))
 def test_picks_somebody_there_whatever_was_measured(data, weights, algorithm):
     members = candidates(*weights)
@@ -108,7 +107,6 @@ def test_picks_somebody_there_whatever_was_measured(data, weights, algorithm):
 
 
 @pytest.mark.parametrize("kind", [LeastResponseTime, LeastBytes, Fastest])
-@settings(deadline=None)
 @given(weights=st.lists(st.integers(1, 20), min_size=1, max_size=10), measured=st.booleans())
 def test_equals_are_filled_in_proportion_to_weight(kind, weights, measured):
     members = candidates(*weights, seconds=[0.2] * len(weights) if measured else ())
@@ -212,7 +210,6 @@ def test_a_member_nobody_measured_yet_counts_as_the_fastest():
     assert Counter(picked) == {1: 1, 2: 3} or Counter(picked) == {1: 2, 2: 2}
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 256), st.floats(0.001, 100), st.integers(1, 1000)), min_size=1, max_size=8))
 def test_fastest_shares_by_speed_and_does_not_mind_connections(rows):
     weights, seconds, active = zip(*rows, strict=True)
@@ -280,7 +277,7 @@ def test_least_bytes_expects_of_open_connections_what_others_had():
 # ------------------------------------------------------------------ bounded loads
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 16), min_size=1, max_size=12), st.integers(1, 30), st.randoms(use_true_random=False))
 def test_bounded_load_is_never_above_its_bound(weights, clients, random):
     members = candidates(*weights)

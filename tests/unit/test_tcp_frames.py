@@ -48,20 +48,20 @@ def segments(draw: st.DrawFn) -> bytes:
     return made[:offset + 16] + field.to_bytes(2, "big") + made[offset + 18:]
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(segments())
 def test_what_hosts_send(frame: bytes) -> None:
     assert said(tcp_frames.read, frame) == said(stepwise, frame)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(segments(), st.integers(12, 60), st.integers(0, 255))
 def test_one_byte_is_another(frame: bytes, at: int, value: int) -> None:
     frame = frame[:at] + bytes((value,)) + frame[at + 1:]
     assert said(tcp_frames.read, frame) == said(stepwise, frame)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from([4, 16]), st.data(), st.binary(max_size=40), st.integers(0, 5))
 def test_what_is_made_is_what_it_says(size: int, data: st.DataObject, payload: bytes, words_of_options: int) -> None:
     """``frames.tcp``, taken apart again, header by header."""
@@ -78,13 +78,13 @@ def test_what_is_made_is_what_it_says(size: int, data: st.DataObject, payload: b
     assert (made[22] if size == 4 else made[21]) == 64
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(segments(), st.integers(0, 130))
 def test_cut(frame: bytes, size: int) -> None:
     assert said(tcp_frames.read, frame[:size]) == said(stepwise, frame[:size])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=120))
 def test_anything(frame: bytes) -> None:
     assert said(tcp_frames.read, frame) == said(stepwise, frame)
