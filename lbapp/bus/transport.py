@@ -55,12 +55,6 @@ def draw() -> int:
     return int.from_bytes(os.urandom(8), "big") or 1
 
 
-def beat(pause: float) -> None:
-    """Wait, and then until what has come is read: after this process was held up, nobody is silent who was not."""
-    eventlet.sleep(pause)
-    eventlet.sleep(0)
-
-
 class Peer:
     """The other segment, connected or not. Its ``send_`` methods batch; ``flush`` sends what waits.
 
@@ -316,7 +310,7 @@ class DfsServer:
 
     def _beat(self) -> None:
         while True:
-            beat(BEAT)
+            eventlet.sleep(BEAT)
             now = clock()
             for connection, peer in list(self._connections.items()):
                 if peer is not None:
@@ -516,7 +510,7 @@ class CsClient(Peer):
     def _beat(self) -> None:
         pause = min(BEAT, WATCH * 2, self._own.interval / 4000)
         while True:
-            beat(pause)
+            eventlet.sleep(pause)
             if self._trying is not None:
                 with contextlib.suppress(OSError):
                     guarded("a session's clock", self._trying.tick, clock())
