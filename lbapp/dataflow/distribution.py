@@ -176,7 +176,7 @@ def slots(made: Distribution) -> tuple[int, ...]:
     """The table of a distribution: for each slot the index of a target.
 
     Hashes get Maglev's table, so that a member that goes leaves nearly all clients where they were. Taking turns
-    gets one smooth round: exact in proportion where the weights' sum fits, else to the nearest slot.
+    gets one smooth round: exact in proportion where the weights' sum fits, else rounded down, but to one at least.
     """
     weights = [target.weight for target in made.targets]
     if not any(weights):
@@ -185,9 +185,17 @@ def slots(made: Distribution) -> tuple[int, ...]:
         places = {target.member: index for index, target in enumerate(made.targets)}
         table = maglev_table([(target.member, target.weight) for target in made.targets], SLOTS)
         return tuple(places[member] for member in table)
-    divisor = math.gcd(*weights)
-    turns = min(SLOTS, sum(weights) // divisor)
-    selector = WeightedRoundRobin()
     takers = [index for index, weight in enumerate(weights) if weight]
-    selector.update([Candidate(index, weights[index] // divisor, Counts()) for index in takers])
-    return tuple(takers[selector.pick(_ANY, 0)] for _ in range(turns))
+    turns = _turns([weights[index] for index in takers])
+    selector = WeightedRoundRobin()
+    selector.update([Candidate(index, share, Counts()) for index, share in zip(takers, turns, strict=True)])
+    return tuple(takers[selector.pick(_ANY, 0)] for _ in range(min(SLOTS, sum(turns))))
+
+
+def _turns(weights: Sequence[int]) -> list[int]:
+    """How many turns of a round of at most ``SLOTS`` each of these weights has."""
+    divisor, total = math.gcd(*weights), sum(weights)
+    if total // divisor <= SLOTS:
+        return [weight // divisor for weight in weights]
+    room = SLOTS - sum(weight * SLOTS < total for weight in weights)  # the lightest have one each
+    return [max(1, weight * room // total) for weight in weights]
