@@ -25,7 +25,6 @@ from lbapp.dataflow.carrier import Answered, Held
 from lbapp.dataflow.distribution import Distribution
 from lbapp.dataflow.fastpath import layout
 from lbapp.dataflow.fastpath.fastpath import FastPath, FastPathUnavailable
-from lbapp.dataflow.fastpath.layout import Swept
 from lbapp.dataflow.fastpath.removal import PortsError
 from lbapp.dataflow.ovs import Ovs, OvsError
 from lbapp.fastpaths import FastPaths, MemberTraffic, Reading
@@ -129,7 +128,7 @@ class AgentLoop:
             while time.monotonic() < until and self.agent.opened() - opened < room:
                 eventlet.sleep(SWEEP_SECONDS)
 
-    def _sweep(self) -> tuple[Swept, float]:
+    def _sweep(self) -> tuple[layout.Swept, float]:
         """What a sweep found, and its seconds of CPU: a busy machine does not make it a larger share of one."""
         began = time.thread_time()
         return self.agent.sweep(), time.thread_time() - began

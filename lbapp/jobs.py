@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from eventlet.queue import LightQueue
+from eventlet.queue import Queue
 
 MOST_PACKETS = 1024
 """That wait for other jobs; who sent more repeats it."""
@@ -28,18 +28,18 @@ class Jobs:
 
     def __init__(self, most: int) -> None:
         self.moving: Counter[str] = Counter()
-        self._queue = LightQueue(most)
-        self._left = self._packets = 0
+        self._queue = Queue(most)
+        self._packets = 0
 
     def __len__(self) -> int:
         """How many are left, the one that is being done among them."""
-        return self._left
+        left: int = self._queue.unfinished_tasks
+        return left
 
     def put(self, job: str, argument: Any) -> bool:
         """A job, behind all others; false where there is no room."""
         if self._queue.full():
             return False
-        self._left += 1
         if job == "host":
             self.moving[argument] += 1
         self._queue.put((job, argument))
@@ -59,7 +59,7 @@ class Jobs:
 
     def done(self, job: str, argument: Any) -> None:
         """It is done."""
-        self._left -= 1
+        self._queue.task_done()
         if job == "packet":
             self._packets -= 1
         elif job == "host":
