@@ -137,7 +137,7 @@ class LabHost(Namespace):
                 endpoint = socket.socket(family, socket.SOCK_DGRAM)
             with endpoint:
                 endpoint.settimeout(timeout)
-                endpoint.bind(("::" if ":" in address else "0.0.0.0", next(OWN_PORTS)))
+                endpoint.bind(("", next(OWN_PORTS)))
                 endpoint.connect((address, port))
                 endpoint.send(payload)
                 try:

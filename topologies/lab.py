@@ -234,8 +234,13 @@ class Lab:
         if self.controller.fastpath:
             # Packets on their way while ports are moved are lost. Where there can be none, all works without.
             with contextlib.suppress(TimeoutError):
-                wait_until(lambda: all(switch["fastpath"] for switch in self.rest.get("/v1/stats")["switches"])
-                           or self.controller.has_no_fastpath, FASTPATH_SECONDS, "a fast path in front of all switches")
+                wait_until(lambda: self.has_fastpath or self.controller.has_no_fastpath, FASTPATH_SECONDS,
+                           "a fast path in front of all switches")
+
+    @property
+    def has_fastpath(self) -> bool:
+        """Whether there is one in front of every switch that is connected."""
+        return all(switch["fastpath"] for switch in self.rest.get("/v1/stats")["switches"])
 
     def apply(self, site: Path | dict[str, Any], wait: float = 10.0) -> Any:
         """Make a site (a file or its content) the whole configuration: ``PUT /v1/config``.

@@ -57,7 +57,7 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory, *options: str, fastpath
                 running.callback(end, process)
         made.start_controller()
         if options and fastpath:
-            wait_until(lambda: made.rest.get("/v1/stats")["switches"][0].get("fastpath"), 10, "a fast path")
+            assert made.has_fastpath
         yield made
 
 

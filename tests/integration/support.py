@@ -185,12 +185,18 @@ def tcp(host: Namespace, address: str, port: int, source: str | None = None, sou
     try:
         if source is not None or source_port:
             endpoint.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            endpoint.bind((source or ("::" if ":" in address else "0.0.0.0"), source_port))
+            endpoint.bind((source or "", source_port))
         endpoint.connect((address, port))
     except BaseException:
         endpoint.close()
         raise
     return endpoint
+
+
+def reset(end_of: socket.socket) -> None:
+    """Close it with a RST."""
+    end_of.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    end_of.close()
 
 
 class Held:
@@ -223,8 +229,7 @@ class Held:
 
     def reset(self) -> None:
         """Close it with a RST."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.socket.close()
+        reset(self.socket)
 
 
 @contextlib.contextmanager
@@ -386,8 +391,8 @@ def packets(flow: str) -> int:
 
 
 __all__ = [
-    "ECHO_PORT", "LAN", "REFUSED_WITHIN", "VIP", "VIP6", "Download", "Held", "addresses", "ask_from", "change_member",
-    "configure", "downloads", "fault", "flows", "held", "in_order", "lbapp", "member_path", "members", "packets",
-    "pool", "proportional", "refused", "said", "server", "settle", "statistics", "tcp", "unreachable",
-    "wait_for_statistics",
+    "ECHO_PORT", "LAN", "REFUSED_WITHIN", "VIP", "VIP6", "Download", "Held", "addresses", "ask_from", "at_rest",
+    "change_member", "configure", "downloads", "fault", "flows", "held", "in_its_cache", "in_order", "lbapp",
+    "member_path", "members", "packets", "pool", "proportional", "refused", "reset", "said", "server", "settle",
+    "statistics", "tcp", "unreachable", "wait_for_statistics",
 ]

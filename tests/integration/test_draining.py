@@ -104,7 +104,7 @@ def every_way(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, d
         running.callback(end_more)
         lab.start_servers()
         lab.start_controller()
-        wait_until(lambda: lab.rest.get("/v1/stats")["switches"][0].get("fastpath"), 10, "a fast path")
+        assert lab.has_fastpath
         for host in lab.servers:
             host.one_cpu_a_flow()
             more[host.name] = host.nginx(ports=MORE)

@@ -50,7 +50,7 @@ def _site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         made = Site(lab)
         lab.start_servers()
         lab.start_controller()
-        wait_until(lambda: lab.rest.get("/v1/stats")["switches"][0].get("fastpath"), 10, "a fast path")
+        assert lab.has_fastpath
         pools, servers = [], []
         for word, vip, six in (("four", VIP, False), ("six", VIP6, True)):
             pools += [pool(word, "ROUND_ROBIN", members(lab, six=six)),

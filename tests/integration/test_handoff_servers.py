@@ -69,7 +69,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
                 running.callback(end, host.popen(*command, cwd=lab.directory / "files", stdout=subprocess.DEVNULL,
                                                  stderr=subprocess.DEVNULL))
         lab.start_controller()
-        wait_until(lambda: lab.rest.get("/v1/stats")["switches"][0].get("fastpath"), 10, "a fast path")
+        assert lab.has_fastpath
         pairs = [_virtual_server(port, vip, application, member, lab) for vip in (VIP, VIP6)
                  for port, application, member in ((443, "tls", TLS_PORTS[vip]), (8002, "http", NODE_PORT),
                                                    (8000, "http", PYTHON_PORT))]

@@ -34,6 +34,7 @@ from tests.integration.l7_site import (
     url,
 )
 from tests.integration.support import VIP, VIP6, at_rest, configure, members, pool, server, settle, statistics, tcp
+from topologies.hosts import OWN_PORTS
 from topologies.lab import Lab, unavailable
 from topologies.namespace import end, wait_until
 
@@ -298,7 +299,7 @@ def test_a_port_that_comes_back_at_once(lab: Lab, vip: str, binding: str, first:
     that finishes first remembers it, and takes the next one all the same."""
     site, closing = configured(lab, binding=binding), "Connection: close\r\n" if first == "server" else ""
     # A port for each: that a server remembers it from another virtual address is another matter.
-    port = 30_000 + 100 * ("splice", "hybrid", "relay").index(binding) + 10 * (vip == VIP6) + (first == "client")
+    port = next(OWN_PORTS)
     with contextlib.ExitStack() as settings:
         for host, most, usually in ((site.client(), 0, 131_072), *((one, 4096, 0) for one in site.servers)):
             settings.callback(host.run, "sysctl", "-qw", f"net.ipv4.tcp_max_tw_buckets={usually}")

@@ -10,14 +10,13 @@ import contextlib
 import os
 import re
 import socket
-import struct
 import threading
 from collections.abc import Iterator
 
 import pytest
 
 from tests.integration.capture import Capture, captures
-from tests.integration.support import VIP, VIP6, fault, statistics
+from tests.integration.support import VIP, VIP6, fault, reset, statistics
 from tests.integration.watched import WAYS, Connection, Watched, laboratory
 from tests.segments import ACK, FIN, RST, SYN, Segment
 from topologies.hosts import LabHost
@@ -97,12 +96,6 @@ def active(site: Watched, way: str, vip: str) -> int:
 def over(site: Watched, way: str, vip: str) -> None:
     """The balancer knows that it has ended."""
     wait_until(lambda: active(site, way, vip) == 0, 5, "the balancer knows of its end")
-
-
-def reset(end_of: socket.socket) -> None:
-    """Close it with a RST."""
-    end_of.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    end_of.close()
 
 
 # ------------------------------------------------------------------ ends

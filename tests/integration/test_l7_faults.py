@@ -126,7 +126,7 @@ def _place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         for binding in BINDINGS:
             made.start(binding)
         lab.start_controller()
-        wait_until(lambda: lab.rest.get("/v1/stats")["switches"][0].get("fastpath"), 10, "a fast path")
+        assert lab.has_fastpath
         pools, servers = [], []
         for binding, port, closes in [*((*one, False) for one in BINDINGS.items()),
                                       *((*one, True) for one in CLOSING.items())]:

@@ -42,7 +42,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         for _, port in WAYS.values():
             running.callback(end, lab.server().popen(sys.executable, str(WEB_SERVER), "s1", str(port)))
         lab.start_controller()
-        wait_until(lambda: lab.rest.get("/v1/stats")["switches"][0].get("fastpath"), 10, "a fast path")
+        assert lab.has_fastpath
         pools, servers = [], []
         for way, (port, behind) in WAYS.items():
             for word, vip, mss in (("four", VIP, MTU - 40), ("six", VIP6, MTU - 60)):

@@ -21,7 +21,7 @@ import pytest
 from tests.integration.l7_site import everything
 from tests.integration.support import VIP, configure, members, pool, server
 from topologies.lab import Lab, unavailable
-from topologies.namespace import end, wait_until
+from topologies.namespace import end
 from topologies.single import SingleTopo
 
 pytestmark = [
@@ -44,7 +44,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         made.start_servers()
         made.make_file("big", 2_000_000)
         made.start_controller()
-        wait_until(lambda: made.rest.get("/v1/stats")["switches"][0].get("fastpath"), 10, "a fast path")
+        assert made.has_fastpath
         configure(made, [pool("pool", "ROUND_ROBIN", members(made))],
                   [server("web", 80, "pool", application="http", inspect_timeout=INSPECT_SECONDS)])
         yield made

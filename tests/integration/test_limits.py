@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import struct
 import subprocess
 import threading
 import time
@@ -30,6 +29,7 @@ from tests.integration.support import (
     configure,
     members,
     pool,
+    reset,
     server,
     statistics,
     tcp,
@@ -67,8 +67,7 @@ def attempts(host: LabHost, address: str, port: int, seconds: float, source: str
             silent += 1
         else:
             accepted += 1
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            one.close()
+            reset(one)
         time.sleep(pause)
     return Tried(accepted, refused, silent, time.monotonic() - begun)
 

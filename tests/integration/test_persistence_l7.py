@@ -37,17 +37,17 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
             yield made
 
 
-def configured(lab: Lab, pool: dict[str, Any], server: dict[str, Any]) -> None:
+def configured(lab: Lab, members_of: dict[str, Any], served: dict[str, Any]) -> None:
     """Wait until it shakes hands, too: an agent elsewhere hears of it a moment after the switch. Who only connects
     takes no turn, and nobody knows them again."""
     def shakes_hands() -> bool:
         try:
-            tcp(lab.client(), VIP, server["protocol_port"]).close()
+            tcp(lab.client(), VIP, served["protocol_port"]).close()
         except OSError:
             return False
         return True
 
-    configure(lab, [pool], [server])
+    configure(lab, [members_of], [served])
     wait_until(shakes_hands, 10, "somebody shakes hands")
 
 

@@ -286,7 +286,7 @@ def every_way(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         agents = Site(lab, list(WAYS))
         lab.start_servers()
         lab.start_controller()
-        wait_until(lambda: lab.rest.get("/v1/stats")["switches"][0].get("fastpath"), 10, "a fast path")
+        assert lab.has_fastpath
         for host in lab.servers:
             running.callback(end, host.nginx(lab.directory / "files", ports=MORE))
         configure(lab, [pool(f"web-{port}", "WEIGHTED_ROUND_ROBIN", members(lab, port)) for port in WAYS],

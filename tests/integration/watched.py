@@ -71,7 +71,7 @@ def laboratory(directory: Path) -> Iterator[Watched]:
                     ("::", by_hand), family=socket.AF_INET6, dualstack_ipv6=True))
             made.listeners[way].settimeout(10)
         lab.start_controller()
-        wait_until(lambda: lab.rest.get("/v1/stats")["switches"][0].get("fastpath"), 10, "a fast path")
+        assert lab.has_fastpath
         pools, servers = [], []
         for way, (port, *behind) in WAYS.items():
             for word, vip in (("four", VIP), ("six", VIP6)):

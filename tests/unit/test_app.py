@@ -99,12 +99,14 @@ def test_a_query_is_answered_with_one_packet_out():
     assert bench.switch.punts == {1: 1}
 
 
-def work(bench: Bench) -> None:
-    """What is queued."""
+def work(bench: Bench) -> list[tuple[str, Any]]:
+    """Do all that is queued for the switch; returns what that was."""
+    jobs = []
     while bench.switch.work:
-        job = bench.switch.work.next()
-        bench.app._do(bench.switch, *job)
-        bench.switch.work.done(*job)
+        jobs.append(bench.switch.work.next())
+        bench.app._do(bench.switch, *jobs[-1])
+        bench.switch.work.done(*jobs[-1])
+    return jobs
 
 
 def test_no_packet_comes_before_the_rules_of_its_member():

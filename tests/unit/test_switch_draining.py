@@ -32,7 +32,7 @@ from tests import sites
 from tests.fake_frames import frame
 from tests.fake_monitors import Watched
 from tests.playbook import ACK, Playbook, accepted, member, query, refused, site, up
-from tests.unit.test_app import Bench, messages, outward
+from tests.unit.test_app import Bench, messages, outward, work
 from tests.unit.test_engine_app_query import configuration as reading_site
 from tests.unit.test_engine_app_query import control, said
 from tests.unit.test_fastpaths import SWITCH, FakeLink, World
@@ -265,13 +265,8 @@ SITE = sites.configuration([sites.server(), sites.server("r", 2, port=81, state=
 
 def queued(bench: Bench) -> Configuration:
     """Do all that is queued for the switch; returns the last configuration of it."""
-    last = None
-    while bench.switch.work:
-        job, argument = bench.switch.work.next()
-        bench.app._do(bench.switch, job, argument)
-        bench.switch.work.done(job, argument)
-        last = argument if job == "configure" else last
-    assert last is not None
+    *_, last = (argument for job, argument in work(bench) if job == "configure")
+    assert isinstance(last, Configuration)
     return last
 
 
