@@ -33,6 +33,8 @@ SIGMAS = 5
 """An observed share may be so many standard deviations off: by chance once in a million and a half."""
 REFUSED_WITHIN = 0.5
 """Seconds: a refusal comes at once."""
+TOLD_WITHIN = 3.0
+"""Seconds: agents tell of ends several times a second, and of what they have counted once."""
 FAULT = "table inet fault {{\n chain in {{\n type filter hook input priority -10; policy accept;\n {}\n }}\n}}\n"
 
 # ------------------------------------------------------------------ sites
@@ -134,12 +136,21 @@ def wait_for_statistics(lab: Lab, name: str, within: float = 5.0, **wanted: Any)
 
 def at_rest(lab: Lab, name: str, active: int = 0) -> dict[str, Any]:
     """The counters of a virtual server once all ends of connections before are counted: they are told in batches, and
-    what is told later would count for what a test does next. Of no use once an agent or controller was killed with
-    ends that it had not told of. ``active``: connections that the test holds open."""
+    what is told later would count for what a test does next.
+
+    Where an agent was killed or cut off, some are never told of: then once nothing has been told for ``TOLD_WITHIN``.
+    ``active``: connections that the test holds open.
+    """
+    seen, since = (-1, -1), 0.0
+
     def found() -> dict[str, Any] | None:
+        nonlocal seen, since
         now = statistics(lab, name)
-        return now if now["opened"] - now["closed"] == active else None
-    answer: dict[str, Any] = wait_until(found, 10, f"the ends of earlier connections of {name}")
+        if seen != (now["opened"], now["closed"]):
+            seen, since = (now["opened"], now["closed"]), time.monotonic()
+        rests = seen[0] - seen[1] == active or time.monotonic() - since > TOLD_WITHIN
+        return now if rests else None
+    answer: dict[str, Any] = wait_until(found, 20, f"the ends of earlier connections of {name}")
     return answer
 
 

@@ -174,7 +174,6 @@ def test_loss_on_the_bus(site: Lab) -> None:
 
 def test_an_agent_that_is_killed_and_started_again(site: Lab, agent: Agent) -> None:
     """Its fast path goes on shaking hands; who speaks meanwhile repeats it until somebody hears."""
-    at_rest(site, "web-four")  # ends that it has taken and not told of go with it
     agent.kill()
     waiting = [site.client().popen("curl", "-gsS", "-o", "/dev/null", "-w", "%header{x-server}", "--max-time", "20",
                                    url(VIP, "/one/x"), stdout=subprocess.PIPE) for _ in range(3)]
